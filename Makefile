@@ -1,0 +1,53 @@
+# Every target does its own set-up. Variables to change from the command line:
+#   PYTHON=...       the interpreter to make .venv with (3.12 or later)
+#   WORKERS=2        how many processes run the tests; 0 = in one process
+#   PYTEST_ARGS=...  more arguments for pytest, for instance PYTEST_ARGS="-k packing"
+
+WORKERS ?= 2
+PYTEST_ARGS ?=
+export PYTHON
+
+BIN := .venv/bin
+DEMO_MODEL := demo/model
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-model test test-fast lint format parity parity-check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make or update the virtual environment .venv
+	@scripts/setup.sh
+
+demo-model: setup ## build the demo model (SmolLM2-135M-Instruct) in demo/model
+	@$(BIN)/python scripts/make_demo_model.py --out $(DEMO_MODEL)
+
+demo: demo-model ## convert the demo model to EXL2 and show the result
+	@$(BIN)/python scripts/demo.py
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: setup ## run the tests that take seconds
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+lint: setup ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: demo-model ## rebuild the reference logits with torch and transformers
+	@scripts/setup.sh parity
+	.venv-parity/bin/python -m scripts.parity --write
+
+parity-check: demo-model ## recompute the reference logits and compare them with the committed ones
+	@scripts/setup.sh parity
+	.venv-parity/bin/python -m scripts.parity --check
+
+clean: ## remove caches and build outputs; keeps the virtual environments and the demo model
+	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

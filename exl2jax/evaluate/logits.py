@@ -1,0 +1,28 @@
+"""The whole forward pass of a directory, block by block."""
+
+from pathlib import Path
+
+import numpy as np
+
+from exl2jax.models import Model, build_decoder, module_specs, open_model
+from exl2jax.pipeline.stream import embed, forward, head_logits, row_chunks
+
+
+def final_states(model: Model, input_ids: np.ndarray) -> np.ndarray:
+    """Hidden states `[R, T, D]` after the last layer, one block resident at a time."""
+    decoder = build_decoder(model.config)
+    states = embed(model, input_ids)
+    for spec in module_specs(model.config):
+        forward(decoder, spec.kind, model.module_params(spec), states, out=states)
+    return states
+
+
+def model_logits(directory: Path, input_ids: np.ndarray) -> np.ndarray:
+    """Logits `[R, T, vocab]` float32 of a Hugging Face or EXL2 directory on `input_ids [R, T]`."""
+    model = open_model(directory)
+    states = final_states(model, input_ids)
+    decoder, params = build_decoder(model.config), model.head_params()
+    out = np.empty((*input_ids.shape, model.config.vocab_size), np.float32)
+    for chunk in row_chunks(states):
+        chunk.put(out, head_logits(decoder, params, chunk.take(states)))
+    return out

@@ -1,0 +1,21 @@
+"""Models: the architecture registry, configuration, Flax decoder blocks, and loading one block at a time."""
+
+from exl2jax.models.config import ModelConfig, read_config
+from exl2jax.models.decoder import Decoder, build_decoder
+from exl2jax.models.modules import LinearSpec, ModuleSpec, head_spec, module_specs
+from exl2jax.models.source import Exl2Model, HFModel, Model, open_model
+
+__all__ = [
+    "Decoder",
+    "Exl2Model",
+    "HFModel",
+    "LinearSpec",
+    "Model",
+    "ModelConfig",
+    "ModuleSpec",
+    "build_decoder",
+    "head_spec",
+    "module_specs",
+    "open_model",
+    "read_config",
+]

@@ -1,0 +1,121 @@
+"""Loading a model one module at a time, from a Hugging Face directory or from an EXL2 one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exl2jax.errors import FormatError, ModelError, SettingsError
+from exl2jax.models.config import CONFIG_NAME, ModelConfig, read_config
+from exl2jax.models.modules import EMBED_KEY, NORM_KEY, LinearSpec, ModuleSpec, head_spec
+from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
+from exl2jax.storage import TensorFiles
+
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+
+
+class Model:
+    """A model directory: its configuration and its tensors, read lazily. Weights come as `[K, N]` float32."""
+
+    def __init__(self, directory: Path, config: ModelConfig, raw: dict[str, Any], digest: str, files: TensorFiles) -> None:
+        """Bind a checked configuration to the headers of its weight files."""
+        self.directory = directory
+        self.config = config
+        self.raw_config = raw
+        self.config_digest = digest
+        self.files = files
+
+    def embedding(self) -> np.ndarray:
+        """The embedding table `[vocab, D]` float32."""
+        return self._float(f"{EMBED_KEY}.weight", (self.config.vocab_size, self.config.hidden_size))
+
+    def module_params(self, spec: ModuleSpec) -> dict[str, Any]:
+        """Parameters of a module in the form `models.decoder` takes."""
+        params: dict[str, Any] = {"norm": self._norm(spec.norm_key)}
+        for linear in spec.linears:
+            params[linear.name] = self.linear_params(linear)
+        return params
+
+    def head_params(self) -> dict[str, Any]:
+        """Parameters of the final norm and the head."""
+        return {"norm": self._norm(NORM_KEY), "lm_head": self.linear_params(head_spec(self.config))}
+
+    def linear_params(self, spec: LinearSpec) -> dict[str, np.ndarray]:
+        """`{"kernel" [K, N], "bias" [N]?}` of a linear, float32 (float16 where dequantized)."""
+        kernel = self.kernel(spec)
+        return {"kernel": kernel, "bias": self.bias(spec)} if spec.bias else {"kernel": kernel}
+
+    def kernel(self, spec: LinearSpec) -> np.ndarray:
+        """The weight of a linear, `[K, N]`."""
+        raise NotImplementedError
+
+    def bias(self, spec: LinearSpec) -> np.ndarray:
+        """The bias of a linear, `[N]` float32."""
+        return self._float(f"{spec.key}.bias", (spec.columns,))
+
+    def _norm(self, key: str) -> dict[str, np.ndarray]:
+        return {"weight": self._float(f"{key}.weight", (self.config.hidden_size,))}
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A float tensor of a known shape as float32, refused when it holds NaN or infinity."""
+        if self.files.shape(name) != shape:
+            raise ModelError(
+                f"{self.files.file(name)}: {name} has shape {list(self.files.shape(name))}, "
+                f"{CONFIG_NAME} implies {list(shape)}"
+            )
+        if self.files.dtype(name) not in FLOAT_DTYPES:
+            raise ModelError(f"{self.files.file(name)}: {name} is {self.files.dtype(name)}, expected {FLOAT_DTYPES}")
+        value = self.files.read(name).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise ModelError(f"{self.files.file(name)}: {name} holds NaN or infinity; the source model is damaged")
+        return value
+
+
+class HFModel(Model):
+    """A Hugging Face directory of float weights (`[out, in]` on disk, transposed here)."""
+
+    @property
+    def head_name(self) -> str:
+        """Name of the tensor that the head multiplies with: its own, or the tied embedding."""
+        own = "lm_head.weight"
+        return own if own in self.files and not self.config.tie_word_embeddings else f"{EMBED_KEY}.weight"
+
+    def kernel(self, spec: LinearSpec) -> np.ndarray:
+        """The weight of a linear, `[K, N]` float32."""
+        name = self.head_name if spec == head_spec(self.config) else f"{spec.key}.weight"
+        if name == f"{EMBED_KEY}.weight" and not self.config.tie_word_embeddings:
+            raise ModelError(f"{self.directory}: lm_head.weight is missing and the embeddings are not tied")
+        return np.ascontiguousarray(self._float(name, (spec.columns, spec.rows)).T)
+
+
+class Exl2Model(Model):
+    """An EXL2 directory; linears are dequantized exactly as the runtime does."""
+
+    def kernel(self, spec: LinearSpec) -> np.ndarray:
+        """The dequantized weight of a linear, `[K, N]` float16, padding removed."""
+        try:
+            return unpack_linear(self.packed(spec))[:, : spec.columns]
+        except FormatError as e:
+            raise FormatError(f"{self.directory}: {spec.key}: {e}") from e
+
+    def packed(self, spec: LinearSpec) -> PackedLinear:
+        """The stored tensors of a linear."""
+        return PackedLinear(**{name: self.files.read(f"{spec.key}.{name}") for name in TENSOR_NAMES})
+
+    def bias(self, spec: LinearSpec) -> np.ndarray:
+        """The bias of a linear, `[N]` float32, padding removed."""
+        name = f"{spec.key}.bias"
+        return self._float(name, self.files.shape(name))[: spec.columns]
+
+
+def open_model(directory: Path, *, rope_scale: float | None = None, rope_alpha: float | None = None) -> Model:
+    """Open a model directory of either kind; an EXL2 one says so in its `quantization_config`."""
+    config, raw, digest = read_config(directory)
+    config = config.with_rope(rope_scale, rope_alpha)
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return HFModel(directory, config, raw, digest, TensorFiles.of_source(directory))
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "exl2":
+        raise SettingsError(f"{directory / CONFIG_NAME}: the model is already quantized ({method}); take the original")
+    return Exl2Model(directory, config, raw, digest, TensorFiles.of_exl2(directory))

@@ -1,0 +1,33 @@
+"""Pure, jit-able maths of EXL2: Hessians, scale search, GPTQ, half-exact rounding, packing and error measures.
+
+Nothing here reads files, logs, or keeps state. The letters are the papers': `H` Hessian, `W` weight, `U` the upper
+Cholesky factor of the inverse Hessian, `E` the scaled errors of GPTQ.
+"""
+
+from exl2jax.ops.error import proxy_loss, relative_frobenius
+from exl2jax.ops.gptq import QuantizedLinear, gptq, round_to_nearest
+from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize
+from exl2jax.ops.packing import PackedLinear, pack_codes, pack_linear, pack_scales, unpack_linear
+from exl2jax.ops.rounding import dequantize, half_scale, quantize
+from exl2jax.ops.scales import ScaleChoice, search_scales
+
+__all__ = [
+    "HessianFactor",
+    "PackedLinear",
+    "QuantizedLinear",
+    "ScaleChoice",
+    "accumulate_hessian",
+    "dequantize",
+    "factorize",
+    "gptq",
+    "half_scale",
+    "pack_codes",
+    "pack_linear",
+    "pack_scales",
+    "proxy_loss",
+    "quantize",
+    "relative_frobenius",
+    "round_to_nearest",
+    "search_scales",
+    "unpack_linear",
+]

@@ -1,0 +1,159 @@
+"""GPTQ of a whole matrix with mixed bit widths and group sizes, and plain rounding to nearest."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from exl2jax.ops.hessian import HessianFactor
+from exl2jax.ops.rounding import dequantize, half_scale, quantize
+from exl2jax.ops.scales import search_scales
+from exl2jax.qparams import ROW_MULTIPLE, Group
+
+
+class QuantizedLinear(NamedTuple):
+    """A quantized matrix in packed row order.
+
+    `codes [K, N]` uint8, `qs [G, N]` uint8 scale index 1..16, `qscale_max [G]` float16, `perm [K]` with packed row `i`
+    being original row `perm[i]`, `groups` the cut, `weight [K, N]` float16: the dequantized matrix in original order.
+    """
+
+    codes: jax.Array
+    qs: jax.Array
+    qscale_max: jax.Array
+    perm: jax.Array
+    groups: tuple[Group, ...]
+    weight: jax.Array
+
+
+class _Walk(NamedTuple):
+    """State of the walk: scaled errors and codes by row, scales by tile of 32 rows (a group writes its first tile)."""
+
+    errors: jax.Array
+    codes: jax.Array
+    qs: jax.Array
+    qscale_max: jax.Array
+
+
+def gptq(w: jax.Array, factor: HessianFactor, groups: Sequence[Group]) -> QuantizedLinear:
+    """Quantize `w [K, N]` float32 with error feedback through `factor`, cut into `groups` of the permuted rows.
+
+    Each group finds its scales on its current weights, then goes row by row: code, error `(w - q) / U[c, c]`, and
+    feedback to the rows after it (EXL2.md section 2, "GPTQ"). Left-looking: a row gathers what it owes to the rows
+    before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. Bit widths are traced and runs of one
+    group size are loops, so one compilation per (shape, group size) serves every setting.
+    """
+    ordered = w[factor.perm]
+    walk = _start(*w.shape)
+    for size, start, widths in _segments(groups):
+        walk = _segment(walk, ordered, factor.u, jnp.int32(start), widths, jnp.int32(len(widths)), size=size)
+    return _finish(walk.codes, walk.qs, walk.qscale_max, factor.perm, factor.inv_perm, tuple(groups))
+
+
+def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group]) -> QuantizedLinear:
+    """Quantize `w [K, N]` without feedback, with the same scale search; for heads too large for a Hessian."""
+    k, _ = w.shape
+    identity = HessianFactor(perm, jnp.argsort(perm), jnp.eye(k), jnp.float32(0), jnp.int32(0), jnp.bool_(True))
+    return gptq(w, identity, groups)
+
+
+def _start(rows: int, columns: int) -> _Walk:
+    tiles = -(-rows // ROW_MULTIPLE)
+    return _Walk(
+        jnp.zeros((rows, columns), jnp.float32),
+        jnp.zeros((rows, columns), jnp.uint8),
+        jnp.ones((tiles, columns), jnp.uint8),
+        jnp.zeros((tiles,), jnp.float16),
+    )
+
+
+def _segments(groups: Sequence[Group]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Runs of groups of one size: `(size, first row, widths [tiles of the matrix] float32 by group)`."""
+    for size, run in groupby(groups, key=lambda g: g.rows):
+        members = list(run)
+        yield size, members[0].start, np.asarray([g.bits for g in members], np.float32)
+
+
+@partial(jax.jit, static_argnames=("size",), donate_argnames=("walk",))
+def _segment_jit(
+    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: jax.Array, count: jax.Array, *, size: int
+) -> _Walk:
+    """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each."""
+
+    def group(g: jax.Array, walk: _Walk) -> _Walk:
+        a = start + g * size
+        toward = lax.dynamic_slice_in_dim(u, a, size, 1)
+        # Rows not walked yet have zero errors, so the whole column block serves without a mask.
+        debt = jnp.matmul(toward.T, walk.errors, precision=lax.Precision.HIGHEST)
+        current = lax.dynamic_slice_in_dim(w, a, size, 0) - debt
+        choice = search_scales(current, widths[g])
+        errors, codes = _walk_group(
+            current, lax.dynamic_slice_in_dim(toward, a, size, 0), choice.scale, widths[g]
+        )
+        tile = a // ROW_MULTIPLE
+        return _Walk(
+            lax.dynamic_update_slice_in_dim(walk.errors, errors, a, 0),
+            lax.dynamic_update_slice_in_dim(walk.codes, codes, a, 0),
+            lax.dynamic_update_index_in_dim(walk.qs, choice.qs, tile, 0),
+            lax.dynamic_update_index_in_dim(walk.qscale_max, choice.qscale_max, tile, 0),
+        )
+
+    return lax.fori_loop(0, count, group, walk)
+
+
+def _segment(
+    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, count: jax.Array, *, size: int
+) -> _Walk:
+    """Call the compiled segment with `widths` padded to a length that depends on the matrix alone."""
+    padded = np.zeros(walk.qs.shape[0], np.float32)
+    padded[: len(widths)] = widths
+    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size)
+
+
+def _walk_group(
+    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes."""
+    inverse = 1 / jnp.diagonal(u)
+
+    def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        errors, codes = state
+        toward = lax.dynamic_index_in_dim(u, i, 1, keepdims=False)
+        current = lax.dynamic_index_in_dim(w, i, 0, keepdims=False) - jnp.matmul(
+            toward, errors, precision=lax.Precision.HIGHEST
+        )
+        code = quantize(current, scale, bits)
+        error = (current - dequantize(code, scale, bits)) * inverse[i]
+        return (
+            lax.dynamic_update_index_in_dim(errors, error, i, 0),
+            lax.dynamic_update_index_in_dim(codes, code.astype(jnp.uint8), i, 0),
+        )
+
+    return lax.fori_loop(0, w.shape[0], row, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8)))
+
+
+def _finish(
+    codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, perm: jax.Array, inv_perm: jax.Array, groups: tuple[Group, ...]
+) -> QuantizedLinear:
+    """Collect the groups' scales and dequantize into original row order."""
+    tile_of_group = np.asarray([g.start // ROW_MULTIPLE for g in groups])
+    group_of_tile = np.repeat(np.arange(len(groups)), [g.rows // ROW_MULTIPLE for g in groups])
+    widths = np.asarray([g.bits for g in groups], np.float32)
+    weight = _weights(codes, qs, qscale_max, tile_of_group[group_of_tile], widths[group_of_tile], inv_perm)
+    return QuantizedLinear(codes, qs[tile_of_group], qscale_max[tile_of_group], perm, groups, weight)
+
+
+@jax.jit
+def _weights(
+    codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, source: jax.Array, bits: jax.Array, inv_perm: jax.Array
+) -> jax.Array:
+    """Dequantized float16 `[K, N]` in original order; `source` and `bits` map each tile of 32 rows to its group's."""
+    scale = half_scale(qscale_max[source][:, None], qs[source])
+    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
+    weight = dequantize(tiles, scale[:, None, :], bits[:, None, None])
+    return weight.astype(jnp.float16).reshape(codes.shape)[inv_perm]

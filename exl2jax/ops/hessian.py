@@ -1,0 +1,77 @@
+"""Hessians of linears: accumulation, act-order, damping, and the upper factor of the inverse."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DAMPING = 0.12
+"""Share of the mean diagonal added to the diagonal."""
+
+MIN_DAMPING = 1e-5
+MAX_ATTEMPTS = 10
+
+_LEAF = 128
+
+
+class HessianFactor(NamedTuple):
+    """What GPTQ needs of a Hessian.
+
+    `perm [K]` rows by descending diagonal, `inv_perm [K]`, `u [K, K]` the upper Cholesky factor of the permuted damped
+    inverse, `damping []` the value added in the end, `attempts []` how often it was tried, `ok []` whether it worked.
+    Failure is data here; callers outside `jit` turn it into an error that names the linear.
+    """
+
+    perm: jax.Array
+    inv_perm: jax.Array
+    u: jax.Array
+    damping: jax.Array
+    attempts: jax.Array
+    ok: jax.Array
+
+
+def accumulate_hessian(h: jax.Array, x: jax.Array) -> jax.Array:
+    """`h + X^T X` for inputs `x [..., K]` flattened to tokens, in float32 at the highest precision."""
+    tokens = x.reshape(-1, x.shape[-1])
+    return h + jnp.matmul(tokens.T, tokens, precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def factorize(h: jax.Array) -> HessianFactor:
+    """Permute, damp and factor a Hessian `h [K, K]` (sum over rows of `X^T X`, over the number of rows).
+
+    The damping starts at 0.12 of the mean diagonal (at least 1e-5) and doubles on failure, ten attempts at most.
+    With `J` the reversal, `H = L' L'^T` for `J H J = L L^T`, so `U = J inv(L) J` needs one Cholesky and no inverse of H.
+    """
+    perm = jnp.argsort(-jnp.diagonal(h), stable=True)
+    ordered = h[perm][:, perm]
+    first = jnp.maximum(DAMPING * jnp.mean(jnp.diagonal(h)), MIN_DAMPING)
+    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+
+    def attempt(damping: jax.Array) -> jax.Array:
+        return jnp.linalg.cholesky((ordered + damping * eye)[::-1, ::-1], symmetrize_input=False)
+
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        lower, _, attempts = state
+        return ~jnp.all(jnp.isfinite(lower)) & (attempts < MAX_ATTEMPTS)
+
+    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        _, damping, attempts = state
+        return attempt(2 * damping), 2 * damping, attempts + 1
+
+    lower, damping, attempts = lax.while_loop(failed, again, (attempt(first), first, jnp.int32(1)))
+    u = lower_inverse(lower)[::-1, ::-1]
+    return HessianFactor(perm, jnp.argsort(perm), u, damping, attempts, jnp.all(jnp.isfinite(u)))
+
+
+def lower_inverse(lower: jax.Array) -> jax.Array:
+    """Inverse of a lower triangular matrix `[K, K]`, by halves so that nearly all work is matrix products."""
+    k = lower.shape[0]
+    if k <= _LEAF:
+        return jax.scipy.linalg.solve_triangular(lower, jnp.eye(k, dtype=lower.dtype), lower=True)
+    half = k // 2
+    a, c = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    with jax.default_matmul_precision("highest"):
+        b = -(c @ lower[half:, :half]) @ a
+    return jnp.block([[a, jnp.zeros((half, k - half), lower.dtype)], [b, c]])

@@ -1,0 +1,144 @@
+"""The five tensors of an EXL2 linear: packing codes and scales into words, and back (EXL2.md section 1)."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.errors import FormatError
+from exl2jax.ops.gptq import QuantizedLinear
+from exl2jax.ops.rounding import dequantize, half_scale
+from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, Group, padded_columns
+
+TENSOR_NAMES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedLinear:
+    """A linear as stored: `q_weight [qrows, N]` int32, `q_scale [G, N/8]` int32, `q_scale_max [G]` float16,
+    `q_groups [2G]` int16, `q_invperm [K]` int32, `bias [N]` float16 or None; N padded to a multiple of 32.
+    """  # noqa: D205
+
+    q_weight: np.ndarray
+    q_scale: np.ndarray
+    q_scale_max: np.ndarray
+    q_groups: np.ndarray
+    q_invperm: np.ndarray
+    bias: np.ndarray | None = None
+
+    def tensors(self, key: str) -> dict[str, np.ndarray]:
+        """The tensors under their stored names, `KEY.q_weight` and so on."""
+        out = {f"{key}.{name}": getattr(self, name) for name in TENSOR_NAMES}
+        return out if self.bias is None else out | {f"{key}.bias": self.bias}
+
+    @property
+    def bits(self) -> int:
+        """Stored bits, bias apart: what bits per weight counts."""
+        return 8 * sum(getattr(self, name).nbytes for name in TENSOR_NAMES)
+
+
+@partial(jax.jit, static_argnames=("bits",))
+def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
+    """Pack `codes [rows, N]` of one group into `[rows * bits / 32, N]` int32; `rows` a multiple of 32.
+
+    Row `r` occupies bits `r*bits .. r*bits + bits - 1` of its column's little-endian stream.
+    """
+    rows, columns = codes.shape
+    tiles = codes.astype(jnp.uint32).reshape(rows // 32, 32, columns)
+    words = [jnp.zeros((rows // 32, columns), jnp.uint32) for _ in range(bits)]
+    for r in range(32):
+        word, shift = divmod(r * bits, 32)
+        words[word] = words[word] | (tiles[:, r] << shift)
+        if shift + bits > 32:
+            words[word + 1] = words[word + 1] | (tiles[:, r] >> (32 - shift))
+    packed = jnp.stack(words, axis=1).reshape(rows * bits // 32, columns)
+    return jax.lax.bitcast_convert_type(packed, jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("bits",))
+def unpack_codes(words: jax.Array, *, bits: int) -> jax.Array:
+    """Inverse of `pack_codes`: `[rows * bits / 32, N]` int32 to `[rows, N]` uint8."""
+    columns = words.shape[1]
+    tiles = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, bits, columns)
+    rows = []
+    for r in range(32):
+        word, shift = divmod(r * bits, 32)
+        value = tiles[:, word] >> shift
+        if shift + bits > 32:
+            value = value | (tiles[:, word + 1] << (32 - shift))
+        rows.append(value & jnp.uint32(2**bits - 1))
+    return jnp.stack(rows, axis=1).reshape(-1, columns).astype(jnp.uint8)
+
+
+@jax.jit
+def pack_scales(qs: jax.Array) -> jax.Array:
+    """Pack scale indices `qs [G, N]` in 1..16 into `[G, N/8]` int32, minus one, lowest nibble = lowest column."""
+    nibbles = (qs.astype(jnp.uint32) - 1).reshape(qs.shape[0], -1, 8)
+    words = jnp.sum(nibbles << (4 * jnp.arange(8, dtype=jnp.uint32)), axis=2, dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+
+@jax.jit
+def unpack_scales(words: jax.Array) -> jax.Array:
+    """Inverse of `pack_scales`: `[G, N/8]` int32 to `[G, N]` uint8 in 1..16."""
+    nibbles = jax.lax.bitcast_convert_type(words, jnp.uint32)[:, :, None] >> (4 * jnp.arange(8, dtype=jnp.uint32))
+    return ((nibbles & 15) + 1).reshape(words.shape[0], -1).astype(jnp.uint8)
+
+
+def pack_linear(linear: QuantizedLinear, bias: np.ndarray | None = None) -> PackedLinear:
+    """Pack a quantized matrix, padding columns to a multiple of 32 with the zero code and the lowest scale."""
+    columns = linear.codes.shape[1]
+    extra = padded_columns(columns) - columns
+    words, table, row = [], [], 0
+    for group in linear.groups:
+        codes = linear.codes[group.start : group.start + group.rows]
+        codes = jnp.pad(codes, ((0, 0), (0, extra)), constant_values=2 ** (group.bits - 1))
+        words.append(np.asarray(pack_codes(codes, bits=group.bits)))
+        table += [group.bits, row]
+        row += group.words
+    if row > np.iinfo(np.int16).max:
+        raise FormatError(f"q_groups: {row} word rows do not fit the format's int16 group table")
+    return PackedLinear(
+        q_weight=np.concatenate(words),
+        q_scale=np.asarray(pack_scales(jnp.pad(linear.qs, ((0, 0), (0, extra)), constant_values=1))),
+        q_scale_max=np.asarray(linear.qscale_max),
+        q_groups=np.asarray(table, np.int16),
+        q_invperm=np.asarray(jnp.argsort(linear.perm)).astype(np.int32),
+        bias=None if bias is None else np.pad(bias.astype(np.float16), (0, extra)),
+    )
+
+
+def read_groups(packed: PackedLinear) -> tuple[Group, ...]:
+    """The groups that `q_groups` describes; `FormatError` where the table contradicts itself or `q_weight`."""
+    widths, starts = packed.q_groups[0::2].tolist(), packed.q_groups[1::2].tolist()
+    if not widths or len(widths) != len(starts) or starts[0] != 0:
+        raise FormatError("q_groups must hold (bits, start) pairs, the first start 0")
+    groups, row = [], 0
+    for bits, (a, b) in zip(widths, pairwise([*starts, packed.q_weight.shape[0]]), strict=True):
+        if bits not in FORMAT_BITS or b <= a or (b - a) * 32 % (bits * ROW_MULTIPLE):
+            raise FormatError(f"q_groups: words {a}..{b} at {bits} bits are not whole tiles of 32 rows")
+        rows = (b - a) * 32 // bits
+        groups.append(Group(bits=bits, start=row, rows=rows))
+        row += rows
+    if row != packed.q_invperm.shape[0]:
+        raise FormatError(f"q_groups cover {row} rows, q_invperm has {packed.q_invperm.shape[0]}")
+    return tuple(groups)
+
+
+def unpack_linear(packed: PackedLinear) -> np.ndarray:
+    """Dequantized weights `[K, N padded]` float16 in original row order, exactly as the runtime reconstructs them."""
+    scales = unpack_scales(jnp.asarray(packed.q_scale))
+    parts, word = [], 0
+    for g, group in enumerate(read_groups(packed)):
+        codes = unpack_codes(jnp.asarray(packed.q_weight[word : word + group.words]), bits=group.bits)
+        parts.append(np.asarray(_reconstruct(codes, scales[g], packed.q_scale_max[g], jnp.float32(group.bits))))
+        word += group.words
+    return np.concatenate(parts)[packed.q_invperm]
+
+
+@jax.jit
+def _reconstruct(codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, bits: jax.Array) -> jax.Array:
+    return dequantize(codes, half_scale(qscale_max, qs), bits).astype(jnp.float16)

@@ -1,0 +1,68 @@
+"""The scale search of a group: one 4-bit index per column, one maximum per group, one multiplier out of 97."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from exl2jax.ops.rounding import HALF_MAX, half_scale
+
+GRID = np.asarray([0.70 * (1 - i / 96) + 1.20 * i / 96 for i in range(97)], np.float32)
+"""Multipliers tried for `q_scale_max`."""
+
+UNROLL = 32
+"""Rows per step of the inner loop: the whole chain of a column stays in registers. Group rows are multiples of 32."""
+
+
+class ScaleChoice(NamedTuple):
+    """Scales of one group: `qs [N]` index 1..16, `qscale_max []` as exact half, `scale [N]` the working scale."""
+
+    qs: jax.Array
+    qscale_max: jax.Array
+    scale: jax.Array
+    multiplier: jax.Array
+
+
+def search_scales(w: jax.Array, bits: jax.Array) -> ScaleChoice:
+    """Choose the scales of the group `w [rows, N]` float32 at the width `bits` (scalar, may be traced).
+
+    Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
+    group; `rows` must be a multiple of 32. EXL2.md section 2, "Scales of a group".
+    """
+    codes = jnp.exp2(bits.astype(jnp.float32))
+    base = (jnp.max(jnp.abs(w), axis=0) + 1e-12) / ((codes - 1) / 2)
+    smax = jnp.max(base)
+    qs = jnp.clip(jnp.round(jnp.sqrt(base / smax) * 16), 1, 16)
+    steps = w / (jnp.square(qs / 16) * smax)
+    losses = _grid_losses(steps, (qs / 16) ** 7, codes)
+    multiplier = jnp.asarray(GRID)[jnp.argmin(losses)]
+    qscale_max = jnp.minimum(smax * multiplier, HALF_MAX).astype(jnp.float16)
+    return ScaleChoice(qs.astype(jnp.uint8), qscale_max, half_scale(qscale_max, qs), multiplier)
+
+
+def _grid_losses(steps: jax.Array, column_weight: jax.Array, codes: jax.Array) -> jax.Array:
+    """Loss of every multiplier, up to a common factor.
+
+    `steps` are the weights in units of the base scale, so the loss of a column at multiplier `p` is
+    `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a constant.
+    """
+    rows, columns = steps.shape
+    tiles = steps.reshape(rows // UNROLL, UNROLL, columns)
+    low, high = -codes / 2, codes / 2 - 1
+
+    def loss(p: jax.Array) -> jax.Array:
+        inverse = 1 / p
+
+        def tile(i: jax.Array, total: jax.Array) -> jax.Array:
+            x = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
+            for r in range(UNROLL):
+                z = jnp.abs(jnp.clip(jnp.round(x[r] * inverse), low, high) * p - x[r])
+                total = total + z * z * z * jnp.sqrt(z)
+            return total
+
+        zero = jnp.zeros((columns,), jnp.float32)
+        return jnp.sum(lax.fori_loop(0, rows // UNROLL, tile, zero) * column_weight)
+
+    return lax.map(loss, jnp.asarray(GRID))

@@ -1,0 +1,1 @@
+"""The stages of a conversion and the checkpointed scan that drives them."""

@@ -1,0 +1,60 @@
+"""Writing many tensors into shards of bounded size, all visible at once or not at all."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from exl2jax.errors import StorageError
+from exl2jax.storage.atomic import write_tensors
+
+MEGABYTE = 1024 * 1024
+_PENDING = "output_temp_{:05}.safetensors.part"
+_OURS = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors|output_temp_\d{5}\.safetensors\.part")
+
+
+class ShardWriter:
+    """Collects tensors and writes `output.safetensors`, or `output-00001-of-0000N.safetensors` when they outgrow one.
+
+    Shards are written under names that no loader globs; `finish` renames them all.
+    """
+
+    def __init__(self, directory: Path, shard_mb: float) -> None:
+        """Write into `directory`, at most `shard_mb` MiB a shard (0: one file); clears what an earlier try left."""
+        self._directory = directory
+        self._limit = shard_mb * MEGABYTE if shard_mb > 0 else float("inf")
+        self._waiting: dict[str, np.ndarray] = {}
+        self._bytes = 0
+        self._shards = 0
+        for path in directory.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Take a tensor; full shards are written as they fill. A tensor larger than a shard has one of its own."""
+        if self._waiting and self._bytes + tensor.nbytes > self._limit:
+            self._flush()
+        if tensor.nbytes > self._limit:
+            raise StorageError(
+                f"{name}: {tensor.nbytes / MEGABYTE:.0f} MB do not fit a shard; raise -ss/--shard_size or set it to 0"
+            )
+        self._waiting[name] = np.ascontiguousarray(tensor)
+        self._bytes += tensor.nbytes
+
+    def finish(self) -> tuple[Path, ...]:
+        """Write the last shard and give all their final names."""
+        if self._waiting:
+            self._flush()
+        names = (
+            ["output.safetensors"]
+            if self._shards == 1
+            else [f"output-{i + 1:05}-of-{self._shards:05}.safetensors" for i in range(self._shards)]
+        )
+        for i, name in enumerate(names):
+            (self._directory / _PENDING.format(i + 1)).replace(self._directory / name)
+        return tuple(self._directory / name for name in names)
+
+    def _flush(self) -> None:
+        self._shards += 1
+        write_tensors(self._directory / _PENDING.format(self._shards), self._waiting, {"format": "pt"})
+        self._waiting, self._bytes = {}, 0

@@ -1,0 +1,125 @@
+"""Compute the reference logits of `tests/models/reference` with torch and transformers.
+
+    .venv-parity/bin/python -m scripts.parity --write     make them, leaving those alone that agree already
+    .venv-parity/bin/python -m scripts.parity --check     compare them; exit code 1 on a difference
+
+Run from the root of the repository, in the environment that `scripts/setup.sh parity` makes; `make parity` and
+`make parity-check` do both. The demo model is read from `demo/model`.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM
+
+from tests.support.parity_cases import (
+    DEMO_CASE,
+    DEMO_COLUMN_STRIDE,
+    REFERENCE_DIR,
+    TINY_CASES,
+    ParityCase,
+    kept_positions,
+    make_input_ids,
+)
+from tests.support.tiny_model import weights_digest, write_tiny_llama
+
+DEMO_MODEL = Path("demo/model")
+ROUNDING = 1e-4  # float32 logits of another processor or thread count stay within this
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "ml_dtypes")
+
+Arrays = dict[str, Any]  # NumPy arrays by their name in the file
+
+
+def versions() -> str:
+    """The software that computes the logits, as JSON."""
+    return json.dumps({"python": platform.python_version(), **{name: version(name) for name in PACKAGES}})
+
+
+def reference_arrays(case: ParityCase, model_dir: Path, stride: int) -> Arrays:
+    """The arrays of one reference file, as `tests/support/parity_cases.py` describes them."""
+    arrays = {
+        "column_stride": np.array(stride),
+        "weights_sha256": np.array(weights_digest(model_dir)),
+        "versions": np.array(versions()),
+    }
+    for length in case.lengths:
+        # A fresh model per length: dynamic rope scaling remembers the longest sequence it has seen.
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+        ids, positions = make_input_ids(length, model.config.vocab_size), kept_positions(length)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits[:, positions.tolist()]
+        arrays[f"input_ids_{length}"] = ids
+        arrays[f"positions_{length}"] = positions
+        arrays[f"logits_{length}"] = logits[:, :, ::stride].numpy()
+        arrays[f"logsumexp_{length}"] = logits.double().logsumexp(dim=-1).numpy()
+    return arrays
+
+
+def difference(fresh: Arrays, stored: Arrays) -> float:
+    """Largest absolute difference of the logits; infinite where anything else differs (but for the versions)."""
+    if fresh.keys() != stored.keys():
+        return np.inf
+    largest = 0.0
+    for key, value in fresh.items():
+        if key.startswith("log"):
+            same_shape = value.shape == stored[key].shape
+            largest = max(largest, float(np.abs(value - stored[key]).max()) if same_shape else np.inf)
+        elif key != "versions" and not np.array_equal(value, stored[key]):
+            return np.inf
+    return largest
+
+
+def settle(case: ParityCase, fresh: Arrays, *, write: bool) -> bool:
+    """Compare one case with its file, or bring the file up to date; returns whether all is well afterwards."""
+    found = np.inf
+    if case.reference.is_file():
+        with np.load(case.reference) as stored:
+            found = difference(fresh, dict(stored))
+    if found <= ROUNDING:
+        print(f"{case.name}: agrees, largest difference {found:.2g}")
+        return True
+    if write:
+        REFERENCE_DIR.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(case.reference, **fresh)
+        print(f"{case.name}: written, {case.reference.stat().st_size} bytes")
+        return True
+    reason = (
+        f"largest difference {found:.2g}" if np.isfinite(found) else "no such reference, or of other weights or inputs"
+    )
+    print(f"{case.name}: DIFFERS, {reason}; after a wanted change run `make parity`")
+    return False
+
+
+def run(*, write: bool) -> bool:
+    """Go through all cases; returns whether all is well."""
+    well = True
+    for case in TINY_CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            model_dir = write_tiny_llama(Path(folder), **case.options)
+            well &= settle(case, reference_arrays(case, model_dir, stride=1), write=write)
+    if not (DEMO_MODEL / "config.json").is_file():
+        print(f"{DEMO_CASE.name}: {DEMO_MODEL} is not there; build it with `make demo-model`")
+        return False
+    fresh = reference_arrays(DEMO_CASE, DEMO_MODEL, stride=DEMO_COLUMN_STRIDE)
+    return settle(DEMO_CASE, fresh, write=write) and well
+
+
+def main() -> int:
+    """Read the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Compute reference logits with torch and transformers.")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true", help="write the references that are missing or differ")
+    mode.add_argument("--check", action="store_true", help="only compare; exit code 1 on a difference")
+    return 0 if run(write=parser.parse_args().write) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

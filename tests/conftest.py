@@ -1,0 +1,70 @@
+"""Fixtures and settings that every test shares."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_model import write_tiny_llama
+
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"
+
+# Read by the libraries when they are imported, and passed on to test workers and to the commands that tests start.
+ENVIRONMENT = {
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",  # a dtype mixed by accident is an error
+    "HF_HUB_OFFLINE": "1",  # no test reaches for the network
+    "TOKENIZERS_PARALLELISM": "false",  # the tokenizer's threads and forked processes do not mix
+}
+
+# One compilation cache per test session, shared by all workers and subprocesses. It is thrown away afterwards: what a
+# killed process left half-written must not reach the next session. JAX locks the directory only if its size is limited.
+COMPILATION_CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before anything imports JAX; workers inherit it from the process that starts them."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="exl2jax-tests-")
+        os.environ.update(COMPILATION_CACHE, JAX_COMPILATION_CACHE_DIR=folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in float16, one weight file, tied head. For reading only: other tests use it too."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in bfloat16, three weight files, a head of its own and biases. For reading only."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama-untied"
+    return write_tiny_llama(
+        folder, seed=1, tie=False, attention_bias=True, mlp_bias=True, dtype="bfloat16", shards=3, num_layers=3
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's directory; skips where it was not built."""
+    path = Path(os.environ.get(DEMO_MODEL_VARIABLE, ROOT / "demo" / "model"))
+    if not (path / "model.safetensors").is_file():
+        pytest.skip(f"no demo model at {path}: build it with `make demo-model` or name it by {DEMO_MODEL_VARIABLE}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The data directory beside the checkout; skips where there is none."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no ../shared directory beside this checkout")
+    return path
