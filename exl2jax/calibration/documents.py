@@ -18,12 +18,24 @@ DEFAULT_FIELD = "text"
 
 
 def text_blocks(path: Path) -> Iterator[str]:
-    """A UTF-8 text file as consecutive blocks of whole lines, any line ending read as a newline."""
+    """A UTF-8 text file as consecutive blocks of whole lines, any line ending read as a newline.
+
+    A line longer than `BLOCK` is cut before a space.
+    """
+    return _blocks(path, between_words=True)
+
+
+def _blocks(path: Path, *, between_words: bool) -> Iterator[str]:
+    """Blocks that end with a line, or (if allowed) before a space where a block holds no end of a line."""
     rest = ""
     for block in _decoded(path):
-        head, newline, rest = (rest + block).rpartition("\n")
-        if newline:
-            yield head + newline
+        text = rest + block
+        cut = text.rfind("\n") + 1
+        if not cut and between_words:
+            cut = max(text.rfind(" "), 0)
+        if cut:
+            yield text[:cut]
+        rest = text[cut:]
     if rest:
         yield rest
 
@@ -31,7 +43,7 @@ def text_blocks(path: Path) -> Iterator[str]:
 def json_lines(path: Path, fields: Sequence[str]) -> Iterator[str]:
     """The texts of a JSON Lines file: each line a string, or an object whose `fields` are joined by spaces."""
     number = 0
-    for block in text_blocks(path):
+    for block in _blocks(path, between_words=False):
         # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
         for line in block.removesuffix("\n").split("\n"):
             number += 1

@@ -20,19 +20,22 @@ def example_rows(
     *,
     rows: int | None,
     length: int | None,
+    context: int | None = None,
     batch_size: int = 1,
     pad_token_id: int | None = None,
 ) -> tuple[RowBlock, tuple[str, ...]]:
     """Rows of texts, token lists, tokenizer outputs or an array, one row per example, and notes.
 
     Texts are encoded as calling a `transformers` tokenizer does (with its default special tokens). Rows are cut to
-    `length` and padded at the end to the longest; padding is masked, so its id changes nothing. As in Optimum, a
-    `batch_size` over one needs a `pad_token_id`.
+    `length` (else to the model's `context`) and padded at the end to the longest; padding is masked, so its id changes
+    nothing. As in Optimum, a `batch_size` over one needs a `pad_token_id`. An array is taken as it is, its rows cut to
+    `length`.
     """
     if isinstance(examples, np.ndarray) and examples.ndim == 2:
         block = ready_rows(examples, None, where=_WHERE, rows=rows, length=length)
         return RowBlock(domain=EXAMPLES, ids=block.ids), ()
     _check_padding(batch_size, pad_token_id)
+    length = length or context
     sequences = [ids for index, example in enumerate(examples) for ids in _sequences(example, index, tokenizer)]
     if not sequences:
         raise CalibrationError(f"{_WHERE}: the list is empty; give at least one text or token list")

@@ -8,12 +8,20 @@ import numpy as np
 
 from exl2jax.calibration import composition as domains
 from exl2jax.calibration.documents import json_file, json_lines, text_blocks
-from exl2jax.calibration.examples import example_rows
+from exl2jax.calibration.examples import EXAMPLES, example_rows
 from exl2jax.calibration.named import named_rows
 from exl2jax.calibration.packing import pack_texts
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
-from exl2jax.calibration.records import NOISE_ID, CalibrationConfig, CalibrationRows, RowBlock, Sampler, hash_ids
+from exl2jax.calibration.records import (
+    NOISE_ID,
+    CalibrationConfig,
+    CalibrationRows,
+    Examples,
+    RowBlock,
+    Sampler,
+    hash_ids,
+)
 from exl2jax.calibration.self_sampling import self_rows
 from exl2jax.calibration.source import Source, parse_source
 from exl2jax.calibration.standard import random_ids, standard_rows
@@ -77,18 +85,11 @@ def load_rows(
     request = _Request(config=config, tokenizer=tokenizer, vocab_size=vocab_size, sampler=sampler, length=config.length)
     _check_context(config.length, context)
     if isinstance(config.source, str | Path):
-        blocks, notes = _from_sources(request, parse_source(str(config.source)), context)
         name = str(config.source)
+        blocks, notes = _from_sources(request, parse_source(name), context)
     else:
-        block, cuts = example_rows(
-            config.source,
-            tokenizer,
-            rows=config.rows,
-            length=config.length or context,
-            batch_size=config.batch_size,
-            pad_token_id=config.pad_token_id,
-        )
-        blocks, notes, name = [block], list(cuts), block.domain
+        name = EXAMPLES
+        blocks, notes = _from_examples(request, config.source, context)
     ids, mask = _joined([_in_vocabulary(block, request, name) for block in blocks])
     _check_context(ids.shape[1], context)
     return CalibrationRows(
@@ -101,6 +102,20 @@ def load_rows(
         sha256=hash_ids(ids),
         notes=(*notes, *_duplicate_notes(ids)),
     )
+
+
+def _from_examples(request: _Request, examples: Examples, context: int | None) -> Built:
+    """The block of data given from Python."""
+    block, notes = example_rows(
+        examples,
+        request.tokenizer,
+        rows=request.config.rows,
+        length=request.config.length,
+        context=context,
+        batch_size=request.config.batch_size,
+        pad_token_id=request.config.pad_token_id,
+    )
+    return [block], list(notes)
 
 
 def _from_sources(request: _Request, sources: Sequence[Source], context: int | None) -> Built:

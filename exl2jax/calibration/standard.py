@@ -1,6 +1,6 @@
 """The standard set: rows of every domain, put together from texts by fixed rules (EXL2.md section 5)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,48 +100,50 @@ def _document_rows(build: _Build, domain: str, wanted: int) -> tuple[np.ndarray,
     """Rows of whole documents, BOS before and EOS after each: the first half without the leading BOS, the rest with it.
 
     A row starts with a document and ends wherever it is full. Where a text has too few documents for the rows wanted,
-    the ends that other rows had to cut off make further rows; they stand first, so that few of them start with BOS.
+    what rows had to cut off serves as documents in its turn; such rows stand first, where BOS is left out.
     """
-    text = build.texts.texts[domain]
+    text, tokenizer = build.texts.texts[domain], build.tokenizer
     documents = wiki_articles(text) if domain == domains.WIKI else stories(text)
+    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    limit = None if build.texts.spread else wanted
+    encoded = (tokenizer.encode(document, bos=True, eos=True) for document in documents)
+    groups, rest = _grouped(encoded, build.length, limit, len(bos))
+    while len(groups) < wanted:
+        pieces = (np.concatenate([bos, piece]) for piece in rest)
+        more, rest = _grouped(pieces, build.length, wanted - len(groups), len(bos))
+        if not more:
+            break
+        groups = more + groups
+    groups = [groups[i] for i in _pick(len(groups), wanted, build.texts.spread)]
+    starts = [len(bos) if row < len(groups) // 2 else 0 for row in range(len(groups))]
+    rows = [group[start : start + build.length] for group, start in zip(groups, starts, strict=True)]
+    return np.stack(rows) if rows else np.zeros((0, build.length), np.int32), ""
+
+
+def _grouped(
+    documents: Iterable[np.ndarray], length: int, limit: int | None, lead: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Consecutive documents joined until there is a row with or without BOS, at most `limit` times.
+
+    Returns the groups, cut to `length + 1` tokens each, and what was cut off or left over, less the `lead` tokens that
+    start a document.
+    """
     groups: list[np.ndarray] = []
     rest: list[np.ndarray] = []
-    for group in _groups(build, documents):
-        if len(groups) == wanted and not build.texts.spread:
-            break
-        if len(group) > build.length:
-            groups.append(group[: build.length + 1])
-        rest.append(group[build.length + 1 :] if len(group) > build.length else group)
-    if len(groups) < wanted:
-        groups = _cut_offs(build, rest, wanted - len(groups)) + groups
-    groups = [groups[i] for i in _pick(len(groups), wanted, build.texts.spread)]
-    lead = 0 if build.tokenizer.bos_id is None else 1
-    starts = [lead if row < len(groups) // 2 else 0 for row in range(len(groups))]
-    rows = [group[start : start + build.length] for group, start in zip(groups, starts, strict=True)]
-    return _stacked(rows, build.length), ""
-
-
-def _groups(build: _Build, documents: Sequence[str]) -> Iterator[np.ndarray]:
-    """Token arrays of consecutive documents, each long enough for a row with or without BOS (the last may be short)."""
     parts: list[np.ndarray] = []
     have = 0
     for document in documents:
-        parts.append(build.tokenizer.encode(document, bos=True, eos=True))
-        have += len(parts[-1])
-        if have > build.length:
-            yield np.concatenate(parts)
+        if len(groups) == limit:
+            return groups, rest
+        parts.append(document)
+        have += len(document)
+        if have > length:
+            group = np.concatenate(parts)
+            groups.append(group[: length + 1])
+            rest += [group[length + 1 :]] if have > length + 1 else []
             parts, have = [], 0
-    if parts:
-        yield np.concatenate(parts)
-
-
-def _cut_offs(build: _Build, rest: Sequence[np.ndarray], wanted: int) -> list[np.ndarray]:
-    """Groups made of what was cut off elsewhere, in order: BOS (where there is one) and a row of tokens each."""
-    tokens = np.concatenate(rest) if rest else np.zeros(0, np.int32)
-    bos = [] if build.tokenizer.bos_id is None else [build.tokenizer.bos_id]
-    step = build.length if bos else build.length + 1
-    pieces = [tokens[i * step : (i + 1) * step] for i in range(min(wanted, len(tokens) // step))]
-    return [np.concatenate([np.array(bos, np.int32), piece]) for piece in pieces]
+    rest += [np.concatenate(parts)[lead:]] if parts else []
+    return groups, rest
 
 
 def _shuffled_rows(build: _Build, domain: str, wanted: int) -> tuple[np.ndarray, str]:
@@ -172,10 +174,6 @@ def _pick(available: int, wanted: int, spread: bool) -> np.ndarray:
     if wanted >= available or not spread:
         return np.arange(min(wanted, available))
     return (2 * np.arange(wanted) + 1) * available // (2 * wanted)
-
-
-def _stacked(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    return np.stack(rows) if rows else np.zeros((0, length), np.int32)
 
 
 _RULES: Mapping[str, Callable[[_Build, str, int], tuple[np.ndarray, str]]] = {

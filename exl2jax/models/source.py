@@ -1,5 +1,7 @@
 """Loading a model one module at a time, from a Hugging Face directory or from an EXL2 one."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from exl2jax.errors import FormatError, ModelError, SettingsError
 from exl2jax.models.config import CONFIG_NAME, ModelConfig, read_config
-from exl2jax.models.modules import EMBED_KEY, NORM_KEY, LinearSpec, ModuleSpec, head_spec
+from exl2jax.models.modules import EMBED_KEY, NORM_KEY, LinearSpec, ModuleSpec, head_spec, module_specs
 from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
 from exl2jax.storage import TensorFiles
 
@@ -58,6 +60,14 @@ class Model:
 
     def _float(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float tensor of a known shape as float32, refused when it holds NaN or infinity."""
+        self._check(name, shape)
+        value = self.files.read(name).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise ModelError(f"{self.files.file(name)}: {name} holds NaN or infinity; the source model is damaged")
+        return value
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise `ModelError` unless a tensor is there, a float, and of this shape."""
         if self.files.shape(name) != shape:
             raise ModelError(
                 f"{self.files.file(name)}: {name} has shape {list(self.files.shape(name))}, "
@@ -65,10 +75,6 @@ class Model:
             )
         if self.files.dtype(name) not in FLOAT_DTYPES:
             raise ModelError(f"{self.files.file(name)}: {name} is {self.files.dtype(name)}, expected {FLOAT_DTYPES}")
-        value = self.files.read(name).astype(np.float32)
-        if not np.isfinite(value).all():
-            raise ModelError(f"{self.files.file(name)}: {name} holds NaN or infinity; the source model is damaged")
-        return value
 
 
 class HFModel(Model):
@@ -80,12 +86,33 @@ class HFModel(Model):
         own = "lm_head.weight"
         return own if own in self.files and not self.config.tie_word_embeddings else f"{EMBED_KEY}.weight"
 
+    def check_headers(self) -> None:
+        """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
+        self._check(f"{EMBED_KEY}.weight", (self.config.vocab_size, self.config.hidden_size))
+        for spec in module_specs(self.config):
+            self._check(f"{spec.norm_key}.weight", (self.config.hidden_size,))
+            for linear in spec.linears:
+                self._check(f"{linear.key}.weight", (linear.columns, linear.rows))
+                if linear.bias:
+                    self._check(f"{linear.key}.bias", (linear.columns,))
+        self._check(f"{NORM_KEY}.weight", (self.config.hidden_size,))
+        self._check(self._kernel_name(head_spec(self.config)), (self.config.vocab_size, self.config.hidden_size))
+
+    def weights_digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes and file sizes of the weights: which weights these are."""
+        record = [[n, list(self.files.shape(n)), self.files.dtype(n)] for n in sorted(self.files)]
+        sizes = [[p.name, p.stat().st_size] for p in self.files.files]
+        return hashlib.sha256(json.dumps([record, sizes]).encode()).hexdigest()
+
     def kernel(self, spec: LinearSpec) -> np.ndarray:
         """The weight of a linear, `[K, N]` float32."""
+        return np.ascontiguousarray(self._float(self._kernel_name(spec), (spec.columns, spec.rows)).T)
+
+    def _kernel_name(self, spec: LinearSpec) -> str:
         name = self.head_name if spec == head_spec(self.config) else f"{spec.key}.weight"
         if name == f"{EMBED_KEY}.weight" and not self.config.tie_word_embeddings:
             raise ModelError(f"{self.directory}: lm_head.weight is missing and the embeddings are not tied")
-        return np.ascontiguousarray(self._float(name, (spec.columns, spec.rows)).T)
+        return name
 
 
 class Exl2Model(Model):

@@ -46,10 +46,11 @@ def score(
     return Scores(columns[0], *(columns[1:] if len(columns) > 1 else (None, None)))
 
 
-def perplexity(nll: np.ndarray) -> float:
-    """`exp` of the mean negative log likelihood."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.mean(nll, dtype=np.float64)))
+def perplexity(nll: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """`exp` of the mean negative log likelihood `[R, T - 1]`; `mask [R, T]` leaves padding out."""
+    weight = np.ones(nll.shape) if mask is None else mask[:, 1:].astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return float(np.exp(np.sum(nll * weight, dtype=np.float64) / np.sum(weight)))
 
 
 def _log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:

@@ -96,10 +96,14 @@ def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: n
     return out
 
 
-def relative_error(out: np.ndarray, ref: np.ndarray) -> float:
-    """Mean over rows of `||out - ||ref| / ||ref||`: the stock converter's `rfn_error` of a block."""
-    errors = [np.asarray(_row_errors(out[c.start : c.stop], ref[c.start : c.stop])) for c in row_chunks(out)]
-    return float(np.mean(np.concatenate(errors)))
+def relative_error(out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None) -> float:
+    """Mean over rows of `||out - ref|| / ||ref||`, the stock converter's `rfn_error` of a module, padding apart."""
+    mask = np.ones(out.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    errors = []
+    for c in row_chunks(out):
+        weight = mask[c.start : c.stop, :, None]
+        errors.append(np.asarray(_row_errors(out[c.start : c.stop] * weight, ref[c.start : c.stop] * weight)))
+    return float(np.mean(np.concatenate(errors), dtype=np.float64))
 
 
 def _empty_hessians(decoder: Decoder, kind: str, params: Any, h: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2jax.calibration.composition import TEXT_DOMAINS, share, standard_composition
@@ -15,6 +15,7 @@ def test_the_full_set_is_the_stock_one() -> None:
     assert standard_composition(False, 115) == standard_composition(False, None)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 400), measure=st.booleans())
 def test_scaling_keeps_order_total_and_text_domains(rows: int, measure: bool) -> None:
     scaled = standard_composition(measure, rows)
@@ -26,6 +27,7 @@ def test_scaling_keeps_order_total_and_text_domains(rows: int, measure: bool) ->
         assert all(count >= 1 for domain, count in scaled if domain in TEXT_DOMAINS)
 
 
+@settings(deadline=None)
 @given(weights=st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(any), total=st.integers(0, 300))
 def test_share_is_within_one_of_the_exact_quota(weights: list[int], total: int) -> None:
     counts = share(weights, total)

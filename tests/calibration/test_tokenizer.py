@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as Library
 from exl2jax.calibration import Tokenizer, load_tokenizer
 from exl2jax.errors import ModelError
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_encode_adds_only_what_is_asked_for(tokenizer: Tokenizer, tokenizer_dirs: dict[str, Path]) -> None:
     plain = Library.from_file(str(tokenizer_dirs["bos"] / "tokenizer.json")).encode("abc äé", add_special_tokens=False)
@@ -93,7 +95,9 @@ def test_transformers_reads_what_has_no_tokenizer_json(tokenizer_dirs: dict[str,
         "import sys; from pathlib import Path; from exl2jax.calibration import load_tokenizer; "
         "t = load_tokenizer(Path(sys.argv[1])); print(t.bos_id, t.eos_id, t.encode('abc äé', bos=True).tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     ids = load_tokenizer(tokenizer_dirs["bos"]).encode("abc äé", bos=True).tolist()
     assert done.stdout.strip() == f"0 1 {ids}"
 
@@ -108,6 +112,8 @@ def test_an_unreadable_slow_tokenizer_is_a_model_error(tmp_path: Path) -> None:
         "try: load_tokenizer(Path(sys.argv[1]))\n"
         "except ModelError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert str(tmp_path) in done.stdout
     assert "tokenizer" in done.stdout

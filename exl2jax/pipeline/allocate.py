@@ -1,0 +1,173 @@
+"""Bit allocation: which candidate every module gets, so that the whole reaches a target average."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exl2jax.errors import MeasurementError
+from exl2jax.models import ModuleSpec
+from exl2jax.pipeline.annealing import RUNS, anneal
+from exl2jax.pipeline.knapsack import solve
+from exl2jax.pipeline.measurement import Candidate, Measurement
+from exl2jax.qparams import QParams
+
+NORM_RANGE = (1.5, 3.5)
+NORM_STEP = 0.075
+"""Half width of the fine sweep around the best norm of the coarse one."""
+
+EXACT_NORMS = 15
+"""Norms the exact solver tries in each sweep; annealing tries one per run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strategy:
+    """What was chosen: `qparams` by module key and linear name, the bits it costs, and how it was found.
+
+    `objective` is `sum error^norm`; `gap` its proven distance to the optimum, None where nothing is proven.
+    """
+
+    qparams: Mapping[str, Mapping[str, QParams]]
+    total_bits: int
+    weights: int
+    objective: float
+    norm: float
+    max_error: float
+    solver: str
+    gap: float | None
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over the decoder's linears."""
+        return self.total_bits / self.weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Problem:
+    costs: list[np.ndarray]
+    errors: list[np.ndarray]
+    budget: int
+
+    def losses(self, norm: float) -> list[np.ndarray]:
+        return [e**norm for e in self.errors]
+
+    def objective(self, choice: Sequence[int], norm: float) -> float:
+        return float(sum(e[i] ** norm for e, i in zip(self.errors, choice, strict=True)))
+
+    def cost(self, choice: Sequence[int]) -> int:
+        return int(sum(c[i] for c, i in zip(self.costs, choice, strict=True)))
+
+    def max_error(self, choice: Sequence[int]) -> float:
+        return float(max(e[i] for e, i in zip(self.errors, choice, strict=True)))
+
+
+_Choice = tuple[tuple[int, ...], float | None]
+
+
+def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec]) -> tuple[float, float]:
+    """Least and greatest bits per weight that the candidates can reach."""
+    rows = measurement.modules.values()
+    weights = sum(spec.weights for spec in specs)
+    return (
+        sum(min(c.total_bits for c in row) for row in rows) / weights,
+        sum(max(c.total_bits for c in row) for row in rows) / weights,
+    )
+
+
+def allocate(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, solver: str, seed: int) -> Strategy:
+    """Choose a candidate per module within `int(weights * bits)` bits.
+
+    `solver` is `exact` (the optimum of `sum error^norm`, proven) or `annealing` (stock's search, seeded). Both pick the
+    norm between 1.5 and 3.5 whose solution has the smallest maximal error, as stock does. Raises `MeasurementError`
+    with the feasible range when the candidates cannot reach `bits`.
+    """
+    low, high = feasible_bpw(measurement, specs)
+    weights = sum(spec.weights for spec in specs)
+    if int(weights * bits) < round(low * weights):
+        raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
+    rows = [measurement.modules[spec.key] for spec in specs]
+    problem = _Problem(
+        costs=[np.asarray([c.total_bits for c in row], np.int64) for row in rows],
+        errors=[np.asarray([c.error for c in row]) for row in rows],
+        budget=int(weights * bits),
+    )
+    norm, (choice, gap) = _anneal_norms(problem, seed) if solver == "annealing" else _exact_norms(problem)
+    return _strategy(problem, specs, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
+
+
+def _strategy(
+    problem: _Problem,
+    specs: Sequence[ModuleSpec],
+    rows: Sequence[tuple[Candidate, ...]],
+    choice: Sequence[int],
+    *,
+    weights: int,
+    norm: float,
+    solver: str,
+    gap: float | None,
+) -> Strategy:
+    return Strategy(
+        qparams={spec.key: row[i].qparams for spec, row, i in zip(specs, rows, choice, strict=True)},
+        total_bits=problem.cost(choice),
+        weights=weights,
+        objective=problem.objective(choice, norm),
+        norm=norm,
+        max_error=problem.max_error(choice),
+        solver=solver,
+        gap=gap,
+    )
+
+
+def _best_norm(problem: _Problem, count: int, solve_at: Callable[[np.ndarray, int], list[_Choice]]) -> float:
+    """The norm whose solution has the smallest maximal error: a coarse sweep, then a fine one around its best."""
+    norm, around = sum(NORM_RANGE) / 2, (NORM_RANGE[1] - NORM_RANGE[0]) / 2
+    for stage, width in enumerate((around, NORM_STEP)):
+        tried = np.linspace(norm - width, norm + width, count)
+        norm = float(tried[int(np.argmin([problem.max_error(choice) for choice, _ in solve_at(tried, stage)]))])
+    return norm
+
+
+def _exact_norms(problem: _Problem) -> tuple[float, _Choice]:
+    norm = _best_norm(problem, EXACT_NORMS, lambda norms, _: [exact_choice(problem, float(n)) for n in norms])
+    return norm, exact_choice(problem, norm)
+
+
+def exact_choice(problem: _Problem, norm: float) -> _Choice:
+    """The optimum of `sum error^norm`, and its proven gap."""
+    solution = solve(problem.costs, problem.losses(norm), problem.budget)
+    if solution is None:
+        raise MeasurementError("no allocation fits the budget")
+    return solution.choice, solution.gap
+
+
+def _anneal_norms(problem: _Problem, seed: int) -> tuple[float, _Choice]:
+    counts = np.asarray([len(c) for c in problem.costs])
+    width = int(counts.max())
+    costs = np.stack([np.pad(c, (0, width - len(c))) for c in problem.costs])
+
+    def runs(norms: np.ndarray, stage: int) -> list[_Choice]:
+        padded = [[np.pad(v, (0, width - len(v))) for v in problem.losses(float(norm))] for norm in norms]
+        found = anneal(costs, np.asarray(padded), counts, problem.budget, seed=(seed, stage))
+        return [(_top_up(problem, choice), None) for choice in found]
+
+    norm = _best_norm(problem, RUNS, runs)
+    last = runs(np.full(RUNS, norm), 2)
+    return norm, min(last, key=lambda c: (problem.cost(c[0]) > problem.budget, problem.objective(c[0], norm)))
+
+
+def _top_up(problem: _Problem, choice: np.ndarray) -> tuple[int, ...]:
+    """Spend what is left of the budget: raise slots to the next dearer option that lowers their error."""
+    out = [int(i) for i in choice]
+    left = problem.budget - problem.cost(out)
+    raised = True
+    while raised:
+        raised = False
+        for s, (costs, errors) in enumerate(zip(problem.costs, problem.errors, strict=True)):
+            extra = costs - costs[out[s]]
+            better = np.flatnonzero((errors < errors[out[s]]) & (extra <= left))
+            if len(better):
+                i = int(better[np.argmin(costs[better])])
+                left -= int(extra[i])
+                out[s] = i
+                raised = True
+    return tuple(out)

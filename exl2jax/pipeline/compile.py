@@ -1,0 +1,73 @@
+"""Compilation: packed linears and untouched tensors into the shards of an EXL2 directory."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exl2jax.errors import JobError, StorageError
+from exl2jax.models import HFModel, head_spec, module_specs
+from exl2jax.models.config import CONFIG_NAME
+from exl2jax.models.modules import EMBED_KEY, NORM_KEY
+from exl2jax.storage import ShardWriter, TensorFiles, make_directory, write_json
+from exl2jax.storage.tensors import INDEX_NAME
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def compile_model(model: HFModel, out_tensor: Path, target: Path, *, shard_mb: float) -> tuple[Path, ...]:
+    """Write the shards of the quantized model into `target`: everything its loader looks up, and nothing else.
+
+    Raises `StorageError` when `target` holds weight files that are not ours: a loader would read them too.
+    """
+    make_directory(target, "the output directory")
+    _require_no_strays(target)
+    writer = ShardWriter(target, shard_mb)
+    for name, tensor in _tensors(model, out_tensor):
+        writer.add(name, tensor)
+    return writer.finish()
+
+
+def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, Any]) -> None:
+    """Copy every non-weight file of the source as it is, and write its config with `quantization_config` added."""
+    for path in sorted(model.directory.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
+            try:
+                shutil.copyfile(path, target / path.name)
+            except OSError as e:
+                raise StorageError(f"{target / path.name}: cannot copy from the source model ({e})") from e
+    write_json(target / CONFIG_NAME, {**model.raw_config, "quantization_config": dict(quantization)})
+
+
+def _require_no_strays(target: Path) -> None:
+    strays = sorted(p.name for p in target.glob("*.safetensors") if not p.name.startswith("output"))
+    work = ("cal_data.safetensors", "hidden_states.safetensors")
+    strays = [name for name in strays if name not in work]
+    if strays:
+        raise StorageError(f"{target / strays[0]}: not of this conversion, but its loader would read it; move it away")
+
+
+def _tensors(model: HFModel, out_tensor: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the output in module order."""
+    yield _plain(model, f"{EMBED_KEY}.weight")
+    for spec in module_specs(model.config):
+        yield _plain(model, f"{spec.norm_key}.weight")
+        for linear in spec.linears:
+            yield from _packed(out_tensor, linear.key)
+    yield _plain(model, f"{NORM_KEY}.weight")
+    yield from _packed(out_tensor, head_spec(model.config).key)
+
+
+def _plain(model: HFModel, name: str) -> tuple[str, np.ndarray]:
+    return name, model.files.read(name)
+
+
+def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:
+    path = out_tensor / f"{key}.safetensors"
+    if not path.exists():
+        raise JobError(f"{path}: the quantized tensors of {key} are missing; start over with -nr")
+    files = TensorFiles([path])
+    for name in files:
+        yield name, files.read(name)

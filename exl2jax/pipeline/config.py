@@ -1,0 +1,84 @@
+"""What the user asked for: one frozen record with the stock converter's settings and defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl2jax.calibration import CalibrationConfig
+from exl2jax.candidates import head_qparams
+from exl2jax.errors import SettingsError
+from exl2jax.qparams import FORMAT_BITS
+
+SOLVERS = ("exact", "annealing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionConfig:
+    """Settings of a conversion; names and defaults are stock's (`-i -o -cf -c -b -ss -rs -ra -hb -om -m -r -mr -l -ml`).
+
+    `cal_dataset=None` takes the built-in set; `dataset_rows` and `measurement_rows` of None take what the source calls
+    for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
+    2048 tokens, at most the model's context). `allocation` is `exact` or `annealing`;
+    `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
+    """
+
+    in_dir: Path
+    out_dir: Path
+    compile_full: Path | None = None
+    cal_dataset: str | None = None
+    bits: float = 4.125
+    shard_size: float = 8192
+    rope_scale: float | None = None
+    rope_alpha: float | None = None
+    head_bits: int = 6
+    output_measurement: Path | None = None
+    measurement: Path | None = None
+    dataset_rows: int | None = None
+    measurement_rows: int | None = None
+    length: int | None = None
+    measurement_length: int | None = None
+    no_resume: bool = False
+    seed: int = 0
+    allocation: str = "exact"
+    checkpoint_interval: float = 180.0
+
+    def __post_init__(self) -> None:
+        """Check every setting that can be checked without reading a file."""
+        low, high = FORMAT_BITS[0], FORMAT_BITS[-1]
+        if not low <= self.bits <= high:
+            raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
+        head_qparams(self.head_bits)
+        if self.output_measurement is not None and self.compile_full is not None:
+            raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
+        if self.output_measurement is not None and self.measurement is not None:
+            raise SettingsError("-om/--output_measurement makes a measurement; -m/--measurement already is one")
+        if self.allocation not in SOLVERS:
+            raise SettingsError(f"--allocation is {self.allocation!r}; it must be one of {', '.join(SOLVERS)}")
+        for flag, value in (("-rs/--rope_scale", self.rope_scale), ("-ra/--rope_alpha", self.rope_alpha)):
+            if value is not None and not 0 < value < float("inf"):
+                raise SettingsError(f"{flag} is {value}; it must be positive")
+        for flag, value in (("-l/--length", self.length), ("-ml/--measurement_length", self.measurement_length)):
+            if value is not None and value < 2:
+                raise SettingsError(f"{flag} is {value}; a row needs at least 2 tokens")
+        if self.shard_size < 0 or self.checkpoint_interval < 0:
+            raise SettingsError("-ss/--shard_size and --checkpoint-interval must not be negative")
+        self._check_directories()
+        for measure in (True, False):
+            self.calibration(measure=measure)
+
+    def _check_directories(self) -> None:
+        source = self.in_dir.resolve()
+        for flag, path in (("-o/--out_dir", self.out_dir), ("-cf/--compile_full", self.compile_full)):
+            if path is not None and path.resolve() == source:
+                raise SettingsError(f"{flag} is the source model's own directory; choose another")
+        if self.compile_full is not None and self.compile_full.resolve() == self.out_dir.resolve():
+            raise SettingsError("-cf/--compile_full and -o/--out_dir must be different directories")
+
+    def calibration(self, *, measure: bool) -> CalibrationConfig:
+        """The calibration rows of a pass."""
+        return CalibrationConfig(
+            source=self.cal_dataset or "standard",
+            rows=self.measurement_rows if measure else self.dataset_rows,
+            length=self.measurement_length if measure else self.length,
+            seed=self.seed,
+            measure=measure,
+        )

@@ -1,0 +1,154 @@
+"""The work directory of a conversion: the job file, checkpoints of the passes, and the lock."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, safe_open
+
+from exl2jax.errors import JobError
+from exl2jax.pipeline.scan import Carry
+from exl2jax.storage import make_directory, read_json, write_json, write_tensors
+
+JOB_FORMAT = 1
+STAGES = ("measure", "quantize", "compile", "finished")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobState:
+    """Where a conversion is: the fingerprint of its inputs, its stage, and the records of the stages done."""
+
+    inputs: Mapping[str, Any]
+    stage: str
+    records: Mapping[str, Any] = field(default_factory=dict)
+
+    def advanced(self, stage: str, **records: Any) -> "JobState":
+        """The state after a stage, its records added."""
+        return replace(self, stage=stage, records={**self.records, **records})
+
+
+class WorkDirectory:
+    """The files of a job, under the names that users of the stock converter know."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the files; nothing is touched."""
+        self.path = path
+        self.job_file = path / "job_new.json"
+        self.cal_data = path / "cal_data.safetensors"
+        self.hidden_states = path / "hidden_states.safetensors"
+        self.measurement = path / "measurement.json"
+        self.reports = path / "quantized.json"
+        self.out_tensor = path / "out_tensor"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; the lock dies with it. `JobError` when another one has it."""
+        make_directory(self.path, "-o/--out_dir")
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as e:
+            raise JobError(f"{self.path}: another conversion is running in this work directory; wait or choose another -o") from e
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Remove everything that a job leaves (`-nr`); other files stay."""
+        for path in (self.job_file, self.cal_data, self.hidden_states, self.measurement, self.reports):
+            path.unlink(missing_ok=True)
+        if self.out_tensor.exists():
+            shutil.rmtree(self.out_tensor)
+
+    def resume(self, inputs: Mapping[str, Any], first_stage: str) -> JobState:
+        """The state to go on from: the job file's, if it is of the same inputs, or a new one."""
+        if not self.job_file.exists():
+            self.hidden_states.unlink(missing_ok=True)
+            return JobState(inputs=inputs, stage=first_stage)
+        record = read_json(self.job_file, JobError, "the job file")
+        if not isinstance(record, dict) or record.get("format") != JOB_FORMAT or record.get("stage") not in STAGES:
+            raise JobError(f"{self.job_file}: not a job file of this version; start over with -nr or choose another -o")
+        self._require_same(record.get("inputs"), inputs)
+        return JobState(inputs=inputs, stage=record["stage"], records=record.get("records", {}))
+
+    def save(self, state: JobState) -> None:
+        """Write the job file, last of all."""
+        write_json(
+            self.job_file,
+            {"format": JOB_FORMAT, "stage": state.stage, "inputs": dict(state.inputs), "records": dict(state.records)},
+        )
+
+    def _require_same(self, there: Any, here: Mapping[str, Any]) -> None:
+        there = there if isinstance(there, dict) else {}
+        for name in [*here, *(n for n in there if n not in here)]:
+            if there.get(name) != here.get(name):
+                raise JobError(
+                    f"{self.job_file}: this work directory was begun with another {name} "
+                    f"({_short(there.get(name))} there, {_short(here.get(name))} now); "
+                    "take the same, start over with -nr, or choose another -o"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileCheckpoint[O]:
+    """Checkpoints of a pass: outputs as JSON first, then the states, whose rename commits both.
+
+    The position stands in the states' own metadata, so a kill between the two files leaves outputs that run ahead of
+    the states; `read` is told how many to take.
+    """
+
+    work: WorkDirectory
+    stage: str
+    job: str
+    write: Callable[[list[O]], None]
+    read: Callable[[int], list[O]]
+
+    def load(self) -> tuple[int, Carry, list[O]] | None:
+        """The last checkpoint of this pass of this job, or None."""
+        path = self.work.hidden_states
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                metadata = handle.metadata() or {}
+            if metadata.get("stage") != self.stage or metadata.get("job") != self.job:
+                return None
+            position = int(metadata["position"])
+            carry = _unflatten(load_file(path))
+        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            raise JobError(f"{path}: the checkpoint is damaged ({e}); start over with -nr") from e
+        return position, carry, self.read(position)
+
+    def save(self, position: int, carry: Carry, outputs: list[O]) -> None:
+        """Write a checkpoint after `position` modules."""
+        self.write(outputs)
+        metadata = {"stage": self.stage, "job": self.job, "position": str(position)}
+        write_tensors(self.work.hidden_states, _flatten(carry), metadata)
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-able record."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(carry: Carry) -> dict[str, np.ndarray]:
+    return {f"{name}.{i:05}": row for name, rows in carry.items() for i, row in enumerate(rows)}
+
+
+def _unflatten(tensors: Mapping[str, np.ndarray]) -> Carry:
+    names = sorted({name.rpartition(".")[0] for name in tensors})
+    return {name: np.stack([tensors[t] for t in sorted(tensors) if t.rpartition(".")[0] == name]) for name in names}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:21] + "..."

@@ -1,0 +1,52 @@
+"""One linear from weight to packed tensors, with the checks that stand between computing and trusting it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.errors import FormatError, HessianError, NumericalError
+from exl2jax.models import LinearSpec
+from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, factorize, gptq, pack_linear, unpack_linear
+from exl2jax.qparams import QParams, require_quantizable_rows
+
+
+class PackedWeight(NamedTuple):
+    """The stored tensors of a linear and the weight `[K, N]` float16 they dequantize to."""
+
+    packed: PackedLinear
+    weight: jax.Array
+
+
+def factor_hessian(hessian: jax.Array, name: str) -> HessianFactor:
+    """Factor a Hessian, or raise `HessianError` naming the linear."""
+    factor = factorize(hessian)
+    if not bool(factor.ok):
+        if not bool(jnp.all(jnp.isfinite(hessian))):
+            raise HessianError(f"{name}: the Hessian holds NaN or infinity; the activations overflow on this calibration data")
+        raise HessianError(
+            f"{name}: the Hessian is not positive definite after {int(factor.attempts)} dampings "
+            f"(last {float(factor.damping):.3g}); use more or other calibration rows"
+        )
+    return factor
+
+
+def quantize_linear(
+    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec
+) -> QuantizedLinear:
+    """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
+    require_quantizable_rows(spec.rows, spec.key)
+    linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows))
+    if not bool(jnp.all(jnp.isfinite(linear.weight))):
+        raise NumericalError(f"{spec.key}: quantization gave NaN or infinity; the weights are beyond half precision")
+    return linear
+
+
+def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | None) -> PackedWeight:
+    """Pack a linear and prove that unpacking it gives back, bit for bit, the weight the pipeline goes on with."""
+    packed = pack_linear(linear, bias)
+    again = unpack_linear(packed)[:, : spec.columns]
+    if not np.array_equal(again.view(np.uint16), np.asarray(linear.weight).view(np.uint16)):
+        raise FormatError(f"{spec.key}: the packed tensors do not dequantize to the quantized weight; please report this")
+    return PackedWeight(packed, linear.weight)

@@ -1,0 +1,43 @@
+"""What a conversion returns: the summary that is shown, printed as JSON and kept in the job file."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+POOR_PERPLEXITY = 30.0
+FAILED_PERPLEXITY = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionResult:
+    """Summary of a finished run. Sizes in bytes, times in seconds, perplexities on the calibration rows.
+
+    `output` is the compiled directory, or the measurement file of a run with `-om`, which leaves the rest None.
+    """
+
+    output: str
+    bits: float
+    bpw: float | None = None
+    head_bits: int | None = None
+    size: int | None = None
+    source_size: int | None = None
+    perplexity: float | None = None
+    perplexity_full: float | None = None
+    rfn_error: Mapping[str, float] | None = None
+    allocation: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `--json` and of the job file."""
+        return asdict(self)
+
+
+def perplexity_warnings(perplexity: float) -> tuple[str, ...]:
+    """What stock documents about the final check: over 30 is poor, over 1000 has failed."""
+    if perplexity > FAILED_PERPLEXITY:
+        return (f"calibration perplexity {perplexity:.1f} is above 1000: the quantization has FAILED, do not use it",)
+    if perplexity > POOR_PERPLEXITY:
+        return (f"calibration perplexity {perplexity:.2f} is above 30: poor, check the source model and the bits",)
+    return ()

@@ -1,0 +1,5 @@
+"""The package's version, from its installed metadata."""
+
+from importlib.metadata import version
+
+VERSION = version("exl2jax")
