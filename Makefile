@@ -11,7 +11,7 @@ BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast lint format parity parity-check clean
+.PHONY: help setup demo demo-model test test-fast lint format parity parity-write clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +40,13 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-parity: demo-model ## rebuild the reference logits with torch and transformers
-	@scripts/setup.sh parity
-	.venv-parity/bin/python -m scripts.parity --write
-
-parity-check: demo-model ## recompute the reference logits and compare them with the committed ones
+parity: demo-model ## recompute the reference logits with torch and transformers and compare with the committed ones
 	@scripts/setup.sh parity
 	.venv-parity/bin/python -m scripts.parity --check
+
+parity-write: demo-model ## rebuild the committed reference logits that no longer agree
+	@scripts/setup.sh parity
+	.venv-parity/bin/python -m scripts.parity --write
 
 clean: ## remove caches and build outputs; keeps the virtual environments and the demo model
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -103,7 +103,7 @@ class QParams:
                 group_size = (int(sizes),) * len(bits)
             props = tuple(float(p) for p in record["bits_prop"])
             return cls(bits=bits, bits_prop=props, group_size=group_size, scale_bits=int(record.get("scale_bits", 4)))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
             raise MeasurementError(f"{where}: not a valid projection setting ({e}): {record!r:.200}") from e
 
 

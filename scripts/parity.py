@@ -3,8 +3,8 @@
     .venv-parity/bin/python -m scripts.parity --write     make them, leaving those alone that agree already
     .venv-parity/bin/python -m scripts.parity --check     compare them; exit code 1 on a difference
 
-Run from the root of the repository, in the environment that `scripts/setup.sh parity` makes; `make parity` and
-`make parity-check` do both. The demo model is read from `demo/model`.
+Run from the root of the repository, in the environment that `scripts/setup.sh parity` makes: `make parity-write` and
+`make parity` do both. The demo model is read from `demo/model`.
 """
 
 import argparse

@@ -62,7 +62,9 @@ def factorize(h: jax.Array) -> HessianFactor:
 
     lower, damping, attempts = lax.while_loop(failed, again, (attempt(first), first, jnp.int32(1)))
     u = lower_inverse(lower)[::-1, ::-1]
-    return HessianFactor(perm, jnp.argsort(perm), u, damping, attempts, jnp.all(jnp.isfinite(u)))
+    # An infinite diagonal makes the damping infinite and U zero: finite, but no factor of anything.
+    ok = jnp.all(jnp.isfinite(u)) & jnp.isfinite(damping)
+    return HessianFactor(perm, jnp.argsort(perm), u, damping, attempts, ok)
 
 
 def lower_inverse(lower: jax.Array) -> jax.Array:

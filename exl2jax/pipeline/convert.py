@@ -76,7 +76,8 @@ class _Conversion:
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
         config = self.config
-        state = self.work.resume(self.inputs, "quantize" if config.measurement else "measure")
+        first = "quantize" if config.measurement else "measure"
+        state = self.work.resume(JobState(inputs=self.inputs, in_dir=str(config.in_dir.resolve()), stage=first))
         if state.stage == "measure":
             state = self._timed(state, "measure", self._measure)
         if config.output_measurement is not None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class JobState:
     """Where a conversion is: the fingerprint of its inputs, its stage, and the records of the stages done."""
 
     inputs: Mapping[str, Any]
+    in_dir: str
     stage: str
     records: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +63,14 @@ class WorkDirectory:
         finally:
             lock.release()
 
+    def source(self) -> Path | None:
+        """The source model that the job here was begun with, or None where there is no job."""
+        if not self.job_file.exists():
+            return None
+        record = read_json(self.job_file, JobError, "the job file")
+        found = record.get("in_dir") if isinstance(record, dict) else None
+        return Path(found) if isinstance(found, str) else None
+
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
         for path in (self.job_file, self.cal_data, self.hidden_states, self.measurement, self.reports):
@@ -69,22 +78,22 @@ class WorkDirectory:
         if self.out_tensor.exists():
             shutil.rmtree(self.out_tensor)
 
-    def resume(self, inputs: Mapping[str, Any], first_stage: str) -> JobState:
-        """The state to go on from: the job file's, if it is of the same inputs, or a new one."""
+    def resume(self, new: JobState) -> JobState:
+        """The state to go on from: the job file's, if it is of the same inputs, or `new`."""
         if not self.job_file.exists():
             self.hidden_states.unlink(missing_ok=True)
-            return JobState(inputs=inputs, stage=first_stage)
+            return new
         record = read_json(self.job_file, JobError, "the job file")
         if not isinstance(record, dict) or record.get("format") != JOB_FORMAT or record.get("stage") not in STAGES:
             raise JobError(f"{self.job_file}: not a job file of this version; start over with -nr or choose another -o")
-        self._require_same(record.get("inputs"), inputs)
-        return JobState(inputs=inputs, stage=record["stage"], records=record.get("records", {}))
+        self._require_same(record.get("inputs"), new.inputs)
+        return replace(new, stage=record["stage"], records=record.get("records", {}))
 
     def save(self, state: JobState) -> None:
         """Write the job file, last of all."""
         write_json(
             self.job_file,
-            {"format": JOB_FORMAT, "stage": state.stage, "inputs": dict(state.inputs), "records": dict(state.records)},
+            {"format": JOB_FORMAT, **asdict(state)},
         )
 
     def _require_same(self, there: Any, here: Mapping[str, Any]) -> None:

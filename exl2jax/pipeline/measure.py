@@ -1,6 +1,6 @@
 """The measurement pass: what every candidate of every module does to that module's output."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jax import lax
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, relative_frobenius
-from exl2jax.pipeline.linear import factor_hessian, quantize_linear
+from exl2jax.pipeline.linear import Task, factor_hessian, quantize_many
 from exl2jax.pipeline.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.stream import collect, row_chunks
@@ -51,10 +51,7 @@ def measure_step(
         raise NumericalError(f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data")
     rows = candidate_rows(spec)
     factors = module_factors(spec, collected.first, collected.second)
-    stacks = {
-        linear.name: _stack(spec, linear.name, [row[linear.name] for row in rows], params, factors[linear.name])
-        for linear in spec.linears
-    }
+    stacks = _quantize_candidates(spec, rows, params, factors)
     errors = _candidate_errors(decoder, spec, params, stacks, states, collected.states, mask)
     candidates = tuple(
         Candidate(qparams=row, total_bits=module_bits(spec, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
@@ -71,11 +68,24 @@ def module_factors(spec: ModuleSpec, first: jax.Array, second: jax.Array) -> dic
     }
 
 
-def _stack(spec: ModuleSpec, name: str, choices: list[QParams], params: Any, factor: HessianFactor) -> _Stack:
-    linear = next(x for x in spec.linears if x.name == name)
-    distinct = list(dict.fromkeys(choices))
-    weights = [quantize_linear(params[name]["kernel"], factor, qparams, linear).weight for qparams in distinct]
-    return _Stack(jnp.stack(weights), np.asarray([distinct.index(c) for c in choices], np.int32))
+def _quantize_candidates(
+    spec: ModuleSpec, rows: Sequence[Mapping[str, QParams]], params: Any, factors: Mapping[str, HessianFactor]
+) -> dict[str, _Stack]:
+    """Quantize every distinct setting of every linear once."""
+    distinct = {linear.name: list(dict.fromkeys(row[linear.name] for row in rows)) for linear in spec.linears}
+    tasks = [
+        Task(params[linear.name]["kernel"], factors[linear.name], qparams, linear)
+        for linear in spec.linears
+        for qparams in distinct[linear.name]
+    ]
+    results = iter(quantize_many(tasks))
+    return {
+        name: _Stack(
+            jnp.stack([next(results).weight for _ in settings]),
+            np.asarray([settings.index(row[name]) for row in rows], np.int32),
+        )
+        for name, settings in distinct.items()
+    }
 
 
 def _candidate_errors(

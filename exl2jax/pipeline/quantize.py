@@ -12,7 +12,7 @@ from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.ops import PackedLinear
 from exl2jax.pipeline.head import quantize_head
-from exl2jax.pipeline.linear import pack_checked, quantize_linear
+from exl2jax.pipeline.linear import Task, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, Block, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
@@ -92,10 +92,10 @@ class QuantizeStep:
 
     def _linears(self, spec: ModuleSpec, params: Any, factors: Any) -> tuple[dict[str, Any], int]:
         """Quantize, pack, check and store every linear: the parameters to go on with, and the bits on disk."""
+        settings = self.strategy[spec.key]
+        tasks = [Task(params[x.name]["kernel"], factors[x.name], settings[x.name], x) for x in spec.linears]
         out, bits = {"norm": params["norm"]}, 0
-        for linear in spec.linears:
-            qparams = self.strategy[spec.key][linear.name]
-            result = quantize_linear(params[linear.name]["kernel"], factors[linear.name], qparams, linear)
+        for linear, result in zip(spec.linears, quantize_many(tasks), strict=True):
             bias = params[linear.name].get("bias")
             packed = pack_checked(result, linear, None if bias is None else np.asarray(bias))
             self._store(linear, packed.packed)

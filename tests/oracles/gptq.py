@@ -35,8 +35,7 @@ def gptq(w: np.ndarray, perm: np.ndarray, u: np.ndarray, cut: Sequence[tuple[int
             codes[c] = quantize(work[c], scale, bits)
             result[c] = dequantize(codes[c], scale, bits)
             errors[c - a] = (work[c] - result[c]) / u[c, c]
-            for later in range(c + 1, b):
-                work[later] -= u[c, later] * errors[c - a]
+            work[c + 1 : b] -= np.outer(u[c, c + 1 : b], errors[c - a])
         work[b:] -= u[a:b, b:].T @ errors
         a = b
     weight = np.zeros(work.shape)

@@ -21,10 +21,7 @@ def grid_loss(w: np.ndarray, bits: int, multiplier: float) -> float:
     index, largest = base_scales(w, bits)
     step = (index / 16) ** 2 * largest * multiplier
     half = 2 ** (bits - 1)
-    total = 0.0
-    for row in w:
-        total += float((np.abs(np.clip(np.rint(row / step), -half, half - 1) * step - row) ** 3.5).sum())
-    return total
+    return float((np.abs(np.clip(np.rint(w / step), -half, half - 1) * step - w) ** 3.5).sum())
 
 
 def search(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np.ndarray, float]:

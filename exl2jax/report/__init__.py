@@ -1,0 +1,13 @@
+"""What a person sees: progress while a run goes on, tables when it is over."""
+
+from exl2jax.report.progress import StatusProgress, make_progress
+from exl2jax.report.tables import calibration_table, conversion_table, evaluation_table, verify_table
+
+__all__ = [
+    "StatusProgress",
+    "calibration_table",
+    "conversion_table",
+    "evaluation_table",
+    "make_progress",
+    "verify_table",
+]

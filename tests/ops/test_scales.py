@@ -1,0 +1,89 @@
+"""The scale search against a float64 search over the same grid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from exl2jax.ops import search_scales
+from exl2jax.ops.scales import GRID, ScaleChoice
+from exl2jax.qparams import FORMAT_BITS
+from tests.oracles import scales as oracle
+from tests.oracles.rounding import half_scale
+
+COLUMNS = {32: 1, 64: 33, 96: 7, 128: 45}
+"""Odd column counts, one per group size: a compilation each."""
+
+search = jax.jit(search_scales)
+
+
+def weights(rows: int, columns: int, seed: int) -> np.ndarray:
+    """Columns of very different spread, with a few outliers."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((rows, columns)) * np.exp2(rng.uniform(-6, 0, columns)) * 0.05
+    w[rng.integers(0, rows, 3), rng.integers(0, columns, 3)] *= 4
+    return w.astype(np.float32)
+
+
+def check(w: np.ndarray, bits: int, choice: ScaleChoice) -> None:
+    index, q_scale_max, _, multiplier = oracle.search(w, bits)
+    step = 0.5 / 96
+    assert abs(float(choice.multiplier) - multiplier) <= step * 1.01
+    assert np.array_equal(np.asarray(choice.qs), index)
+    assert choice.qs.dtype == jnp.uint8
+    best, reached = (oracle.grid_loss(w, bits, float(p)) for p in (multiplier, choice.multiplier))
+    np.testing.assert_allclose(reached, best, rtol=1e-5)
+    assert choice.qscale_max.dtype == jnp.float16
+    np.testing.assert_allclose(float(choice.qscale_max), float(q_scale_max), rtol=step / 0.7 * 1.01 + 1e-3)
+    assert np.array_equal(np.asarray(choice.scale), half_scale(np.asarray(choice.qscale_max), index).astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+@pytest.mark.parametrize("rows", COLUMNS)
+def test_agrees_with_the_float64_search(rows: int, bits: int) -> None:
+    for seed in range(3):
+        w = weights(rows, COLUMNS[rows], seed)
+        check(w, bits, search(w, jnp.float32(bits)))
+
+
+def test_the_grid() -> None:
+    np.testing.assert_allclose(GRID, np.linspace(0.7, 1.2, 97), rtol=1e-6)
+    assert GRID.dtype == np.float32
+
+
+def test_the_widest_column_has_index_16_and_narrow_ones_at_least_1() -> None:
+    w = weights(32, 9, 0)
+    w[:, 0] = 10 * np.abs(w).max()
+    w[:, 1] = 1e-7
+    choice = search(w, jnp.float32(4))
+    assert int(choice.qs[0]) == 16
+    assert int(choice.qs[1]) == 1
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+def test_a_group_of_zeros_has_scale_zero(bits: int) -> None:
+    choice = search(np.zeros((32, 5), np.float32), jnp.float32(bits))
+    assert float(choice.qscale_max) == 0
+    assert np.array_equal(np.asarray(choice.scale), np.zeros(5))
+    assert np.array_equal(np.asarray(choice.qs), np.full(5, 16))
+
+
+def test_a_column_of_zeros_leaves_the_others_alone() -> None:
+    w = weights(32, 5, 4)
+    padded = w.copy()
+    padded[:, 2] = 0
+    check(padded, 4, search(padded, jnp.float32(4)))
+
+
+def test_huge_weights_stay_finite() -> None:
+    """A maximum beyond the largest half is cut there rather than stored as infinity."""
+    choice = search(np.full((32, 5), 3e6, np.float32), jnp.float32(4))
+    assert float(choice.qscale_max) == 65504
+    assert np.isfinite(np.asarray(choice.scale)).all()
+
+
+def test_maps_over_groups_of_different_widths() -> None:
+    w = np.stack([weights(64, 13, seed) for seed in range(len(FORMAT_BITS))])
+    choices = jax.jit(jax.vmap(search_scales))(w, jnp.asarray(FORMAT_BITS, jnp.float32))
+    for i, bits in enumerate(FORMAT_BITS):
+        check(w[i], bits, jax.tree.map(lambda x, i=i: x[i], choices))
