@@ -28,7 +28,7 @@ CHUNK = 2**22
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-_UNQUANTIZED = "is the unquantized weight of a quantized linear; the loader must not find both: remove it"
+_UNQUANTIZED = "is the unquantized weight of a linear that must be quantized; remove it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def verify(directory: Path) -> VerifyReport:
     Whatever the directory holds becomes a fault, not an exception, and no fault hides the others: without a usable
     `config.json` the linears that the files hold are still checked in themselves. One linear is in memory at a time.
     """
-    if not directory.is_dir():
+    if not _is_directory(directory):
         faults = (Fault(tensor=str(directory), message="is not a readable directory"),)
         return VerifyReport(faults=faults, bits_per_weight=None, head_bits_per_weight=None, linears=0, bytes=0)
     shards, faults = open_shards(directory)
@@ -73,6 +73,8 @@ def verify(directory: Path) -> VerifyReport:
     if config is None:
         return _report(shards, [*faults, *_faults_without_config(shards)], None, None)
     faults += quantization_faults(raw)
+    if not len(shards):
+        return _report(shards, faults, None, None)
     config, absurd = _bounded(config, shards)
     implied = _Implied.of(config)
     counted, head = _count_bits(shards, implied)
@@ -80,6 +82,13 @@ def verify(directory: Path) -> VerifyReport:
     if stated is not None and counted is not None:
         faults += bits_faults(stated, counted, implied.modules)
     return _report(shards, [*faults, *absurd, *_tensor_faults(shards, implied, stated_head_bits(raw))], counted, head)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no permission to look
+        return False
 
 
 def _report(shards: Shards, faults: Sequence[Fault], counted: float | None, head: float | None) -> VerifyReport:
@@ -107,7 +116,7 @@ def _bounded(config: ModelConfig, shards: Shards) -> tuple[ModelConfig, list[Fau
 
     An absurd number is one fault, not endless ones for the linears it implies.
     """
-    if not len(shards) or config.num_layers <= len(shards):
+    if config.num_layers <= len(shards):
         return config, []
     message = f"num_hidden_layers is {config.num_layers}, the files hold {len(shards)} tensors in all"
     seen = {match[1] for match in map(LAYER.match, shards) if match}
@@ -128,15 +137,13 @@ def _count_bits(shards: Shards, implied: _Implied) -> tuple[float | None, float 
 
 def _tensor_faults(shards: Shards, implied: _Implied, head_bits: int | None) -> Iterator[Fault]:
     """Faults of every tensor that must be there, in the order of the model, then of those that must not."""
-    if not len(shards):
-        return
     for name, shape in implied.plain.items():
         yield from _guarded(name, _float_faults, shards, name, shape, FLOAT_DTYPES)
     for spec in implied.modules:
         for linear in spec.linears:
-            yield from _guarded(linear.key, _linear_faults, shards, linear, spec)
+            yield from _guarded(linear.key, _linear_faults, shards, linear, spec.linears)
     widths = None if head_bits is None else head_qparams(head_bits).bits
-    yield from _guarded(implied.head.key, linear_faults, shards, implied.head, widths)
+    yield from _guarded(implied.head.key, _linear_faults, shards, implied.head, (), widths)
     yield from _stray_faults(shards, implied)
 
 
@@ -148,12 +155,14 @@ def _guarded[**P](name: str, check: Callable[P, Iterable[Fault]], *args: P.args,
         return [Fault(tensor=name, message=str(e))]
 
 
-def _linear_faults(shards: Shards, linear: LinearSpec, module: ModuleSpec) -> Iterator[Fault]:
-    """Faults of a linear of the decoder and of its bias."""
+def _linear_faults(
+    shards: Shards, linear: LinearSpec, module: Sequence[LinearSpec], widths: Sequence[int] | None = None
+) -> Iterator[Fault]:
+    """Faults of a linear and of its bias; `module` are the linears that must be quantized together with it."""
     if is_quantized(shards, linear.key):
-        yield from linear_faults(shards, linear)
+        yield from linear_faults(shards, linear, widths)
     else:
-        others = [other.name for other in module.linears if is_quantized(shards, other.key)]
+        others = [other.name for other in module if is_quantized(shards, other.key)]
         rest = f" while {', '.join(others)} of its module are quantized; it must be all or none" if others else ""
         yield Fault(tensor=linear.key, message=f"is missing: none of its tensors is stored{rest}")
     if linear.bias:

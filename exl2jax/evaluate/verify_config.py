@@ -1,7 +1,7 @@
 """The `quantization_config` of an EXL2 directory, and its promises held against what the files hold."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from exl2jax.candidates import HEAD
 from exl2jax.evaluate.verify_report import Fault
@@ -79,11 +79,11 @@ def _fault(entry: str, message: str) -> Fault:
     return Fault(tensor=CONFIG_NAME, message=f"{SECTION}{entry} {message}")
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_bits(value: object) -> bool:
+def _is_bits(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_BITS
 
 

@@ -35,10 +35,11 @@ def stored_bits(shards: Shards, key: str) -> int | None:
 
 
 def linear_faults(shards: Shards, spec: LinearSpec, widths: Sequence[int] | None = None) -> list[Fault]:
-    """Everything wrong with a linear, bias apart; `widths` are the only bit widths it may use, where that is known."""
+    """Everything wrong with a linear of which some tensor is stored, bias apart.
+
+    `widths` are the only bit widths it may use, where that is known.
+    """
     present = [name for name in TENSOR_NAMES if f"{spec.key}.{name}" in shards]
-    if not present:
-        return [Fault(tensor=spec.key, message="is missing: none of its tensors is stored")]
     faults = [_fault(spec, name, "is missing") for name in TENSOR_NAMES if name not in present]
     if spec.rows % ROW_MULTIPLE or spec.rows > MAX_ROWS:
         message = f"has {spec.rows} rows; EXL2 needs a multiple of {ROW_MULTIPLE} of at most {MAX_ROWS}"

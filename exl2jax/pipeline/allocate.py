@@ -14,10 +14,10 @@ from exl2jax.qparams import QParams
 
 NORM_RANGE = (1.5, 3.5)
 NORM_STEP = 0.075
-"""Half width of the fine sweep around the best norm of the coarse one."""
+"""Half width of annealing's fine sweep around the best norm of its coarse one; a run per norm."""
 
-EXACT_NORMS = 15
-"""Norms the exact solver tries in each sweep; annealing tries one per run."""
+EXACT_NORM = 1.0
+"""Norm of the exact solver: the sum of errors. Higher norms starve attention, whose errors are small but count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +77,8 @@ def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec]) -> tuple
 def allocate(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, solver: str, seed: int) -> Strategy:
     """Choose a candidate per module within `int(weights * bits)` bits.
 
-    `solver` is `exact` (the optimum of `sum error^norm`, proven) or `annealing` (stock's search, seeded). Both pick the
-    norm between 1.5 and 3.5 whose solution has the smallest maximal error, as stock does. Raises `MeasurementError`
+    `solver` is `exact` (the optimum of the sum of errors, proven) or `annealing` (stock's search, seeded, which picks
+    the norm of its objective between 1.5 and 3.5 by the smallest maximal error). Raises `MeasurementError`
     with the feasible range when the candidates cannot reach `bits`.
     """
     low, high = feasible_bpw(measurement, specs)
@@ -91,7 +91,7 @@ def allocate(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float,
         errors=[np.asarray([c.error for c in row]) for row in rows],
         budget=int(weights * bits),
     )
-    norm, (choice, gap) = _anneal_norms(problem, seed) if solver == "annealing" else _exact_norms(problem)
+    norm, (choice, gap) = _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
     return _strategy(problem, specs, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
 
 
@@ -118,18 +118,13 @@ def _strategy(
     )
 
 
-def _best_norm(problem: _Problem, count: int, solve_at: Callable[[np.ndarray, int], list[_Choice]]) -> float:
+def _best_norm(problem: _Problem, solve_at: Callable[[np.ndarray, int], list[_Choice]]) -> float:
     """The norm whose solution has the smallest maximal error: a coarse sweep, then a fine one around its best."""
     norm, around = sum(NORM_RANGE) / 2, (NORM_RANGE[1] - NORM_RANGE[0]) / 2
     for stage, width in enumerate((around, NORM_STEP)):
-        tried = np.linspace(norm - width, norm + width, count)
+        tried = np.linspace(norm - width, norm + width, RUNS)
         norm = float(tried[int(np.argmin([problem.max_error(choice) for choice, _ in solve_at(tried, stage)]))])
     return norm
-
-
-def _exact_norms(problem: _Problem) -> tuple[float, _Choice]:
-    norm = _best_norm(problem, EXACT_NORMS, lambda norms, _: [exact_choice(problem, float(n)) for n in norms])
-    return norm, exact_choice(problem, norm)
 
 
 def exact_choice(problem: _Problem, norm: float) -> _Choice:
@@ -150,7 +145,7 @@ def _anneal_norms(problem: _Problem, seed: int) -> tuple[float, _Choice]:
         found = anneal(costs, np.asarray(padded), counts, problem.budget, seed=(seed, stage))
         return [(_top_up(problem, choice), None) for choice in found]
 
-    norm = _best_norm(problem, RUNS, runs)
+    norm = _best_norm(problem, runs)
     last = runs(np.full(RUNS, norm), 2)
     return norm, min(last, key=lambda c: (problem.cost(c[0]) > problem.budget, problem.objective(c[0], norm)))
 

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from exl2jax.errors import StorageError
@@ -27,7 +29,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         _sync(path.parent)
     except Exception as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(e, OSError) or type(e).__name__ == "SafetensorError":
             raise StorageError(f"{path}: cannot write ({e}); free some space or fix the permissions, then run again") from e
         raise
@@ -35,7 +38,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically; the same tensors give the same bytes."""
-    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+    # safetensors writes memory as it lies: a transposed view would come back scrambled.
+    ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(ordered, temporary, metadata=metadata))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,7 +31,7 @@ class ShardWriter:
                 path.unlink()
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """Take a tensor; full shards are written as they fill. A tensor larger than a shard has one of its own."""
+        """Take a tensor; full shards are written as they fill. `StorageError` names a tensor larger than a shard."""
         if self._waiting and self._bytes + tensor.nbytes > self._limit:
             self._flush()
         if tensor.nbytes > self._limit:

@@ -96,10 +96,11 @@ def _opened(path: Path) -> Iterator[Any]:
 def _indexed_files(index: Path) -> list[Path]:
     """Files that an index names, which must lie in its own directory."""
     record = read_json(index, ModelError, "the weight index")
-    names = set(record.get("weight_map", {}).values()) if isinstance(record, dict) else set()
+    weight_map = record.get("weight_map") if isinstance(record, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in names):
         raise ModelError(f"{index}: weight_map must map tensors to files of the same directory")
-    missing = sorted(n for n in names if not (index.parent / n).exists())
+    missing = sorted(n for n in set(names) if not (index.parent / n).exists())
     if missing:
         raise ModelError(f"{index.parent / missing[0]}: named by {index.name} but missing; download it again")
-    return [index.parent / n for n in sorted(names)]
+    return [index.parent / n for n in sorted(set(names))]
