@@ -94,7 +94,9 @@ def _convert(
         str | None, typer.Option("-c", "--cal_dataset", help="Calibration source: a file, or the built-in `standard`.")
     ] = None,
     bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
-    shard_size: Annotated[float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")] = 8192,
+    shard_size: Annotated[
+        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
+    ] = 8192,
     rope_scale: Annotated[float | None, typer.Option("-rs", "--rope_scale", help="Rotary position scale.")] = None,
     rope_alpha: Annotated[float | None, typer.Option("-ra", "--rope_alpha", help="Rotary NTK alpha.")] = None,
     head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head: 2, 3, 4, 5, 6 or 8.")] = 6,
@@ -114,9 +116,14 @@ def _convert(
     measurement_length: Annotated[
         int | None, typer.Option("-ml", "--measurement_length", help="Tokens of a measurement row [2048].")
     ] = None,
-    status_output: Annotated[bool, typer.Option("-so", "--status_output", help="Add machine-readable status lines.")] = False,
+    status_output: Annotated[
+        bool, typer.Option("-so", "--status_output", help="Add machine-readable status lines.")
+    ] = False,
     hidden_state_offload_layers: Annotated[
-        int, typer.Option("-hsol", "--hidden_state_offload_layers", help="Accepted for stock scripts; states stay in host memory.")
+        int,
+        typer.Option(
+            "-hsol", "--hidden_state_offload_layers", help="Accepted for stock scripts; states stay in host memory."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
     allocation: Annotated[str, typer.Option("--allocation", help="Bit allocation: exact or annealing.")] = "exact",
@@ -193,7 +200,9 @@ def _calibrate(
     length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Rows of the measurement pass.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
-    columns: Annotated[list[str] | None, typer.Option("--cal-column", help="Column of a Parquet file (repeatable).")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--cal-column", help="Column of a Parquet file (repeatable).")
+    ] = None,
     cal_dir: Annotated[Path | None, typer.Option("--cal-dir", help="Local copies of the named sets.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -201,7 +210,13 @@ def _calibrate(
     config, _, _ = read_config(in_dir)
     tokenizer = load_tokenizer(in_dir)
     wanted = CalibrationConfig(
-        source=source, rows=rows, length=length, seed=seed, measure=measure, columns=tuple(columns or ()), cal_dir=cal_dir
+        source=source,
+        rows=rows,
+        length=length,
+        seed=seed,
+        measure=measure,
+        columns=tuple(columns or ()),
+        cal_dir=cal_dir,
     )
     built = load_rows(wanted, tokenizer, vocab_size=config.vocab_size, context=config.max_position)
     write_tensors(out, built.tensors())

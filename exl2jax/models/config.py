@@ -107,5 +107,7 @@ def _activation(raw: dict[str, Any], architecture: Architecture, where: str) -> 
     name = raw.get("hidden_act", "silu")
     if name not in architecture.activations:
         known = ", ".join(architecture.activations)
-        raise UnsupportedModelError(f"{where}: hidden_act {name!r:.40} is not supported for {architecture.name} ({known})")
+        raise UnsupportedModelError(
+            f"{where}: hidden_act {name!r:.40} is not supported for {architecture.name} ({known})"
+        )
     return name

@@ -22,7 +22,9 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
-    for a in (Architecture(name="LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),)
+    for a in (
+        Architecture(name="LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    )
 }
 
 

@@ -19,7 +19,9 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 class Model:
     """A model directory: its configuration and its tensors, read lazily. Weights come as `[K, N]` float32."""
 
-    def __init__(self, directory: Path, config: ModelConfig, raw: dict[str, Any], digest: str, files: TensorFiles) -> None:
+    def __init__(
+        self, directory: Path, config: ModelConfig, raw: dict[str, Any], digest: str, files: TensorFiles
+    ) -> None:
         """Bind a checked configuration to the headers of its weight files."""
         self.directory = directory
         self.config = config

@@ -92,9 +92,7 @@ def _segment_jit(
         debt = jnp.matmul(toward.T, walk.errors, precision=lax.Precision.HIGHEST)
         current = lax.dynamic_slice_in_dim(w, a, size, 0) - debt
         choice = search_scales(current, widths[g])
-        errors, codes = _walk_group(
-            current, lax.dynamic_slice_in_dim(toward, a, size, 0), choice.scale, widths[g]
-        )
+        errors, codes = _walk_group(current, lax.dynamic_slice_in_dim(toward, a, size, 0), choice.scale, widths[g])
         tile = a // ROW_MULTIPLE
         return _Walk(
             lax.dynamic_update_slice_in_dim(walk.errors, errors, a, 0),
@@ -115,9 +113,7 @@ def _segment(
     return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size)
 
 
-def _walk_group(
-    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _walk_group(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes."""
     inverse = 1 / jnp.diagonal(u)
 
@@ -138,7 +134,12 @@ def _walk_group(
 
 
 def _finish(
-    codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, perm: jax.Array, inv_perm: jax.Array, groups: tuple[Group, ...]
+    codes: jax.Array,
+    qs: jax.Array,
+    qscale_max: jax.Array,
+    perm: jax.Array,
+    inv_perm: jax.Array,
+    groups: tuple[Group, ...],
 ) -> QuantizedLinear:
     """Collect the groups' scales and dequantize into original row order."""
     tile_of_group = np.asarray([g.start // ROW_MULTIPLE for g in groups])

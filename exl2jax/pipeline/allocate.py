@@ -91,7 +91,9 @@ def allocate(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float,
         errors=[np.asarray([c.error for c in row]) for row in rows],
         budget=int(weights * bits),
     )
-    norm, (choice, gap) = _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
+    norm, (choice, gap) = (
+        _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
+    )
     return _strategy(problem, specs, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
 
 

@@ -19,9 +19,7 @@ class _State(NamedTuple):
     loss: jax.Array
 
 
-def anneal(
-    costs: np.ndarray, losses: np.ndarray, counts: np.ndarray, budget: int, seed: tuple[int, int]
-) -> np.ndarray:
+def anneal(costs: np.ndarray, losses: np.ndarray, counts: np.ndarray, budget: int, seed: tuple[int, int]) -> np.ndarray:
     """Choices `[runs, slots]` of independent runs, each starting at option 0 everywhere.
 
     `costs [slots, options]` and `losses [runs, slots, options]` are padded beyond `counts [slots]`. A proposal is a
@@ -34,7 +32,9 @@ def anneal(
     steps = int(np.ceil(np.log(COLD / HOT) / np.log(COOLING)))
     run = jax.vmap(partial(_run, steps=steps), in_axes=(0, None, 0, None, None))
     scaled = jnp.asarray(costs // unit, jnp.int32)
-    return np.asarray(jax.jit(run)(keys, scaled, jnp.asarray(losses, jnp.float32), jnp.asarray(counts), jnp.int32(budget // unit)))
+    return np.asarray(
+        jax.jit(run)(keys, scaled, jnp.asarray(losses, jnp.float32), jnp.asarray(counts), jnp.int32(budget // unit))
+    )
 
 
 def _run(

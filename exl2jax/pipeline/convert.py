@@ -179,7 +179,9 @@ class _Conversion:
         strategy = allocate(
             measurement, self.specs, self.config.bits, solver=self.config.allocation, seed=self.config.seed
         )
-        log.info("allocation: %.4f bits per weight, max error %.4f (%s)", strategy.bpw, strategy.max_error, strategy.solver)
+        log.info(
+            "allocation: %.4f bits per weight, max error %.4f (%s)", strategy.bpw, strategy.max_error, strategy.solver
+        )
         return strategy
 
     def _deliver_measurement(self, state: JobState) -> ConversionResult:
@@ -206,7 +208,9 @@ class _Conversion:
         self.work.save(state.advanced("finished", seconds=seconds, summary=result.to_json()))
         return result
 
-    def _result(self, state: JobState, target: Path, shards: Sequence[Path], seconds: Mapping[str, float]) -> ConversionResult:
+    def _result(
+        self, state: JobState, target: Path, shards: Sequence[Path], seconds: Mapping[str, float]
+    ) -> ConversionResult:
         reports = self._read_reports()
         modules = [r for r in reports if r.rfn_error is not None]
         head = reports[-1]
@@ -317,4 +321,3 @@ def _strategy_record(strategy: Strategy) -> dict[str, Any]:
         "gap": strategy.gap,
         "modules": {k: {n: q.to_json() for n, q in v.items()} for k, v in strategy.qparams.items()},
     }
-

@@ -77,7 +77,12 @@ def _module_backward(
     params = jax.device_put(params)
     for i in range(len(states)):
         back, squares = _row_backward(
-            params, states[i : i + 1], gradient[i : i + 1], decoder=decoder, kind=spec.kind, columns=tuple(columns.items())
+            params,
+            states[i : i + 1],
+            gradient[i : i + 1],
+            decoder=decoder,
+            kind=spec.kind,
+            columns=tuple(columns.items()),
         )
         out[i] = back[0]
         for name, value in squares.items():

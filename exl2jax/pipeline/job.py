@@ -57,7 +57,9 @@ class WorkDirectory:
         try:
             lock.acquire(timeout=0)
         except Timeout as e:
-            raise JobError(f"{self.path}: another conversion is running in this work directory; wait or choose another -o") from e
+            raise JobError(
+                f"{self.path}: another conversion is running in this work directory; wait or choose another -o"
+            ) from e
         try:
             yield
         finally:

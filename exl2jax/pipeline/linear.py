@@ -27,7 +27,9 @@ def factor_hessian(hessian: jax.Array, name: str) -> HessianFactor:
     factor = factorize(hessian)
     if not bool(factor.ok):
         if not bool(jnp.all(jnp.isfinite(hessian))):
-            raise HessianError(f"{name}: the Hessian holds NaN or infinity; the activations overflow on this calibration data")
+            raise HessianError(
+                f"{name}: the Hessian holds NaN or infinity; the activations overflow on this calibration data"
+            )
         raise HessianError(
             f"{name}: the Hessian is not positive definite after {int(factor.attempts)} dampings "
             f"(last {float(factor.damping):.3g}); use more or other calibration rows"
@@ -69,5 +71,7 @@ def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | N
     packed = pack_linear(linear, bias)
     again = unpack_linear(packed)[:, : spec.columns]
     if not np.array_equal(again.view(np.uint16), np.asarray(linear.weight).view(np.uint16)):
-        raise FormatError(f"{spec.key}: the packed tensors do not dequantize to the quantized weight; please report this")
+        raise FormatError(
+            f"{spec.key}: the packed tensors do not dequantize to the quantized weight; please report this"
+        )
     return PackedWeight(packed, linear.weight)

@@ -63,9 +63,7 @@ def measure_step(
 def module_factors(spec: ModuleSpec, first: jax.Array, second: jax.Array) -> dict[str, HessianFactor]:
     """Factored Hessians by linear name; linears of the first stage share one."""
     shared = factor_hessian(first, " and ".join(linear.key for linear in spec.first))
-    return {linear.name: shared for linear in spec.first} | {
-        spec.second.name: factor_hessian(second, spec.second.key)
-    }
+    return {linear.name: shared for linear in spec.first} | {spec.second.name: factor_hessian(second, spec.second.key)}
 
 
 def _quantize_candidates(

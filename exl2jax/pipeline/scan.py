@@ -57,7 +57,9 @@ def scan[S, B, O](
             checkpoint.save(position, carry, outputs)
             saved = time.monotonic()
         if stopping:
-            raise Interrupted(f"stopped in {stage} after {position} of {len(specs)} modules; run the same command to resume")
+            raise Interrupted(
+                f"stopped in {stage} after {position} of {len(specs)} modules; run the same command to resume"
+            )
     control.progress.finish()
     return carry, outputs
 

@@ -32,7 +32,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(e, OSError) or type(e).__name__ == "SafetensorError":
-            raise StorageError(f"{path}: cannot write ({e}); free some space or fix the permissions, then run again") from e
+            raise StorageError(
+                f"{path}: cannot write ({e}); free some space or fix the permissions, then run again"
+            ) from e
         raise
 
 
@@ -67,7 +69,9 @@ def make_directory(path: Path, what: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise StorageError(f"{path}: {what} is not a writable directory ({e}); choose another or fix its permissions") from e
+        raise StorageError(
+            f"{path}: {what} is not a writable directory ({e}); choose another or fix its permissions"
+        ) from e
 
 
 def _write_text(path: Path, text: str) -> None:

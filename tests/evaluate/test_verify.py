@@ -188,7 +188,7 @@ FILES: dict[str, tuple[Damage, Iterable[str]]] = {
     ),
     "unknown tensor of a linear": (add(SHARDS[0], **{f"{Q}.g_idx": np.zeros(HIDDEN, np.int32)}), {f"{Q}.g_idx"}),
     "calibration rows left behind": (
-        add("cal_data.safetensors", **{"input_ids": np.zeros((2, 8), np.int64)}),
+        add("cal_data.safetensors", input_ids=np.zeros((2, 8), np.int64)),
         {"input_ids"},
     ),
     "empty extra file": (lambda d: (d / "extra.safetensors").touch(), {"extra.safetensors"}),

@@ -107,7 +107,9 @@ def test_directory_holds_what_stock_reads(converted: ConversionConfig) -> None:
     assert not any(name.endswith("_proj.weight") for name in tensors)
 
 
-def test_same_inputs_give_the_same_bytes(converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path) -> None:
+def test_same_inputs_give_the_same_bytes(
+    converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path
+) -> None:
     again = settings(model, tokens, tmp_path)
     convert(again)
     assert result_digests(again) == result_digests(converted)
@@ -138,7 +140,18 @@ def test_kill_and_resume_give_the_same_bytes(
 ) -> None:
     """SIGKILL as soon as each of several checkpoints has been written."""
     config = settings(model, tokens, tmp_path)
-    command = [sys.executable, "-m", "exl2jax", "convert", "-i", model, "-o", config.out_dir, "-cf", config.compile_full]
+    command = [
+        sys.executable,
+        "-m",
+        "exl2jax",
+        "convert",
+        "-i",
+        model,
+        "-o",
+        config.out_dir,
+        "-cf",
+        config.compile_full,
+    ]
     command += ["-c", tokens, "-b", "4.5", "-r", str(ROWS), "-mr", "3", "--checkpoint-interval", "0"]
     for moment in ("measurement.json", "out_tensor", "quantized.json"):
         with subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL) as child:
