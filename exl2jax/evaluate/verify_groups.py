@@ -54,7 +54,8 @@ def word_rows_fault(table: Table) -> str | None:
     Table and `q_weight` then contradict each other, and either may be the damaged one.
     """
     *earlier, (bits, start, _) = table.spans()
-    if bits not in FORMAT_BITS or any(width not in FORMAT_BITS or (b - a) % width for width, a, b in earlier):
+    known = set(table.widths) <= set(FORMAT_BITS) and list(table.widths) == sorted(table.widths, reverse=True)
+    if not known or any((b - a) % width for width, a, b in earlier):
         return None
     left = table.rows - sum((b - a) // width * ROW_MULTIPLE for width, a, b in earlier)
     end = start + left * bits // ROW_MULTIPLE

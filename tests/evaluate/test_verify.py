@@ -295,7 +295,7 @@ VALUES: dict[str, tuple[Damage, Iterable[str]]] = {
     "two starts equal": (put(f"{Q}.q_groups", 5, 4), {f"{Q}.q_groups"}),
     "two starts swapped": (swap(f"{Q}.q_groups", 3, 5), {f"{Q}.q_groups"}),
     "negative start": (put(f"{Q}.q_groups", 5, -7), {f"{Q}.q_groups"}),
-    "start beyond the end": (put(f"{Q}.q_groups", 7, 1000), {f"{Q}.q_groups", f"{Q}.q_weight"}),
+    "start beyond the end": (put(f"{Q}.q_groups", 7, 1000), {f"{Q}.q_groups"}),
     "widths unsorted": (swap(f"{Q}.q_groups", 0, 2), {f"{Q}.q_groups"}),
     "narrow group among wide ones": (put(f"{DOWN}.q_groups", 2, 2), {f"{DOWN}.q_groups"}),
     "other width of the last group": (put(f"{Q}.q_groups", 6, 2), {f"{Q}.q_groups", f"{Q}.q_weight"}),
