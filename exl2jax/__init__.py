@@ -8,7 +8,9 @@ from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.result import ConversionResult
 from exl2jax.qparams import QParams
-from exl2jax.version import VERSION as __version__
+from exl2jax.version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "ConversionConfig",

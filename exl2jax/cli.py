@@ -267,7 +267,12 @@ def _install_handlers(stop: StopFlag, caught: list[int]) -> Callable[[], None]:
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: signals stay with whoever has them
         before = {}
-    return lambda: [signal.signal(s, old) for s, old in before.items()] and None
+
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    return restore
 
 
 def _say(message: str) -> None:

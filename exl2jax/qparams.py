@@ -1,4 +1,4 @@
-"""Quantization parameters of a linear: bit widths, their shares of the rows, group sizes, and the exact bits they cost."""
+"""Quantization parameters of a linear: bit widths, their shares of the rows, group sizes, exact bits on disk."""
 
 import math
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ class RopeConfig:
 
 
 def read_rope(record: dict[str, Any], max_position: int, where: str) -> RopeConfig:
-    """Rotary settings from a `config.json` record, old spelling (`rope_theta`, `rope_scaling`) or new (`rope_parameters`).
+    """Rotary settings of a config, spelled the old way (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
 
     Raises `UnsupportedModelError` for an unknown type, `ModelError` for a missing or non-numeric parameter.
     """

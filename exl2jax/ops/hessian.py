@@ -42,7 +42,7 @@ def factorize(h: jax.Array) -> HessianFactor:
     """Permute, damp and factor a Hessian `h [K, K]` (sum over rows of `X^T X`, over the number of rows).
 
     The damping starts at 0.12 of the mean diagonal (at least 1e-5) and doubles on failure, ten attempts at most.
-    With `J` the reversal, `H = L' L'^T` for `J H J = L L^T`, so `U = J inv(L) J` needs one Cholesky and no inverse of H.
+    With `J` the reversal and `J H J = L L^T`, `U = J inv(L) J` needs one Cholesky and no inverse of H.
     """
     perm = jnp.argsort(-jnp.diagonal(h), stable=True)
     ordered = h[perm][:, perm]

@@ -13,7 +13,7 @@ SOLVERS = ("exact", "annealing")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionConfig:
-    """Settings of a conversion; names and defaults are stock's (`-i -o -cf -c -b -ss -rs -ra -hb -om -m -r -mr -l -ml`).
+    """Settings of a conversion; names and defaults are those of the stock flags.
 
     `cal_dataset=None` takes the built-in set; `dataset_rows` and `measurement_rows` of None take what the source calls
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else

@@ -306,7 +306,8 @@ def _digest(path: Path) -> str:
 
 def _describe(report: ModuleReport, strategy: Strategy) -> str:
     if report.rfn_error is None:
-        return f"{report.key}: calibration perplexity {report.perplexity:.3f} (full precision {report.perplexity_full:.3f})"
+        full = f"full precision {report.perplexity_full:.3f}"
+        return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
     widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in strategy.qparams[report.key].items())
     return f"{report.key}: rfn_error {report.rfn_error:.5f} ({widths})"
 

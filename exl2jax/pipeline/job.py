@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from exl2jax.errors import JobError
 from exl2jax.pipeline.scan import Carry

@@ -96,7 +96,7 @@ def _search(
     costs: list[np.ndarray], losses: list[np.ndarray], reduced: list[np.ndarray], budget: int, slack: float
 ) -> tuple[list[int] | None, bool]:
     """Dynamic program over the options whose reduced loss stays within `slack`; and whether nothing was cut off."""
-    least = np.cumsum([int(c.min()) for c in costs][::-1])[::-1].tolist() + [0]
+    least = [*np.cumsum([int(c.min()) for c in costs][::-1])[::-1].tolist(), 0]
     cost, loss, spent = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
     trail: list[tuple[np.ndarray, np.ndarray]] = []
     complete = True

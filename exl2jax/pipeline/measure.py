@@ -33,7 +33,7 @@ class _Stack(NamedTuple):
     """Distinct settings of one linear: their dequantized weights `[C, K, N]` float16, and the one of each candidate."""
 
     weights: jax.Array
-    index: np.ndarray
+    picks: np.ndarray
 
 
 def measure_step(
@@ -97,7 +97,7 @@ def _candidate_errors(
 ) -> np.ndarray:
     """Mean relative error of each candidate over the rows, `[candidates]` float64."""
     weights = {name: stack.weights for name, stack in stacks.items()}
-    index = {name: jnp.asarray(stack.index) for name, stack in stacks.items()}
+    index = {name: jnp.asarray(stack.picks) for name, stack in stacks.items()}
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     parts = []
     for chunk in row_chunks(states):
@@ -125,18 +125,18 @@ def _chunk_errors(
     """Relative error of every candidate on every row, `[candidates, rows]`."""
     x = decoder.first_input(kind, params, h)
     outputs = {
-        name: lax.map(lambda w: _linear(x, w, params[name]), stack) for name, stack in weights.items() if name != second
+        name: lax.map(partial(_linear, x, params[name]), stack) for name, stack in weights.items() if name != second
     }
 
     def candidate(pick: dict[str, jax.Array]) -> jax.Array:
         between = decoder.second_input(kind, {name: out[pick[name]] for name, out in outputs.items()})
-        y = _linear(between, weights[second][pick[second]], params[second])
+        y = _linear(between, params[second], weights[second][pick[second]])
         out = decoder.residual(kind, h, y)
         return relative_frobenius(out * mask[:, :, None], reference * mask[:, :, None])
 
     return lax.map(candidate, index)
 
 
-def _linear(x: jax.Array, weight: jax.Array, params: Any) -> jax.Array:
+def _linear(x: jax.Array, params: Any, weight: jax.Array) -> jax.Array:
     y = x @ weight.astype(jnp.float32)
     return y + params["bias"] if "bias" in params else y

@@ -29,7 +29,7 @@ class CrossTerms(NamedTuple):
 
     def scaled(self, factor: float) -> "CrossTerms":
         """All sums times `factor`."""
-        return CrossTerms(*(None if x is None else x * factor for x in self))
+        return jax.tree.map(lambda x: x * factor, self)
 
 
 def corrected_target(

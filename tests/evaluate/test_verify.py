@@ -1,7 +1,6 @@
 """`verify`: a sound EXL2 directory passes, and each kind of damage is reported by the name of what is damaged."""
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -193,7 +192,7 @@ FILES: dict[str, tuple[Damage, Iterable[str]]] = {
     ),
     "empty extra file": (lambda d: (d / "extra.safetensors").touch(), {"extra.safetensors"}),
     "directory named like a shard": (lambda d: (d / "extra.safetensors").mkdir(), {"extra.safetensors"}),
-    "dangling link": (lambda d: os.symlink(d / "gone", d / "extra.safetensors"), {"extra.safetensors"}),
+    "dangling link": (lambda d: (d / "extra.safetensors").symlink_to(d / "gone"), {"extra.safetensors"}),
     "text in place of a shard": (
         lambda d: (d / "extra.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         {"extra.safetensors"},
