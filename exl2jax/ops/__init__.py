@@ -5,7 +5,7 @@ Cholesky factor of the inverse Hessian, `E` the scaled errors of GPTQ.
 """
 
 from exl2jax.ops.error import proxy_loss, relative_frobenius
-from exl2jax.ops.gptq import QuantizedLinear, gptq, round_to_nearest
+from exl2jax.ops.gptq import QuantizedLinear, gptq, gptq_tile_losses, round_to_nearest
 from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize
 from exl2jax.ops.packing import PackedLinear, pack_codes, pack_linear, pack_scales, unpack_linear
 from exl2jax.ops.rounding import dequantize, half_scale, quantize
@@ -20,6 +20,7 @@ __all__ = [
     "dequantize",
     "factorize",
     "gptq",
+    "gptq_tile_losses",
     "half_scale",
     "pack_codes",
     "pack_linear",

@@ -48,11 +48,24 @@ def gptq(w: jax.Array, factor: HessianFactor, groups: Sequence[Group]) -> Quanti
     before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. Bit widths are traced and runs of one
     group size are loops, so one compilation per (shape, group size) serves every setting.
     """
-    ordered = w[factor.perm]
-    walk = _start(*w.shape)
-    for size, start, widths in _segments(groups):
-        walk = _segment(walk, ordered, factor.u, jnp.int32(start), widths, jnp.int32(len(widths)), size=size)
+    walk = _walk(w[factor.perm], factor.u, groups)
     return _finish(walk.codes, walk.qs, walk.qscale_max, factor.perm, factor.inv_perm, tuple(groups))
+
+
+def gptq_tile_losses(
+    w: jax.Array, factor: HessianFactor, groups: Sequence[Group], column_weight: jax.Array
+) -> jax.Array:
+    """What `gptq` of `w [K, N]` would cost, tile by tile of 32 permuted rows: `[K / 32]` float32.
+
+    The sum over tiles is `sum_n c_n (E^T H E)_nn` for the weight error `E` and `column_weight` `c [N]`. The walk's
+    scaled errors give it without a product: `E^T (H + l I) E = sum_r e_r^2`, and the damping's own share `l E_r^2` is
+    taken off. A row's share depends little on how the rows before it were rounded, so the tiles of runs at single
+    widths price any mixture of those widths.
+    """
+    ordered = w[factor.perm]
+    walk = _walk(ordered, factor.u, groups)
+    tile_of, widths = _tiles(groups)
+    return _tile_losses(ordered, walk, tile_of, widths, factor.damping, column_weight)
 
 
 def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group]) -> QuantizedLinear:
@@ -60,6 +73,14 @@ def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group]) -> 
     k, _ = w.shape
     identity = HessianFactor(perm, jnp.argsort(perm), jnp.eye(k), jnp.float32(0), jnp.int32(0), jnp.bool_(True))
     return gptq(w, identity, groups)
+
+
+def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group]) -> _Walk:
+    """Walk the permuted weights from the first group to the last."""
+    walk = _start(*ordered.shape)
+    for size, start, widths in _segments(groups):
+        walk = _segment(walk, ordered, u, jnp.int32(start), widths, jnp.int32(len(widths)), size=size)
+    return walk
 
 
 def _start(rows: int, columns: int) -> _Walk:
@@ -143,10 +164,40 @@ def _finish(
 ) -> QuantizedLinear:
     """Collect the groups' scales and dequantize into original row order."""
     tile_of_group = np.asarray([g.start // ROW_MULTIPLE for g in groups])
-    group_of_tile = np.repeat(np.arange(len(groups)), [g.rows // ROW_MULTIPLE for g in groups])
-    widths = np.asarray([g.bits for g in groups], np.float32)
-    weight = _weights(codes, qs, qscale_max, tile_of_group[group_of_tile], widths[group_of_tile], inv_perm)
+    weight = _weights(codes, qs, qscale_max, *_tiles(groups), inv_perm)
     return QuantizedLinear(codes, qs[tile_of_group], qscale_max[tile_of_group], perm, groups, weight)
+
+
+def _tiles(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """For each tile of 32 rows: the tile that holds its group's scales, and its width in bits."""
+    sizes = [g.rows // ROW_MULTIPLE for g in groups]
+    first = np.asarray([g.start // ROW_MULTIPLE for g in groups])
+    return np.repeat(first, sizes), np.repeat(np.asarray([g.bits for g in groups], np.float32), sizes)
+
+
+@jax.jit
+def _tile_losses(
+    ordered: jax.Array,
+    walk: _Walk,
+    source: jax.Array,
+    bits: jax.Array,
+    damping: jax.Array,
+    column_weight: jax.Array,
+) -> jax.Array:
+    """Column-weighted squares of the scaled errors by tile, without the damping's share."""
+    errors = walk.errors.reshape(-1, ROW_MULTIPLE, ordered.shape[1])
+    plain = ordered.reshape(errors.shape) - _dequantized(walk.codes, walk.qs, walk.qscale_max, source, bits)
+    losses = jnp.sum((jnp.square(errors) - damping * jnp.square(plain)) * column_weight, axis=(1, 2))
+    return jnp.maximum(losses, 0.0)
+
+
+def _dequantized(
+    codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, source: jax.Array, bits: jax.Array
+) -> jax.Array:
+    """Weights `[tiles, 32, N]` in permuted order, float32 holding exact half values."""
+    scale = half_scale(qscale_max[source][:, None], qs[source])
+    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
+    return dequantize(tiles, scale[:, None, :], bits[:, None, None])
 
 
 @jax.jit
@@ -154,7 +205,5 @@ def _weights(
     codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, source: jax.Array, bits: jax.Array, inv_perm: jax.Array
 ) -> jax.Array:
     """Dequantized float16 `[K, N]` in original order; `source` and `bits` map each tile of 32 rows to its group's."""
-    scale = half_scale(qscale_max[source][:, None], qs[source])
-    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
-    weight = dequantize(tiles, scale[:, None, :], bits[:, None, None])
+    weight = _dequantized(codes, qs, qscale_max, source, bits)
     return weight.astype(jnp.float16).reshape(codes.shape)[inv_perm]

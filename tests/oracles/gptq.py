@@ -47,3 +47,9 @@ def proxy_loss(h: np.ndarray, w: np.ndarray, quantized: np.ndarray) -> float:
     """`tr(E^T H E)` with `E = quantized - w`, in float64."""
     error = np.asarray(quantized, np.float64) - np.asarray(w, np.float64)
     return float(np.trace(error.T @ np.asarray(h, np.float64) @ error))
+
+
+def weighted_loss(h: np.ndarray, w: np.ndarray, quantized: np.ndarray, column_weight: np.ndarray) -> float:
+    """`sum_n c_n (E^T H E)_nn` with `E = quantized - w`, in float64."""
+    error = np.asarray(quantized, np.float64) - np.asarray(w, np.float64)
+    return float(np.diagonal(error.T @ np.asarray(h, np.float64) @ error) @ np.asarray(column_weight, np.float64))
