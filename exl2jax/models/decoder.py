@@ -167,23 +167,23 @@ class Decoder(NamedTuple):
         """Outputs of the first stage."""
         return self._apply(kind, params, "first", x)
 
-    def second_input(self, kind: str, outputs: Outputs) -> jax.Array:
-        """What the second stage reads; needs no parameters."""
-        return self._apply(kind, {}, "second_input", outputs)
+    def second_input(self, kind: str, params: Params, outputs: Outputs) -> jax.Array:
+        """What the second stage reads."""
+        return self._apply(kind, params, "second_input", outputs)
 
     def second(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         """Output of the second stage."""
         return self._apply(kind, params, "second", x)
 
-    def residual(self, kind: str, h: jax.Array, y: jax.Array) -> jax.Array:
-        """The new hidden state; needs no parameters."""
-        return self._apply(kind, {}, "residual", h, y)
+    def residual(self, kind: str, params: Params, h: jax.Array, y: jax.Array) -> jax.Array:
+        """The new hidden state."""
+        return self._apply(kind, params, "residual", h, y)
 
     def forward(self, kind: str, params: Params, h: jax.Array) -> Trace:
         """Run a sublayer on `h [B, T, D]`."""
         first = self.first_input(kind, params, h)
-        second = self.second_input(kind, self.first(kind, params, first))
-        return Trace(self.residual(kind, h, self.second(kind, params, second)), first, second)
+        second = self.second_input(kind, params, self.first(kind, params, first))
+        return Trace(self.residual(kind, params, h, self.second(kind, params, second)), first, second)
 
     def head_input(self, params: Params, h: jax.Array) -> jax.Array:
         """What the head reads."""

@@ -99,8 +99,8 @@ def _row_backward(
 
     def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
         outputs = decoder.first(kind, params, decoder.first_input(kind, params, h))
-        between = decoder.second_input(kind, {name: y + probes[name] for name, y in outputs.items()})
-        return decoder.residual(kind, h, decoder.second(kind, params, between) + probes[second])
+        between = decoder.second_input(kind, params, {name: y + probes[name] for name, y in outputs.items()})
+        return decoder.residual(kind, params, h, decoder.second(kind, params, between) + probes[second])
 
     probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
     _, pull = jax.vjp(run, h, probes)

@@ -129,9 +129,9 @@ def _chunk_errors(
     }
 
     def candidate(pick: dict[str, jax.Array]) -> jax.Array:
-        between = decoder.second_input(kind, {name: out[pick[name]] for name, out in outputs.items()})
+        between = decoder.second_input(kind, params, {name: out[pick[name]] for name, out in outputs.items()})
         y = _linear(between, params[second], weights[second][pick[second]])
-        out = decoder.residual(kind, h, y)
+        out = decoder.residual(kind, params, h, y)
         return relative_frobenius(out * mask[:, :, None], reference * mask[:, :, None])
 
     return lax.map(candidate, index)

@@ -113,9 +113,9 @@ def _second_chunk(
     terms: CrossTerms | None,
 ) -> tuple[CrossTerms, jax.Array]:
     def between(p: Any, s: jax.Array) -> jax.Array:
-        return decoder.second_input(kind, decoder.first(kind, p, decoder.first_input(kind, p, s)))
+        return decoder.second_input(kind, p, decoder.first(kind, p, decoder.first_input(kind, p, s)))
 
     weight = mask[:, :, None]
     x, y = between(quantized, h), between(params, ref)
-    hidden = decoder.residual(kind, ref, decoder.second(kind, params, y))
+    hidden = decoder.residual(kind, params, ref, decoder.second(kind, params, y))
     return _add(terms, x * weight, y * weight, (ref - h) * weight), hidden

@@ -94,7 +94,7 @@ class QuantizeStep:
         """Quantize, pack, check and store every linear: the parameters to go on with, and the bits on disk."""
         settings = self.strategy[spec.key]
         tasks = [Task(params[x.name]["kernel"], factors[x.name], settings[x.name], x) for x in spec.linears]
-        out, bits = {"norm": params["norm"]}, 0
+        out, bits = dict(params), 0  # norms and the like stay
         for linear, result in zip(spec.linears, quantize_many(tasks), strict=True):
             bias = params[linear.name].get("bias")
             packed = pack_checked(result, linear, None if bias is None else np.asarray(bias))

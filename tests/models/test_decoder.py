@@ -112,9 +112,9 @@ def test_the_steps_make_up_the_whole(decoder: Decoder, kind: str) -> None:
     first = decoder.first_input(kind, params, h)
     outputs = decoder.first(kind, params, first)
     assert set(outputs) == set(SIZES[kind]) - {"o_proj", "down_proj"}
-    second = decoder.second_input(kind, outputs)
+    second = decoder.second_input(kind, params, outputs)
     close(second, np.asarray(trace.second))
-    close(decoder.residual(kind, h, decoder.second(kind, params, second)), np.asarray(trace.hidden))
+    close(decoder.residual(kind, params, h, decoder.second(kind, params, second)), np.asarray(trace.hidden))
 
 
 def test_later_tokens_do_not_reach_earlier_ones(decoder: Decoder) -> None:
