@@ -2,7 +2,7 @@
 
 from exl2jax.errors import Exl2JaxError
 from exl2jax.evaluate import Evaluation, evaluate
-from exl2jax.models import Exl2Model, open_model
+from exl2jax.models import Exl2Model, load_exl2, open_model
 from exl2jax.ops import PackedLinear
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
@@ -23,5 +23,6 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "load_exl2",
     "open_model",
 ]

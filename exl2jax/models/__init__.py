@@ -3,7 +3,7 @@
 from exl2jax.models.config import ModelConfig, read_config
 from exl2jax.models.decoder import Decoder, build_decoder
 from exl2jax.models.modules import LinearSpec, ModuleSpec, head_spec, module_specs
-from exl2jax.models.source import Exl2Model, HFModel, Model, open_model
+from exl2jax.models.source import Exl2Model, HFModel, Model, load_exl2, open_model
 
 __all__ = [
     "Decoder",
@@ -15,6 +15,7 @@ __all__ = [
     "ModuleSpec",
     "build_decoder",
     "head_spec",
+    "load_exl2",
     "module_specs",
     "open_model",
     "read_config",

@@ -15,6 +15,9 @@ from exl2jax.storage import TensorFiles
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 
+SAMPLES, SAMPLE_BYTES = 256, 4096
+"""Evenly spread pieces of a weight file that tell it from others: a megabyte, whatever the file's size."""
+
 
 class Model:
     """A model directory: its configuration and its tensors, read lazily. Weights come as `[K, N]` float32."""
@@ -101,10 +104,16 @@ class HFModel(Model):
         self._check(self._kernel_name(head_spec(self.config)), (self.config.vocab_size, self.config.hidden_size))
 
     def weights_digest(self) -> str:
-        """SHA-256 over names, shapes, dtypes and file sizes of the weights: which weights these are."""
+        """SHA-256 over headers, file sizes and samples of the weights: which weights these are.
+
+        Two fine-tunes of one model differ in nothing but the weights, and there in most of them.
+        """
         record = [[n, list(self.files.shape(n)), self.files.dtype(n)] for n in sorted(self.files)]
         sizes = [[p.name, p.stat().st_size] for p in self.files.files]
-        return hashlib.sha256(json.dumps([record, sizes]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([record, sizes]).encode())
+        for path in self.files.files:
+            _add_samples(digest, path)
+        return digest.hexdigest()
 
     def kernel(self, spec: LinearSpec) -> np.ndarray:
         """The weight of a linear, `[K, N]` float32."""
@@ -148,3 +157,20 @@ def open_model(directory: Path, *, rope_scale: float | None = None, rope_alpha: 
     if method != "exl2":
         raise SettingsError(f"{directory / CONFIG_NAME}: the model is already quantized ({method}); take the original")
     return Exl2Model(directory, config, raw, digest, TensorFiles.of_exl2(directory))
+
+
+def load_exl2(directory: Path) -> Exl2Model:
+    """Open an EXL2 directory; its tensors are read when asked for. `FormatError` when it is another kind of model."""
+    model = open_model(directory)
+    if not isinstance(model, Exl2Model):
+        raise FormatError(f"{directory / CONFIG_NAME}: no quantization_config, so this is no EXL2 directory")
+    return model
+
+
+def _add_samples(digest: Any, path: Path) -> None:
+    """Feed pieces of a file, or the whole of a small one, to a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+            file.seek(offset)
+            digest.update(file.read(SAMPLE_BYTES))

@@ -11,7 +11,8 @@ from exl2jax.errors import JobError, StorageError
 from exl2jax.models import HFModel, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.models.modules import EMBED_KEY, NORM_KEY
-from exl2jax.storage import ShardWriter, TensorFiles, make_directory, write_json
+from exl2jax.pipeline.job import WorkDirectory
+from exl2jax.storage import ShardWriter, TensorFiles, is_shard, make_directory, write_json
 from exl2jax.storage.tensors import INDEX_NAME
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -42,9 +43,9 @@ def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, A
 
 
 def _require_no_strays(target: Path) -> None:
-    strays = sorted(p.name for p in target.glob("*.safetensors") if not p.name.startswith("output"))
-    work = ("cal_data.safetensors", "hidden_states.safetensors")
-    strays = [name for name in strays if name not in work]
+    work = WorkDirectory(target)
+    known = (work.cal_data, work.hidden_states) if work.job_file.exists() else ()
+    strays = sorted(p.name for p in target.glob("*.safetensors") if not is_shard(p.name) and p not in known)
     if strays:
         raise StorageError(f"{target / strays[0]}: not of this conversion, but its loader would read it; move it away")
 

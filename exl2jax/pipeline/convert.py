@@ -41,11 +41,11 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
     """
     control = control or Control()
     work = WorkDirectory(config.out_dir)
-    model = _open_source(config)
+    conversion = _Conversion(config, _open_source(config), work, control)
     with work.locked():
         if config.no_resume:
             work.clear()
-        return _Conversion(config, model, work, control).run()
+        return conversion.run()
 
 
 def _open_source(config: ConversionConfig) -> HFModel:

@@ -13,6 +13,11 @@ _PENDING = "output_temp_{:05}.safetensors.part"
 _OURS = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors|output_temp_\d{5}\.safetensors\.part")
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file name is one that `ShardWriter` gives, and clears before it writes again."""
+    return _OURS.fullmatch(name) is not None
+
+
 class ShardWriter:
     """Collects tensors and writes `output.safetensors`, or `output-00001-of-0000N.safetensors` when they outgrow one.
 
@@ -27,7 +32,7 @@ class ShardWriter:
         self._bytes = 0
         self._shards = 0
         for path in directory.iterdir():
-            if _OURS.fullmatch(path.name):
+            if is_shard(path.name):
                 path.unlink()
 
     def add(self, name: str, tensor: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax.errors import FormatError, ModelError, SettingsError
-from exl2jax.models import Exl2Model, HFModel, ModuleSpec, head_spec, module_specs, open_model
+from exl2jax.models import Exl2Model, HFModel, ModuleSpec, head_spec, load_exl2, module_specs, open_model
 from exl2jax.ops import pack_linear, round_to_nearest
 from exl2jax.qparams import q
 from tests.support.tiny_model import TinyLlama, tiny_weights, write_tiny_llama
@@ -173,6 +173,13 @@ def test_weights_of_two_models_have_different_digests(tmp_path: Path, tiny_llama
     assert hf(same).weights_digest() == hf(tiny_llama).weights_digest() != hf(other).weights_digest()
 
 
+def test_a_fine_tune_of_the_same_shapes_has_another_digest(tmp_path: Path, tiny_llama: Path) -> None:
+    tuned = write_tiny_llama(tmp_path / "tuned", seed=TINY.seed + 1)
+    files = [(path / "model.safetensors").stat().st_size for path in (tuned, tiny_llama)]
+    assert files[0] == files[1]
+    assert hf(tuned).weights_digest() != hf(tiny_llama).weights_digest()
+
+
 def exl2(source: Path, target: Path, **quantization: Any) -> Path:
     """An EXL2 directory whose first query projection (40 of its 64 columns kept) and head are quantized."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -203,6 +210,12 @@ def test_an_exl2_directory_gives_dequantized_weights_without_padding(tmp_path: P
     assert np.array_equal(params["bias"], np.linspace(-1, 1, 40).astype(np.float16).astype(np.float32))
     head = model.kernel(head_spec(model.config))
     assert np.array_equal(head, expected["lm_head.expected"])
+
+
+def test_load_exl2_opens_no_other_kind(tmp_path: Path, tiny_llama: Path) -> None:
+    assert load_exl2(exl2(tiny_llama, tmp_path)).config.num_heads == 5
+    with pytest.raises(FormatError, match=r"config\.json: no quantization_config"):
+        load_exl2(tiny_llama)
 
 
 def test_a_damaged_exl2_linear_is_named(tmp_path: Path, tiny_llama: Path) -> None:

@@ -209,12 +209,14 @@ def test_unreachable_target_names_the_range(converted: ConversionConfig) -> None
         convert(replace(converted, bits=2.0, out_dir=converted.out_dir.parent / "low", compile_full=None))
 
 
-def test_stray_weights_in_the_output_are_refused(converted: ConversionConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "output_old.safetensors", "cal_data.safetensors"])
+def test_stray_weights_in_the_output_are_refused(converted: ConversionConfig, tmp_path: Path, name: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    shutil.copy(converted.in_dir / "model.safetensors", target / "model.safetensors")
-    with pytest.raises(Exl2JaxError, match=r"model\.safetensors"):
+    shutil.copy(converted.in_dir / "model.safetensors", target / name)
+    with pytest.raises(Exl2JaxError, match=name.replace(".", r"\.")):
         convert(replace(converted, compile_full=target))
+    assert [p.name for p in target.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
