@@ -11,6 +11,7 @@ from jax import lax
 HOT, COLD, COOLING = 2.0, 1e-4, 0.995
 PROPOSALS = 1000
 RUNS = 80
+MAX_UNITS = 2**30
 
 
 class _State(NamedTuple):
@@ -24,16 +25,23 @@ def anneal(costs: np.ndarray, losses: np.ndarray, counts: np.ndarray, budget: in
 
     `costs [slots, options]` and `losses [runs, slots, options]` are padded beyond `counts [slots]`. A proposal is a
     uniform slot and option; it is legal when it keeps the cost within `budget` or lowers one that is over it, and is
-    taken when it lowers the loss or by `exp(-rise / temperature)`. Costs are handed over in units that fit float32
-    exactly enough: they are divided by their greatest common divisor.
+    taken when it lowers the loss or by `exp(-rise / temperature)`. Costs are counted in units that fit int32: their
+    greatest common divisor, or where that is too small a larger unit, costs rounded up so that none is over budget.
     """
-    unit = int(np.gcd.reduce(costs[costs > 0]))
+    most = int(costs.max(axis=1).sum())
+    unit = max(int(np.gcd.reduce(costs[costs > 0])), -(-most // MAX_UNITS))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), len(losses))
     steps = int(np.ceil(np.log(COLD / HOT) / np.log(COOLING)))
     run = jax.vmap(partial(_run, steps=steps), in_axes=(0, None, 0, None, None))
-    scaled = jnp.asarray(costs // unit, jnp.int32)
+    scaled = jnp.asarray(-(-costs // unit), jnp.int32)
     return np.asarray(
-        jax.jit(run)(keys, scaled, jnp.asarray(losses, jnp.float32), jnp.asarray(counts), jnp.int32(budget // unit))
+        jax.jit(run)(
+            keys,
+            scaled,
+            jnp.asarray(losses, jnp.float32),
+            jnp.asarray(counts),
+            jnp.int32(min(budget // unit, MAX_UNITS)),
+        )
     )
 
 
@@ -46,7 +54,7 @@ def _run(
         temperature = HOT * COOLING**step
         draws = jax.random.uniform(jax.random.fold_in(key, step), (3, PROPOSALS))
         slot = jnp.minimum((draws[0] * slots).astype(jnp.int32), slots - 1)
-        option = jnp.minimum((draws[1] * counts[slot]).astype(jnp.int32), counts[slot] - 1)
+        option = jnp.minimum((draws[1] * counts[slot].astype(jnp.float32)).astype(jnp.int32), counts[slot] - 1)
         # A rise is taken when draw < exp(-rise / temperature): compare rises with the drawn threshold instead.
         threshold = -temperature * jnp.log(draws[2])
 
@@ -57,7 +65,7 @@ def _run(
             legal = (cost <= budget) | ((state.cost > budget) & (cost < state.cost))
             take = legal & (loss - state.loss < threshold[i])
             return _State(
-                jnp.where(take, state.choice.at[s].set(o), state.choice),
+                state.choice.at[s].set(jnp.where(take, o, state.choice[s])),
                 jnp.where(take, cost, state.cost),
                 jnp.where(take, loss, state.loss),
             )
