@@ -17,8 +17,9 @@ from exl2jax.models.config import ModelConfig
 from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
 from exl2jax.models.rope import rope_tables
 
-QUERY_BLOCK = 256
-"""Queries per attention block: a block looks only at the keys before its end, which halves a causal product."""
+QUERY_BLOCK = 128
+"""Queries per attention block: a block looks only at the keys before its end, which halves a causal product, and its
+scores stay in cache between the products."""
 
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
@@ -203,21 +204,29 @@ def build_decoder(config: ModelConfig) -> Decoder:
 
 
 def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention over flat projections `[B, T, heads * head_dim]`, softmax in float32."""
+    """Causal attention over flat projections `[B, T, heads * head_dim]`, softmax in float32.
+
+    `v` may have heads of another size than `q` and `k`; the result then has that head size.
+    """
     batch, length, _ = q.shape
-    groups = config.num_heads // config.num_kv_heads
+    kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
     cos, sin = (jnp.asarray(t) for t in rope_tables(config.rope, config.head_dim, length))
-    q = rotate(q.reshape(batch, length, config.num_kv_heads, groups, config.head_dim), cos, sin)
-    k = rotate(k.reshape(batch, length, config.num_kv_heads, 1, config.head_dim), cos, sin)[:, :, :, 0]
-    v = v.reshape(batch, length, config.num_kv_heads, config.head_dim)
+    q = rotate(q.reshape(batch, length, kv, groups, config.head_dim), cos, sin) * config.head_dim**-0.5
+    k = rotate(k.reshape(batch, length, kv, 1, config.head_dim), cos, sin)
+    # Heads in front and queries of one group in a row: plain products of matrices, one for each key-value head.
+    q = q.transpose(0, 2, 3, 1, 4)
+    k, v = (x.reshape(batch, length, kv, -1).transpose(0, 2, 1, 3) for x in (k, v))
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        scores = jnp.einsum("bqhgd,bkhd->bhgqk", q[:, start:stop], k[:, :stop]) * config.head_dim**-0.5
-        causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-        blocks.append(jnp.einsum("bhgqk,bkhd->bqhgd", weights, v[:, :stop]))
-    return jnp.concatenate(blocks, axis=1).reshape(batch, length, -1)
+        queries = q[:, :, :, start:stop].reshape(batch, kv, -1, config.head_dim)
+        causal = jnp.tile(jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :], (groups, 1))
+        scores = jnp.where(causal, jnp.einsum("bhqd,bhkd->bhqk", queries, k[:, :, :stop]), -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        # Normalised after the product, which is narrower than the weights.
+        values = jnp.einsum("bhqk,bhkd->bhqd", weights, v[:, :, :stop]) / jnp.sum(weights, axis=-1, keepdims=True)
+        blocks.append(values.reshape(batch, kv, groups, stop - start, -1))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -15,6 +15,9 @@ GRID = np.asarray([0.70 * (1 - i / 96) + 1.20 * i / 96 for i in range(97)], np.f
 UNROLL = 32
 """Rows per step of the inner loop: the whole chain of a column stays in registers. Group rows are multiples of 32."""
 
+BLOCK_COLUMNS = 192
+"""Most columns of a block: 32 rows of it stay in a first-level cache while all multipliers go over them."""
+
 
 class ScaleChoice(NamedTuple):
     """Scales of one group: `qs [N]` index 1..16, `qscale_max []` as exact half, `scale [N]` the working scale."""
@@ -43,26 +46,33 @@ def search_scales(w: jax.Array, bits: jax.Array) -> ScaleChoice:
 
 
 def _grid_losses(steps: jax.Array, column_weight: jax.Array, codes: jax.Array) -> jax.Array:
-    """Loss of every multiplier, up to a common factor.
+    """Loss of every multiplier `[97]`, up to a common factor.
 
     `steps` are the weights in units of the base scale, so the loss of a column at multiplier `p` is
-    `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a constant.
+    `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a constant. Columns go in blocks,
+    padded with zeros, whose loss is zero.
     """
     rows, columns = steps.shape
-    tiles = steps.reshape(rows // UNROLL, UNROLL, columns)
+    blocks = -(-columns // BLOCK_COLUMNS)
+    width = -(-columns // (16 * blocks)) * 16
+    extra = blocks * width - columns
+    tiles = jnp.pad(steps, ((0, 0), (0, extra))).reshape(rows // UNROLL, UNROLL, blocks, width)
+    weights = jnp.pad(column_weight, (0, extra)).reshape(blocks, width)
     low, high = -codes / 2, codes / 2 - 1
+    p = jnp.asarray(GRID)[:, None]
+    inverse = 1 / p
 
-    def loss(p: jax.Array) -> jax.Array:
-        inverse = 1 / p
+    def tile(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        block, total = state
+        x = lax.dynamic_index_in_dim(block, i, 0, keepdims=False)
+        for r in range(UNROLL):
+            z = jnp.abs(jnp.clip(jnp.round(x[r] * inverse), low, high) * p - x[r])
+            total = total + z * z * z * jnp.sqrt(z)
+        return block, total
 
-        def tile(i: jax.Array, total: jax.Array) -> jax.Array:
-            x = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
-            for r in range(UNROLL):
-                z = jnp.abs(jnp.clip(jnp.round(x[r] * inverse), low, high) * p - x[r])
-                total = total + z * z * z * jnp.sqrt(z)
-            return total
+    def block(tiles: jax.Array, weights: jax.Array) -> jax.Array:
+        zero = jnp.zeros((len(GRID), width), jnp.float32)
+        _, total = lax.fori_loop(0, rows // UNROLL, tile, (tiles, zero))
+        return total @ weights  # a product, lest the sum be fused into the loop above and undo its vectors
 
-        zero = jnp.zeros((columns,), jnp.float32)
-        return jnp.sum(lax.fori_loop(0, rows // UNROLL, tile, zero) * column_weight)
-
-    return lax.map(loss, jnp.asarray(GRID))
+    return jnp.sum(lax.map(lambda x: block(*x), (tiles.transpose(2, 0, 1, 3), weights)), axis=0)
