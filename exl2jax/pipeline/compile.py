@@ -1,18 +1,17 @@
 """Compilation: packed linears and untouched tensors into the shards of an EXL2 directory."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exl2jax.errors import JobError, StorageError
+from exl2jax.errors import JobError, ModelError, StorageError
 from exl2jax.models import HFModel, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.models.modules import EMBED_KEY, NORM_KEY
 from exl2jax.pipeline.job import WorkDirectory
-from exl2jax.storage import ShardWriter, TensorFiles, is_shard, make_directory, write_json
+from exl2jax.storage import ShardWriter, copy_file, is_shard, make_directory, read_checked_tensors, write_json
 from exl2jax.storage.tensors import INDEX_NAME
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -35,11 +34,20 @@ def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, A
     """Copy every non-weight file of the source as it is, and write its config with `quantization_config` added."""
     for path in sorted(model.directory.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
-            try:
-                shutil.copyfile(path, target / path.name)
-            except OSError as e:
-                raise StorageError(f"{target / path.name}: cannot copy from the source model ({e})") from e
+            _require_own(path, model.directory)
+            copy_file(path, target / path.name)
     write_json(target / CONFIG_NAME, {**model.raw_config, "quantization_config": dict(quantization)})
+
+
+def _require_own(path: Path, directory: Path) -> None:
+    """Refuse to copy what a link brings in from elsewhere; the hub cache keeps its files in `blobs`, two levels up."""
+    real, home = path.resolve(), directory.resolve()
+    hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if path.is_symlink() and not (real.is_relative_to(home) or real.is_relative_to(hub)):
+        raise ModelError(
+            f"{path}: a link to {real}, outside of the model; it is not copied into the result: "
+            "put the file itself there or remove the link"
+        )
 
 
 def _require_no_strays(target: Path) -> None:
@@ -69,6 +77,8 @@ def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:
     path = out_tensor / f"{key}.safetensors"
     if not path.exists():
         raise JobError(f"{path}: the quantized tensors of {key} are missing; start over with -nr")
-    files = TensorFiles([path])
-    for name in files:
-        yield name, files.read(name)
+    try:
+        tensors, _ = read_checked_tensors(path)
+    except StorageError as e:
+        raise JobError(f"{e}; start over with -nr") from e
+    yield from tensors.items()

@@ -122,10 +122,10 @@ class _Conversion:
             control=self.control,
         )
         write(outputs)
-        return state.advanced("quantize")
+        return state.advanced("quantize", measurement_sha256=_digest(path))
 
     def _quantize(self, state: JobState) -> JobState:
-        strategy = self._allocate()
+        strategy = self._allocate(state)
         rows = self._calibrate(measure=False)
         state = self._with_calibration(state, "quantize", rows)
         make_directory(self.work.out_tensor, "the work directory")
@@ -151,7 +151,9 @@ class _Conversion:
         self._write_reports(reports)
         if not math.isfinite(reports[-1].perplexity or math.nan):
             raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
-        return state.advanced("compile", strategy=_strategy_record(strategy))
+        return state.advanced(
+            "compile", strategy=_strategy_record(strategy), reports_sha256=_digest(self.work.reports)
+        )
 
     def _start_quantize(self, rows: CalibrationRows) -> Carry:
         states = embed(self.model, rows.input_ids, self.config.seed)
@@ -173,8 +175,10 @@ class _Conversion:
         except (TypeError, KeyError) as e:
             raise JobError(f"{self.work.reports}: not a quantization report ({e}); start over with -nr") from e
 
-    def _allocate(self) -> Strategy:
+    def _allocate(self, state: JobState) -> Strategy:
         path = self.config.measurement or self.work.measurement
+        if self.config.measurement is None:
+            _require_unchanged(path, state, "measurement_sha256")
         measurement = read_measurement(path, self.specs)
         strategy = allocate(
             measurement, self.specs, self.config.bits, solver=self.config.allocation, seed=self.config.seed
@@ -199,6 +203,7 @@ class _Conversion:
 
     def _finish(self, state: JobState) -> ConversionResult:
         target = self.config.compile_full or self.work.path
+        _require_unchanged(self.work.reports, state, "reports_sha256")
         begun = time.monotonic()
         shards = compile_model(self.model, self.work.out_tensor, target, shard_mb=self.config.shard_size)
         if self.config.compile_full is not None:
@@ -302,6 +307,14 @@ def _digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
         raise MeasurementError(f"{path}: the measurement file cannot be read ({e})") from e
+
+
+def _require_unchanged(path: Path, state: JobState, name: str) -> None:
+    """Refuse to go on with a stage's result that is not the one the stage left."""
+    if state.records.get(name) != _digest(path):
+        raise JobError(
+            f"{path}: changed since this job wrote it; start over with -nr, or take it with -m into another -o"
+        )
 
 
 def _describe(report: ModuleReport, strategy: Strategy) -> str:

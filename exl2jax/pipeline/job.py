@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-import shutil
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,14 +11,24 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
 
-from exl2jax.errors import JobError
+from exl2jax.errors import Exl2JaxError, JobError, StorageError
 from exl2jax.pipeline.scan import Carry
-from exl2jax.storage import make_directory, read_json, write_json, write_tensors
+from exl2jax.storage import (
+    make_directory,
+    read_checked_tensors,
+    read_json,
+    remove,
+    storing,
+    sweep,
+    write_checked_tensors,
+    write_json,
+)
 
-JOB_FORMAT = 1
+log = logging.getLogger(__name__)
+
+JOB_FORMAT = 2
+"""Version of the job file and of the checkpoints; 1 had no checksums."""
 STAGES = ("measure", "quantize", "compile", "finished")
 
 
@@ -55,12 +65,15 @@ class WorkDirectory:
         make_directory(self.path, "-o/--out_dir")
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with storing(self.path / ".lock", "cannot lock"):
+                lock.acquire(timeout=0)
         except Timeout as e:
             raise JobError(
                 f"{self.path}: another conversion is running in this work directory; wait or choose another -o"
             ) from e
         try:
+            sweep(self.path)
+            sweep(self.out_tensor)
             yield
         finally:
             lock.release()
@@ -75,28 +88,33 @@ class WorkDirectory:
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
-        for path in (self.job_file, self.cal_data, self.hidden_states, self.measurement, self.reports):
-            path.unlink(missing_ok=True)
-        if self.out_tensor.exists():
-            shutil.rmtree(self.out_tensor)
+        for path in (self.job_file, self.cal_data, self.hidden_states, self.measurement, self.reports, self.out_tensor):
+            remove(path)
 
     def resume(self, new: JobState) -> JobState:
         """The state to go on from: the job file's, if it is of the same inputs, or `new`."""
         if not self.job_file.exists():
-            self.hidden_states.unlink(missing_ok=True)
+            remove(self.hidden_states)
             return new
         record = read_json(self.job_file, JobError, "the job file")
-        if not isinstance(record, dict) or record.get("format") != JOB_FORMAT or record.get("stage") not in STAGES:
-            raise JobError(f"{self.job_file}: not a job file of this version; start over with -nr or choose another -o")
+        advice = "start over with -nr or choose another -o"
+        if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+            raise JobError(f"{self.job_file}: not a job file of this program; {advice}")
+        if record["format"] != JOB_FORMAT:
+            raise JobError(
+                f"{self.job_file}: written in format {record['format']:.6g} by another version, this one reads format "
+                f"{JOB_FORMAT}; finish it with that version, {advice}"
+            )
+        if record.pop("sha256", None) != fingerprint(record) or record.get("stage") not in STAGES:
+            raise JobError(f"{self.job_file}: edited by hand or damaged (its checksum does not fit); {advice}")
         self._require_same(record.get("inputs"), new.inputs)
-        return replace(new, stage=record["stage"], records=record.get("records", {}))
+        return replace(new, stage=record["stage"], records=record["records"])
 
     def save(self, state: JobState) -> None:
         """Write the job file, last of all."""
-        write_json(
-            self.job_file,
-            {"format": JOB_FORMAT, **asdict(state)},
-        )
+        # Through JSON once, so that the checksum is over what a reader finds: tuples become lists.
+        record = json.loads(json.dumps({"format": JOB_FORMAT, **asdict(state)}))
+        write_json(self.job_file, {**record, "sha256": fingerprint(record)})
 
     def _require_same(self, there: Any, here: Mapping[str, Any]) -> None:
         there = there if isinstance(there, dict) else {}
@@ -114,7 +132,8 @@ class FileCheckpoint[O]:
     """Checkpoints of a pass: outputs as JSON first, then the states, whose rename commits both.
 
     The position stands in the states' own metadata, so a kill between the two files leaves outputs that run ahead of
-    the states; `read` is told how many to take.
+    the states; `read` is told how many to take. The states carry a checksum over themselves and one over those
+    outputs: a checkpoint that is torn, altered or of another format starts its pass over, which gives the same bytes.
     """
 
     work: WorkDirectory
@@ -124,26 +143,41 @@ class FileCheckpoint[O]:
     read: Callable[[int], list[O]]
 
     def load(self) -> tuple[int, Carry, list[O]] | None:
-        """The last checkpoint of this pass of this job, or None."""
+        """The last sound checkpoint of this pass of this job, or None."""
         path = self.work.hidden_states
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="numpy") as handle:
-                metadata = handle.metadata() or {}
+            tensors, metadata = read_checked_tensors(path)
             if metadata.get("stage") != self.stage or metadata.get("job") != self.job:
                 return None
+            if metadata.get("format") != str(JOB_FORMAT):
+                raise StorageError(f"{path}: the checkpoint is of another format")
             position = int(metadata["position"])
-            carry = _unflatten(load_file(path))
-        except (OSError, SafetensorError, KeyError, ValueError) as e:
-            raise JobError(f"{path}: the checkpoint is damaged ({e}); start over with -nr") from e
-        return position, carry, self.read(position)
+            outputs = self.read(position)
+            if _outputs_digest(outputs) != metadata["outputs"]:
+                raise StorageError(f"{path}: the results saved with the checkpoint changed since")
+            return position, _unflatten(tensors), outputs
+        except (Exl2JaxError, KeyError, ValueError) as e:
+            log.warning("%s; starting the %s pass over", e, self.stage)
+            return None
 
     def save(self, position: int, carry: Carry, outputs: list[O]) -> None:
         """Write a checkpoint after `position` modules."""
         self.write(outputs)
-        metadata = {"stage": self.stage, "job": self.job, "position": str(position)}
-        write_tensors(self.work.hidden_states, _flatten(carry), metadata)
+        metadata = {
+            "format": str(JOB_FORMAT),
+            "stage": self.stage,
+            "job": self.job,
+            "position": str(position),
+            "outputs": _outputs_digest(self.read(position)),
+        }
+        write_checked_tensors(self.work.hidden_states, _flatten(carry), metadata)
+
+
+def _outputs_digest(outputs: list[Any]) -> str:
+    """SHA-256 of outputs as they were read: frozen records, whose `repr` shows every field exactly."""
+    return hashlib.sha256(repr(outputs).encode()).hexdigest()
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

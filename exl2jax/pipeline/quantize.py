@@ -18,7 +18,7 @@ from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
 from exl2jax.qparams import QParams
-from exl2jax.storage import write_tensors
+from exl2jax.storage import write_checked_tensors
 
 REFERENCE = "ref"
 """Name, in a carry, of the full-precision states of the rows that the final check runs on."""
@@ -123,4 +123,4 @@ class QuantizeStep:
         return carry, report
 
     def _store(self, spec: LinearSpec, packed: PackedLinear) -> None:
-        write_tensors(self.out_tensor / f"{spec.key}.safetensors", packed.tensors(spec.key))
+        write_checked_tensors(self.out_tensor / f"{spec.key}.safetensors", packed.tensors(spec.key))

@@ -1,16 +1,33 @@
 """Files: lazy safetensors reading, atomic writing, shards. Knows names and bytes, nothing of models or jobs."""
 
-from exl2jax.storage.atomic import make_directory, read_json, write_atomically, write_json, write_tensors
+from exl2jax.storage.atomic import (
+    copy_file,
+    make_directory,
+    read_json,
+    remove,
+    storing,
+    sweep,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from exl2jax.storage.checked import read_checked_tensors, write_checked_tensors
 from exl2jax.storage.shards import ShardWriter, is_shard
 from exl2jax.storage.tensors import TensorFiles
 
 __all__ = [
     "ShardWriter",
     "TensorFiles",
+    "copy_file",
     "is_shard",
     "make_directory",
+    "read_checked_tensors",
     "read_json",
+    "remove",
+    "storing",
+    "sweep",
     "write_atomically",
+    "write_checked_tensors",
     "write_json",
     "write_tensors",
 ]

@@ -1,41 +1,59 @@
-"""Commit by rename: a reader sees the old file or the new one, never half of one."""
+"""Commit by rename: a reader sees the old file or the new one, never half of one.
+
+Everything the package changes on disk goes through the functions here, and every refusal of the system becomes a
+`StorageError` that names the file.
+"""
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from exl2jax.errors import StorageError
+from exl2jax.storage.bounded_json import parse_json
 from exl2jax.types import Tensors
 
 TEMPORARY_SUFFIX = ".tmp"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, and rename it into place.
+@contextmanager
+def storing(path: Path, what: str = "cannot write") -> Iterator[None]:
+    """Turn a refusal of the system (full, read-only, no permission, broken) into a `StorageError` naming `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise StorageError(
+            f"{path}: {what} ({e}); free some space or fix the permissions, then run again; nothing is half-written"
+        ) from e
 
-    Raises `StorageError` naming the file when the system refuses (full, read-only, no permission); the temporary file
-    is removed and whatever stood at `path` before is untouched.
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it, rename it into place, and sync the directory.
+
+    Raises `StorageError` naming the file when the system refuses; the temporary file is removed and whatever stood at
+    `path` before is untouched.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except Exception as e:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError) or type(e).__name__ == "SafetensorError":
-            raise StorageError(
-                f"{path}: cannot write ({e}); free some space or fix the permissions, then run again"
-            ) from e
-        raise
+    with storing(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # what the user's umask gives; safetensors makes files for their owner alone
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
+        except Exception:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
@@ -51,13 +69,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copy the content of a file atomically."""
+    write_atomically(path, lambda temporary: _copy(source, temporary))
+
+
 def read_json(path: Path, error: type[Exception], what: str) -> Any:
-    """Parse a JSON file; any failure becomes `error` with a message naming the file and `what` it should be."""
+    """Parse a JSON file within the bounds of `bounded_json`; any failure becomes `error` naming the file and `what`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path)
     except FileNotFoundError as e:
         raise error(f"{path}: {what} is missing") from e
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as e:
+    except (OSError, RecursionError, ValueError) as e:
         raise error(f"{path}: {what} cannot be read ({e})") from e
 
 
@@ -74,13 +97,45 @@ def make_directory(path: Path, what: str) -> None:
         ) from e
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def rename(path: Path, target: Path) -> None:
+    """Give a finished file its final name; `sync` the directory when all have theirs."""
+    with storing(target):
+        path.replace(target)
 
 
-def _sync(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a whole directory; nothing happens where there is none."""
+    with storing(path, "cannot remove"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove the temporary files that a killed run left in a directory of ours."""
+    if directory.is_dir():
+        for path in sorted(directory.glob("*" + TEMPORARY_SUFFIX)):
+            remove(path)
+
+
+def sync(directory: Path) -> None:
+    """Bring the names in a directory to the disk itself."""
+    with storing(directory, "cannot sync"):
+        _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)

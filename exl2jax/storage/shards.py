@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from exl2jax.errors import StorageError
-from exl2jax.storage.atomic import write_tensors
+from exl2jax.storage.atomic import TEMPORARY_SUFFIX, remove, rename, storing, sync, write_tensors
 
 MEGABYTE = 1024 * 1024
 _PENDING = "output_temp_{:05}.safetensors.part"
 _OURS = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors|output_temp_\d{5}\.safetensors\.part")
+"""Names that a conversion gives; a killed one leaves them with the temporary suffix too."""
 
 
 def is_shard(name: str) -> bool:
@@ -31,9 +32,11 @@ class ShardWriter:
         self._waiting: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._shards = 0
-        for path in directory.iterdir():
-            if is_shard(path.name):
-                path.unlink()
+        with storing(directory, "cannot list"):
+            entries = sorted(directory.iterdir())
+        for path in entries:
+            if is_shard(path.name.removesuffix(TEMPORARY_SUFFIX)):
+                remove(path)
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         """Take a tensor; full shards are written as they fill. `StorageError` names a tensor larger than a shard."""
@@ -56,7 +59,8 @@ class ShardWriter:
             else [f"output-{i + 1:05}-of-{self._shards:05}.safetensors" for i in range(self._shards)]
         )
         for i, name in enumerate(names):
-            (self._directory / _PENDING.format(i + 1)).replace(self._directory / name)
+            rename(self._directory / _PENDING.format(i + 1), self._directory / name)
+        sync(self._directory)
         return tuple(self._directory / name for name in names)
 
     def _flush(self) -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from exl2jax.errors import ModelError
 from exl2jax.storage.atomic import read_json
+from exl2jax.storage.headers import check_header
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -87,9 +88,10 @@ class TensorFiles:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        check_header(path)
         with safe_open(path, framework="numpy") as handle:
             yield handle
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, ValueError, TypeError) as e:
         raise ModelError(f"{path}: not a readable safetensors file ({e}); download it again") from e
 
 
