@@ -5,13 +5,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from exl2jax.calibration import CalibrationRows, load_rows, load_tokenizer
-from exl2jax.errors import JobError, MeasurementError, NumericalError, SettingsError
+from exl2jax.errors import JobError, MeasurementError, NumericalError, SettingsError, StorageError
 from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, head_spec, module_specs, open_model
 from exl2jax.pipeline.allocate import Strategy, allocate
 from exl2jax.pipeline.compile import compile_model, copy_source_files
@@ -72,6 +73,7 @@ class _Conversion:
         self.decoder: Decoder = build_decoder(model.config)
         self.tokenizer = load_tokenizer(config.in_dir)
         self.inputs = self._inputs()
+        self.saved = JobState(inputs=self.inputs, in_dir=str(config.in_dir.resolve()), stage="measure")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
@@ -89,14 +91,25 @@ class _Conversion:
     def _timed(self, state: JobState, name: str, stage: Any) -> JobState:
         """Run a stage and add its seconds, those of interrupted runs included."""
         begun = time.monotonic()
-        spent = dict(state.records.get("seconds", {}))
-        self.work.save(state)
+        before = state.records.get("seconds", {})
+
+        def timed(state: JobState) -> JobState:
+            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - begun, 3)}
+            return replace(state, records={**state.records, "seconds": spent})
+
+        self._save(state)
         try:
-            state = stage(state)
-        finally:
-            spent[name] = round(spent.get(name, 0.0) + time.monotonic() - begun, 3)
-            self.work.save(replace(state, records={**state.records, "seconds": spent}))
-        return replace(state, records={**state.records, "seconds": spent})
+            state = timed(stage(state))
+        except BaseException:
+            with suppress(StorageError):  # what stopped the stage is the news
+                self._save(timed(self.saved))
+            raise
+        self._save(state)
+        return state
+
+    def _save(self, state: JobState) -> None:
+        self.work.save(state)
+        self.saved = state
 
     def _measure(self, state: JobState) -> JobState:
         rows = self._calibrate(measure=True)
@@ -151,9 +164,7 @@ class _Conversion:
         self._write_reports(reports)
         if not math.isfinite(reports[-1].perplexity or math.nan):
             raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
-        return state.advanced(
-            "compile", strategy=_strategy_record(strategy), reports_sha256=_digest(self.work.reports)
-        )
+        return state.advanced("compile", strategy=_strategy_record(strategy), reports_sha256=_digest(self.work.reports))
 
     def _start_quantize(self, rows: CalibrationRows) -> Carry:
         states = embed(self.model, rows.input_ids, self.config.seed)
@@ -273,7 +284,7 @@ class _Conversion:
         if name in known and known[name]["sha256"] != rows.sha256:
             raise JobError(f"{self.work.job_file}: the calibration data changed since the {name} pass began; use -nr")
         state = replace(state, records={**state.records, "calibration": {**known, name: rows.record()}})
-        self.work.save(state)
+        self._save(state)
         return state
 
     def _load(self, spec: ModuleSpec | LinearSpec) -> Any:

@@ -64,13 +64,13 @@ class WorkDirectory:
         """Hold the directory for this process; the lock dies with it. `JobError` when another one has it."""
         make_directory(self.path, "-o/--out_dir")
         lock = FileLock(self.path / ".lock")
-        try:
-            with storing(self.path / ".lock", "cannot lock"):
+        with storing(self.path / ".lock", "cannot lock"):
+            try:
                 lock.acquire(timeout=0)
-        except Timeout as e:
-            raise JobError(
-                f"{self.path}: another conversion is running in this work directory; wait or choose another -o"
-            ) from e
+            except Timeout as e:
+                raise JobError(
+                    f"{self.path}: another conversion is running in this work directory; wait or choose another -o"
+                ) from e
         try:
             sweep(self.path)
             sweep(self.out_tensor)
@@ -102,8 +102,8 @@ class WorkDirectory:
             raise JobError(f"{self.job_file}: not a job file of this program; {advice}")
         if record["format"] != JOB_FORMAT:
             raise JobError(
-                f"{self.job_file}: written in format {record['format']:.6g} by another version, this one reads format "
-                f"{JOB_FORMAT}; finish it with that version, {advice}"
+                f"{self.job_file}: written in format {_short(record['format'])} by another version, "
+                f"this one reads format {JOB_FORMAT}; finish it with that version, {advice}"
             )
         if record.pop("sha256", None) != fingerprint(record) or record.get("stage") not in STAGES:
             raise JobError(f"{self.job_file}: edited by hand or damaged (its checksum does not fit); {advice}")
