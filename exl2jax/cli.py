@@ -19,17 +19,18 @@ import jax
 import typer
 from rich.console import Console
 
-from exl2jax.calibration import CalibrationConfig, load_rows, load_tokenizer, summarize
+from exl2jax.calibration import CalibrationConfig, load_tokenizer, summarize
 from exl2jax.errors import Exl2JaxError, Interrupted, JobError
 from exl2jax.evaluate import evaluate, read_token_rows, text_rows
 from exl2jax.evaluate.verify import verify
-from exl2jax.models import read_config
+from exl2jax.models import open_model, read_config
+from exl2jax.pipeline.calibrate import build_rows
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.report import calibration_table, conversion_table, evaluation_table, make_progress, verify_table
-from exl2jax.storage import write_tensors
+from exl2jax.storage import make_directory, write_tensors
 from exl2jax.version import VERSION
 
 app = typer.Typer(
@@ -41,6 +42,14 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+CalColumns = Annotated[
+    list[str] | None, typer.Option("--cal-column", help="Column of Parquet, field of JSON (repeatable).")
+]
+CalDir = Annotated[Path | None, typer.Option("--cal-dir", help="Folder with local copies of the named sets.")]
+CalSplit = Annotated[str, typer.Option("--cal-split", help="Split of the named sets: train or validation.")]
+CalFill = Annotated[
+    bool, typer.Option("--cal-fill", help="Let the model write the rows that the standard text cannot fill.")
+]
 CACHE_MEGABYTES = 1024
 
 
@@ -193,6 +202,7 @@ def _eval(
 
 @app.command("calibrate")
 def _calibrate(
+    context: typer.Context,
     in_dir: Annotated[Path, typer.Option("-i", "--in_dir", help="Model directory.")],
     out: Annotated[Path, typer.Option("--out", help="File to write, FILE.safetensors.")],
     source: Annotated[str, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = "standard",
@@ -200,25 +210,31 @@ def _calibrate(
     length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Rows of the measurement pass.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
-    columns: Annotated[
-        list[str] | None, typer.Option("--cal-column", help="Column of a Parquet file (repeatable).")
-    ] = None,
-    cal_dir: Annotated[Path | None, typer.Option("--cal-dir", help="Local copies of the named sets.")] = None,
+    cal_column: CalColumns = None,
+    cal_dir: CalDir = None,
+    cal_split: CalSplit = "train",
+    cal_fill: CalFill = False,
     as_json: Json = False,
 ) -> int:
     """Build calibration rows and show them, without converting."""
-    config, _, _ = read_config(in_dir)
-    tokenizer = load_tokenizer(in_dir)
+    console = Console(stderr=True)
+    _set_up(console)
+    control = Control(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
     wanted = CalibrationConfig(
         source=source,
         rows=rows,
         length=length,
         seed=seed,
         measure=measure,
-        columns=tuple(columns or ()),
+        columns=tuple(cal_column or ()),
         cal_dir=cal_dir,
+        split=cal_split,
+        fill_with_self=cal_fill,
     )
-    built = load_rows(wanted, tokenizer, vocab_size=config.vocab_size, context=config.max_position)
+    config, _, _ = read_config(in_dir)
+    tokenizer = load_tokenizer(in_dir)
+    built = build_rows(wanted, config, tokenizer, lambda: open_model(in_dir), control)
+    make_directory(out.absolute().parent, "the directory of --out")
     write_tensors(out, built.tensors())
     summary = summarize(built, tokenizer, vocab_size=config.vocab_size)
     _deliver(as_json, summary.record(), lambda: calibration_table(summary))

@@ -43,6 +43,14 @@ MEASURE_ROWS: Composition = (
 )
 """The 19 rows of the measurement pass."""
 
+_NOISE_ROWS = {"Qwen2VLForConditionalGeneration": (5, 30), "Qwen2_5_VLForConditionalGeneration": (5, 30)}
+"""Noise rows of the measurement and the quantization pass by architecture, as the stock converter adds them."""
+
+
+def noise_rows(architecture: str, measure: bool) -> int:
+    """Noise rows that an architecture asks for in a pass, on top of the composition."""
+    return _NOISE_ROWS.get(architecture, (0, 0))[0 if measure else 1]
+
 
 def standard_composition(measure: bool, rows: int | None) -> Composition:
     """The standard set's composition, scaled to `rows` in all where given (noise rows not counted)."""

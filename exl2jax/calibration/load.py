@@ -33,9 +33,6 @@ from exl2jax.errors import CalibrationError, SettingsError
 DEFAULT_ROWS, DEFAULT_MEASURE_ROWS, DEFAULT_LENGTH = 100, 16, 2048
 """What the stock converter takes where nothing is said and the source has no size of its own."""
 
-type Built = tuple[list[RowBlock], list[str]]
-"""Blocks in row order, and notes."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Request:
@@ -46,6 +43,7 @@ class _Request:
     vocab_size: int
     sampler: Sampler | None
     length: int | None
+    noise_rows: int
 
     @property
     def encoder(self) -> Tokenizer:
@@ -66,6 +64,31 @@ class _Request:
         return DEFAULT_MEASURE_ROWS if self.config.measure else DEFAULT_ROWS
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SelfRows:
+    """Rows that the model is to write once everything else is known to be sound: no weight is read for bad input."""
+
+    request: _Request
+    rows: int
+    only: Sequence[str] = ()
+
+    def written(self) -> RowBlock:
+        """Sample them."""
+        return self_rows(
+            self.request.sampler,
+            self.request.encoder,
+            rows=self.rows,
+            length=self.request.tokens_per_row,
+            seed=self.request.config.seed,
+            only=self.only,
+            purpose="self-fill" if self.only else "self",
+        )
+
+
+type Built = tuple[list[RowBlock | _SelfRows], list[str]]
+"""Blocks in row order, and notes."""
+
+
 def load_rows(
     config: CalibrationConfig,
     tokenizer: Tokenizer | None,
@@ -73,6 +96,7 @@ def load_rows(
     vocab_size: int,
     sampler: Sampler | None = None,
     context: int | None = None,
+    architecture: str = "",
 ) -> CalibrationRows:
     """Build the calibration rows that a configuration asks for, and check them.
 
@@ -82,7 +106,15 @@ def load_rows(
 
     Raises `SettingsError` for settings that make no sense and `CalibrationError` for sources that do not serve.
     """
-    request = _Request(config=config, tokenizer=tokenizer, vocab_size=vocab_size, sampler=sampler, length=config.length)
+    noise = domains.noise_rows(architecture, config.measure) if config.noise_rows is None else config.noise_rows
+    request = _Request(
+        config=config,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        sampler=sampler,
+        length=config.length,
+        noise_rows=noise,
+    )
     _check_context(config.length, context)
     if isinstance(config.source, str | Path):
         name = str(config.source)
@@ -90,7 +122,9 @@ def load_rows(
     else:
         name = EXAMPLES
         blocks, notes = _from_examples(request, config.source, context)
-    ids, mask = _joined([_in_vocabulary(block, request, name) for block in blocks])
+    checked = [b if isinstance(b, _SelfRows) else _in_vocabulary(b, request, name) for b in blocks]
+    blocks = [_in_vocabulary(b.written(), request, name) if isinstance(b, _SelfRows) else b for b in checked]
+    ids, mask = _joined(blocks)
     _check_context(ids.shape[1], context)
     return CalibrationRows(
         input_ids=ids,
@@ -125,13 +159,15 @@ def _from_sources(request: _Request, sources: Sequence[Source], context: int | N
             raise CalibrationError(f"{source.name}: no such calibration file; check the path")
     if request.length is None and any(source.kind != "ready" for source in sources):
         request = replace(request, length=min(DEFAULT_LENGTH, context or DEFAULT_LENGTH))
-    blocks: list[RowBlock] = []
+    blocks: list[RowBlock | _SelfRows] = []
     notes: list[str] = []
     for source, rows in _planned(sources, request.config):
         more, said = _standard(request, source, rows) if source.kind == "standard" else _other(request, source, rows)
         blocks += more
         notes += said
-    lengths = sorted({block.ids.shape[1] for block in blocks})
+    lengths = sorted(
+        {b.request.tokens_per_row if isinstance(b, _SelfRows) else b.ids.shape[1] for b in blocks},
+    )
     if len(lengths) > 1:
         raise CalibrationError(
             f"calibration source {str(request.config.source)!r}: its parts have rows of {lengths} tokens; "
@@ -171,13 +207,14 @@ def _standard(request: _Request, source: Source, rows: int | None) -> Built:
         seed=config.seed,
         vocab_size=request.vocab_size,
         fillers=fillers,
-        noise_rows=config.noise_rows,
+        noise_rows=request.noise_rows,
     )
-    blocks, notes = list(built.blocks), list(built.notes)
+    blocks: list[RowBlock | _SelfRows] = list(built.blocks)
+    notes = list(built.notes)
     if built.missing and config.fill_with_self:
         only = [domain for domain, missing in built.missing.items() for _ in range(missing)]
         only = [domains.MULTILINGUAL if domain == domains.SHUFFLED else domain for domain in only]
-        blocks.append(_self(request, len(only), only=only))
+        blocks.append(_SelfRows(request=request, rows=len(only), only=only))
         notes.append(f"{len(only)} rows that {texts.origin} could not fill were written by the model")
         return blocks, notes
     wanted = dict(composition)
@@ -186,21 +223,9 @@ def _standard(request: _Request, source: Source, rows: int | None) -> Built:
             f"{domain}: {wanted[domain] - missing} of {wanted[domain]} rows; "
             f"{texts.origin} hold no more at {length} tokens a row"
         )
-    if not any(block.domain in domains.TEXT_DOMAINS for block in blocks):
+    if not any(block.domain in domains.TEXT_DOMAINS for block in built.blocks):
         raise CalibrationError(f"standard set: {texts.origin} fill no row of {length} tokens; ask for shorter rows")
     return blocks, notes
-
-
-def _self(request: _Request, rows: int, only: Sequence[str] = ()) -> RowBlock:
-    return self_rows(
-        request.sampler,
-        request.encoder,
-        rows=rows,
-        length=request.tokens_per_row,
-        seed=request.config.seed,
-        only=only,
-        purpose="self-fill" if only else "self",
-    )
 
 
 def _other(request: _Request, source: Source, rows: int | None) -> Built:
@@ -210,7 +235,7 @@ def _other(request: _Request, source: Source, rows: int | None) -> Built:
         return [read_ready(Path(source.name), rows=rows, length=request.length)], []
     wanted, length = request.rows_or_default(rows), request.tokens_per_row
     if source.kind == "self":
-        return [_self(request, wanted)], []
+        return [_SelfRows(request=request, rows=wanted)], []
     if source.kind == "random":
         ids = random_ids(wanted, length, _known_ids(request), config.seed)
         return [RowBlock(domain=domains.RANDOM, ids=ids)], []
@@ -250,7 +275,7 @@ def _in_vocabulary(block: RowBlock, request: _Request, name: str) -> RowBlock:
     """The block, its real tokens checked; padding with an id of no token becomes id 0."""
     ids, mask, vocab_size = block.ids, block.mask, request.vocab_size
     outside = (ids < 0) | (ids >= vocab_size)
-    if block.domain == domains.NOISE or request.config.noise_rows:
+    if block.domain == domains.NOISE or request.noise_rows:
         outside &= ~(ids == NOISE_ID).all(axis=1, keepdims=True)
     if mask is not None:
         ids = np.where(outside & (mask == 0), 0, ids)

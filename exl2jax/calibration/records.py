@@ -34,8 +34,9 @@ class CalibrationConfig:
     rows, else 2048 tokens.
 
     `columns` picks columns of Parquet or fields of JSON. `cal_dir` is a folder with local copies of the named sets,
-    `split` their split. `noise_rows` rows of `NOISE_ID` are added to a standard set. `fill_with_self` makes the model
-    write the rows that the standard text cannot fill. `batch_size` and `pad_token_id` are Optimum's.
+    `split` their split. `noise_rows` rows of `NOISE_ID` are added to a standard set (None: as many as the model's
+    architecture asks for). `fill_with_self` makes the model write the rows that the standard text cannot fill.
+    `batch_size` and `pad_token_id` are Optimum's.
     """
 
     source: str | Path | Examples = STANDARD
@@ -46,7 +47,7 @@ class CalibrationConfig:
     columns: tuple[str, ...] = ()
     cal_dir: Path | None = None
     split: str = "train"
-    noise_rows: int = 0
+    noise_rows: int | None = None
     fill_with_self: bool = False
     batch_size: int = 1
     pad_token_id: int | None = None

@@ -345,3 +345,12 @@ def test_line_endings_and_byte_order_marks_do_not_matter(
         load(f"standard:{tmp_path}", tokenizer, length=64).sha256
         == load(f"standard:{standard_dir}", tokenizer, length=64).sha256
     )
+
+
+def test_architectures_that_ask_for_noise_get_it(tokenizer: Tokenizer, standard_dir: Path) -> None:
+    for measure, expected in ((True, 5), (False, 30)):
+        config = CalibrationConfig(source=f"standard:{standard_dir}", length=64, measure=measure)
+        rows = load_rows(config, tokenizer, vocab_size=500, architecture="Qwen2VLForConditionalGeneration")
+        assert rows.composition["noise"] == expected
+        assert (rows.input_ids[-expected:] == NOISE_ID).all()
+        assert "noise" not in load_rows(config, tokenizer, vocab_size=500, architecture="LlamaForCausalLM").composition
