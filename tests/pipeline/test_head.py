@@ -1,0 +1,54 @@
+"""The head: its Hessian against NumPy, GPTQ below a billion weights, round to nearest above."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from exl2jax.candidates import head_qparams
+from exl2jax.models import Decoder, LinearSpec, build_decoder, head_spec, open_model
+from exl2jax.ops import unpack_linear
+from exl2jax.pipeline import head
+from exl2jax.pipeline.head import head_hessian, quantize_head
+from tests.oracles import gptq as oracle
+from tests.oracles.llama import rms_norm
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_llama_untied: Any) -> tuple[Decoder, LinearSpec, dict[str, Any], np.ndarray, np.ndarray]:
+    model = open_model(tiny_llama_untied)
+    states = np.random.default_rng(0).standard_normal((5, 16, 64)).astype(np.float32)
+    mask = np.ones((5, 16), np.int32)
+    mask[3:, 9:] = 0
+    return build_decoder(model.config), head_spec(model.config), model.head_params(), states, mask
+
+
+def expected_hessian(params: dict[str, Any], states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    x = rms_norm(states, params["norm"]["weight"], 1e-5)[mask.astype(bool)]
+    return x.T @ x / len(states)
+
+
+def test_hessian_of_what_the_head_reads(setting: Any) -> None:
+    decoder, _, params, states, mask = setting
+    for m in (mask, np.ones_like(mask)):
+        got = head_hessian(decoder, params, states, None if m.all() else m)
+        expected = expected_hessian(params, states, m)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_gptq_below_the_limit_and_rounding_above(setting: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, spec, params, states, mask = setting
+    fed, damping = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
+    monkeypatch.setattr(head, "MAX_GPTQ_WEIGHTS", spec.weights - 1)
+    rounded, none = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
+    assert len(damping) == 1
+    assert none == ()
+    kernel, hessian = params["lm_head"]["kernel"], expected_hessian(params, states, mask)
+    losses = [oracle.proxy_loss(hessian, kernel, np.asarray(x.weight)) for x in (fed, rounded)]
+    assert losses[0] < 0.8 * losses[1]
+    for packed, weight in (fed, rounded):
+        assert packed.bits == head_qparams(bits).total_bits(spec.rows, spec.columns)
+        assert np.array_equal(unpack_linear(packed)[:, : spec.columns], np.asarray(weight))
+    # Without a Hessian the rows stay where they are.
+    assert np.array_equal(rounded.packed.q_invperm, np.arange(spec.rows))
