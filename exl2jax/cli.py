@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import jax
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from exl2jax.calibration import CalibrationConfig, load_tokenizer, summarize
 from exl2jax.errors import Exl2JaxError, Interrupted, JobError
@@ -51,6 +52,7 @@ CalFill = Annotated[
     bool, typer.Option("--cal-fill", help="Let the model write the rows that the standard text cannot fill.")
 ]
 CACHE_MEGABYTES = 1024
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     restore = _install_handlers(stop, caught)
     try:
         code = app(arguments, standalone_mode=False, obj=stop)
+        if code == INTERRUPTED:  # Typer turns the second signal's KeyboardInterrupt into its exit code, without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except Interrupted as e:
         _say(str(e))
@@ -72,11 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + (caught[0] if caught else signal.SIGINT)
     except typer.Exit as e:
         return e.exit_code
-    except Exception as e:
-        if type(e).__module__.startswith(("click", "typer")):
-            _say(f"usage error: {getattr(e, 'message', e)}; see --help")
-            return 2
-        raise
+    except TyperException as e:
+        _say(f"usage error: {e.format_message().rstrip('.')}; see --help")
+        return 2
     finally:
         restore()
 

@@ -1,0 +1,242 @@
+"""The command: stock's flags and defaults, exit codes, and what goes to which stream."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from exl2jax import ConversionConfig, ConversionResult, cli
+from exl2jax.errors import Interrupted, ModelError
+from exl2jax.pipeline.progress import Control
+
+ROOT = Path(__file__).parents[1]
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "rows.safetensors"
+    save_file({"input_ids": np.random.default_rng(5).integers(0, 300, (4, LENGTH))}, path)
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
+    """The settings that the command would convert with."""
+    found: list[ConversionConfig] = []
+
+    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+        found.append(config)
+        return ConversionResult(output="nowhere", bits=config.bits)
+
+    monkeypatch.setattr(cli, "convert", convert)
+    return found
+
+
+STOCK = {
+    "-nr --no_resume": ("no_resume", None),
+    "-cf --compile_full": ("compile_full", "full"),
+    "-c --cal_dataset": ("cal_dataset", "cal.parquet"),
+    "-b --bits": ("bits", "3.5"),
+    "-ss --shard_size": ("shard_size", "4096"),
+    "-rs --rope_scale": ("rope_scale", "2.0"),
+    "-ra --rope_alpha": ("rope_alpha", "1.5"),
+    "-hb --head_bits": ("head_bits", "8"),
+    "-om --output_measurement": ("output_measurement", "m.json"),
+    "-m --measurement": ("measurement", "old.json"),
+    "-r --dataset_rows": ("dataset_rows", "50"),
+    "-mr --measurement_rows": ("measurement_rows", "9"),
+    "-l --length": ("length", "1024"),
+    "-ml --measurement_length": ("measurement_length", "512"),
+    "-so --status_output": (None, None),
+    "-hsol --hidden_state_offload_layers": (None, "3"),
+    "--seed": ("seed", "7"),
+}
+"""Stock's flags, the setting each sets, and a value for it."""
+
+
+@pytest.mark.parametrize("flag", [(name, *entry) for names, entry in STOCK.items() for name in names.split()])
+def test_every_stock_flag_in_both_spellings(
+    flag: tuple[str, str | None, str | None], asked: list[ConversionConfig]
+) -> None:
+    name, setting, value = flag
+    plain = ["convert", "-i", "model", "-o", "work"]
+    assert cli.main([*plain, name] if value is None else [*plain, name, value]) == 0
+    assert cli.main(plain) == 0
+    config, default = asked
+    changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+    assert changed == ({setting} if setting else set())
+    if setting and value is not None:
+        assert str(getattr(config, setting)) in (value, str(float(value)) if value.isdigit() else value)
+
+
+def test_long_names_of_the_directories(asked: list[ConversionConfig]) -> None:
+    assert cli.main(["convert", "--in_dir", "model", "--out_dir", "work"]) == 0
+    assert (asked[0].in_dir, asked[0].out_dir) == (Path("model"), Path("work"))
+
+
+def test_defaults_are_those_of_stock(asked: list[ConversionConfig]) -> None:
+    """Rows and lengths of None are what the source calls for: 115, 19 and 2048, or 100 and 16, as in stock."""
+    cli.main(["convert", "-i", "model", "-o", "work"])
+    config = asked[0]
+    assert (config.bits, config.head_bits, config.shard_size, config.seed) == (4.125, 6, 8192, 0)
+    assert (config.rope_scale, config.rope_alpha, config.no_resume) == (None, None, False)
+    assert (config.dataset_rows, config.measurement_rows, config.length, config.measurement_length) == (None,) * 4
+    assert config.checkpoint_interval == 180
+
+
+def test_numbers_may_stand_right_after_a_short_flag(asked: list[ConversionConfig]) -> None:
+    """argparse, which stock uses, takes `-b4.5` and `--bits=4.5`."""
+    plain = ["convert", "-i", "model", "-o", "work"]
+    assert cli.main([*plain, "-b4.5"]) == 0
+    assert cli.main([*plain, "--bits=4.5"]) == 0
+    assert [config.bits for config in asked] == [4.5, 4.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert"], "--out_dir"),
+        (["convert", "-i", "model"], "--out_dir"),
+        (["convert", "-i", "model", "-o", "work", "-b", "many"], "--bits"),
+        (["convert", "-i", "model", "-o", "work", "--frobnicate"], "--frobnicate"),
+        (["frobnicate"], "frobnicate"),
+        (["convert", "-i", "model", "-o", "work", "-b", "9"], "-b/--bits is 9.0"),
+        (["convert", "-i", "model", "-o", "work", "-b", "1.5"], "-b/--bits is 1.5"),
+        (["convert", "-i", "model", "-o", "work", "-hb", "7"], "-hb/--head_bits is 7"),
+        (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-cf", "full"], "-om/--output_measurement"),
+        (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-m", "old.json"], "-om/--output_measurement"),
+        (["convert", "-i", "model", "-o", "model"], "-o/--out_dir"),
+        (["convert", "-i", "model", "-o", "work", "-cf", "work"], "-cf/--compile_full"),
+        (["eval", "model"], "--text"),
+        (["eval", "model", "--text", "a", "--tokens", "b"], "--text"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_2_and_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version(capsys: Any) -> None:
+    for arguments in (["--help"], ["-h"], ["convert", "--help"], ["convert", "-h"], ["--version"]):
+        assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "--head_bits" in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(ModelError("model: gone"), 1), (Interrupted("stopped"), 130), (KeyboardInterrupt(), 130)],
+    ids=["failed", "interrupted", "second signal"],
+)
+def test_exit_codes_of_failures(raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+        raise raised
+
+    monkeypatch.setattr(cli, "convert", convert)
+    assert cli.main(["convert", "-i", "model", "-o", "work", "--json"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_a_signal_asks_to_stop_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not control.stop.asked:
+            time.sleep(0.001)
+        raise Interrupted("stopped in measure after 1 of 4 modules; run the same command to resume")
+
+    monkeypatch.setattr(cli, "convert", convert)
+    assert threading.current_thread() is threading.main_thread()
+    assert cli.main(["convert", "-i", "model", "-o", "work"]) == 130
+    assert "run the same command to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_conversion_by_command(tiny_llama: Path, tokens: Path, tmp_path: Path, capfd: Any) -> None:
+    """Everything through the command: JSON alone on stdout, progress on stderr; then verify and eval the result."""
+    full = tmp_path / "exl2"
+    job = ["convert", "-i", str(tiny_llama), "-o", str(tmp_path / "work"), "-cf", str(full), "-c", str(tokens)]
+    assert cli.main([*job, "-b", "5", "-mr", "2", "--json", "-so"]) == 0
+    shown = capfd.readouterr()
+    summary = json.loads(shown.out)
+    assert summary["output"] == str(full)
+    assert summary["bits"] == 5
+    assert 4.5 < summary["bpw"] <= 5
+    assert summary["size"] == sum(p.stat().st_size for p in full.glob("*.safetensors"))
+    assert "quantize 1/5" in shown.err
+    assert "[STATUS]" in shown.err
+    assert "perplexity" in shown.err
+
+    assert cli.main(["verify", str(full), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["ok"] is True
+    assert report["bits_per_weight"] == pytest.approx(summary["bpw"])
+    assert cli.main(["verify", str(tiny_llama)]) == 1
+
+    capfd.readouterr()
+    assert cli.main(["eval", str(full), "--tokens", str(tokens), "--against", str(tiny_llama), "--json"]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert set(figures) >= {"perplexity", "tokens", "kl_divergence", "top1_agreement"}
+    assert figures["tokens"] == 4 * (LENGTH - 1)
+    assert 0 < figures["kl_divergence"] < 0.5
+    text = tmp_path / "text.txt"
+    text.write_text("A small river runs through the town. " * 20, encoding="utf-8")
+    assert cli.main(["eval", str(full), "--text", str(text), "-l", "64"]) == 0
+    assert "perplexity" in capfd.readouterr().out
+
+
+def test_drop_in_script_has_the_flags_of_the_command() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "-i", "none", "-o", "none", "-b", "99"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: -b/--bits is 99.0")
+
+
+def test_importing_does_nothing() -> None:
+    """No output, no settings of JAX or logging, no signal handler, no argument read."""
+    code = (
+        "import jax, logging, signal\n"
+        "def state():\n"
+        "    return ({k: v for k, v in jax.config.values.items()}, logging.root.handlers, logging.root.level,\n"
+        "            signal.getsignal(signal.SIGINT))\n"
+        "before = repr(state())\n"
+        "import exl2jax, exl2jax.cli, exl2jax.ops\n"
+        "assert repr(state()) == before\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, "--bogus"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names_are_there_and_documented() -> None:
+    import exl2jax
+    from exl2jax import ops
+
+    for module in (exl2jax, ops):
+        for name in module.__all__:
+            assert name.startswith("__") or getattr(module, name).__doc__, name
+    assert {"convert", "ConversionConfig", "load_exl2"} <= set(exl2jax.__all__)
