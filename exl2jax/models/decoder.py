@@ -5,7 +5,7 @@ A sublayer computes in three steps, so that a stage's linears can be swapped, st
 hidden state. Parameters are `{"norm": {"weight"}, NAME: {"kernel" [K, N], "bias" [N]?}}`, all float32 or float16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -81,6 +81,15 @@ class Attention(nn.Module):
         """What o reads: the attention result `[B, T, heads * head_dim]`."""
         return attend(self.config, outputs["q_proj"], outputs["k_proj"], outputs["v_proj"])
 
+    def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """`second_input` for several outputs of v: the weights of the values are computed once."""
+        batch, length, _ = last[0].shape
+        heads = [v.reshape(batch, length, self.config.num_kv_heads, 1, -1) for v in last]
+        wide = jnp.concatenate(heads, axis=3).reshape(batch, length, -1)
+        out = self.second_input({**outputs, "v_proj": wide})
+        out = out.reshape(batch, length, self.config.num_heads, len(last), -1)
+        return [out[:, :, :, i].reshape(batch, length, -1) for i in range(len(last))]
+
     def second(self, x: jax.Array) -> jax.Array:
         """Output of o."""
         return self.o_proj(x)
@@ -114,6 +123,10 @@ class MLP(nn.Module):
     def second_input(self, outputs: Outputs) -> jax.Array:
         """What down reads: `[B, T, intermediate]`."""
         return nn.silu(outputs["gate_proj"]) * outputs["up_proj"]
+
+    def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """`second_input` for several outputs of up."""
+        return [self.second_input({**outputs, "up_proj": up}) for up in last]
 
     def second(self, x: jax.Array) -> jax.Array:
         """Output of down."""
@@ -171,6 +184,12 @@ class Decoder(NamedTuple):
     def second_input(self, kind: str, params: Params, outputs: Outputs) -> jax.Array:
         """What the second stage reads."""
         return self._apply(kind, params, "second_input", outputs)
+
+    def second_inputs(self, kind: str, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """What the second stage reads for each of several outputs of the last linear of the first stage, `outputs`
+        being those of the others; what they have in common is computed once.
+        """  # noqa: D205
+        return self._apply(kind, params, "second_inputs", outputs, last)
 
     def second(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
         """Output of the second stage."""

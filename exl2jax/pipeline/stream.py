@@ -49,6 +49,11 @@ def row_chunks(states: np.ndarray) -> Iterator[Chunk]:
     yield from chunks(states.shape[0], states.shape[1])
 
 
+def full_mask(states: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """`mask [R, T]` as float32, ones where there is none."""
+    return np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+
+
 def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
     """Hidden states `[R, T, D]` float32 of token rows; rows of negative ids become noise with the table's spread."""
     table = model.embedding()
@@ -75,7 +80,7 @@ def collect(decoder: Decoder, kind: str, params: Any, states: np.ndarray, mask: 
     `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians.
     """
     rows = states.shape[0]
-    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    mask = full_mask(states, mask)
     out = np.empty_like(states)
     first = second = None
     for chunk in row_chunks(states):
@@ -98,7 +103,7 @@ def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: n
 
 def relative_error(out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None) -> float:
     """Mean over rows of `||out - ref|| / ||ref||`, the stock converter's `rfn_error` of a module, padding apart."""
-    mask = np.ones(out.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    mask = full_mask(out, mask)
     errors = []
     for c in row_chunks(out):
         weight = mask[c.start : c.stop, :, None]
