@@ -1,0 +1,107 @@
+"""`exl2jax convert`: the stock converter's flags, and ours."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exl2jax.cli.options import Json
+from exl2jax.cli.shared import deliver, set_up
+from exl2jax.errors import JobError
+from exl2jax.pipeline.config import ConversionConfig
+from exl2jax.pipeline.convert import convert
+from exl2jax.pipeline.job import WorkDirectory
+from exl2jax.pipeline.progress import Control, StopFlag
+from exl2jax.report import conversion_table, make_progress
+
+
+def convert_command(
+    context: typer.Context,
+    out_dir: Annotated[Path, typer.Option("-o", "--out_dir", help="Work directory; an existing job in it is resumed.")],
+    in_dir: Annotated[
+        Path | None, typer.Option("-i", "--in_dir", help="Source model directory; may be left out to resume.")
+    ] = None,
+    no_resume: Annotated[bool, typer.Option("-nr", "--no_resume", help="Start over, clearing the job.")] = False,
+    compile_full: Annotated[
+        Path | None, typer.Option("-cf", "--compile_full", help="Directory for the complete EXL2 model.")
+    ] = None,
+    cal_dataset: Annotated[
+        str | None, typer.Option("-c", "--cal_dataset", help="Calibration source: a file, or the built-in `standard`.")
+    ] = None,
+    bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
+    shard_size: Annotated[
+        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
+    ] = 8192,
+    rope_scale: Annotated[float | None, typer.Option("-rs", "--rope_scale", help="Rotary position scale.")] = None,
+    rope_alpha: Annotated[float | None, typer.Option("-ra", "--rope_alpha", help="Rotary NTK alpha.")] = None,
+    head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head: 2, 3, 4, 5, 6 or 8.")] = 6,
+    output_measurement: Annotated[
+        Path | None, typer.Option("-om", "--output_measurement", help="Only measure, and write the file here.")
+    ] = None,
+    measurement: Annotated[
+        Path | None, typer.Option("-m", "--measurement", help="Use this measurement file, ours or stock's.")
+    ] = None,
+    dataset_rows: Annotated[
+        int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows [115 built-in, else 100].")
+    ] = None,
+    measurement_rows: Annotated[
+        int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows [19 built-in, else 16].")
+    ] = None,
+    length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a calibration row [2048].")] = None,
+    measurement_length: Annotated[
+        int | None, typer.Option("-ml", "--measurement_length", help="Tokens of a measurement row [2048].")
+    ] = None,
+    status_output: Annotated[
+        bool, typer.Option("-so", "--status_output", help="Add machine-readable status lines.")
+    ] = False,
+    hidden_state_offload_layers: Annotated[
+        int,
+        typer.Option(
+            "-hsol", "--hidden_state_offload_layers", help="Accepted for stock scripts; states stay in host memory."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
+    allocation: Annotated[str, typer.Option("--allocation", help="Bit allocation: exact or annealing.")] = "exact",
+    checkpoint_interval: Annotated[
+        float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
+    ] = 180,
+    as_json: Json = False,
+) -> int:
+    """Convert a model to EXL2; the flags are those of stock ExLlamaV2's convert.py."""
+    del hidden_state_offload_layers
+    console = Console(stderr=True)
+    set_up(console)
+    config = ConversionConfig(
+        in_dir=in_dir or _source_of_job(out_dir),
+        out_dir=out_dir,
+        no_resume=no_resume,
+        compile_full=compile_full,
+        cal_dataset=cal_dataset,
+        bits=bits,
+        shard_size=shard_size,
+        rope_scale=rope_scale,
+        rope_alpha=rope_alpha,
+        head_bits=head_bits,
+        output_measurement=output_measurement,
+        measurement=measurement,
+        dataset_rows=dataset_rows,
+        measurement_rows=measurement_rows,
+        length=length,
+        measurement_length=measurement_length,
+        seed=seed,
+        allocation=allocation,
+        checkpoint_interval=checkpoint_interval,
+    )
+    control = Control(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())
+    result = convert(config, control)
+    deliver(as_json, result.to_json(), lambda: conversion_table(result))
+    return 0
+
+
+def _source_of_job(out_dir: Path) -> Path:
+    """The source directory that the job in a work directory was begun with."""
+    source = WorkDirectory(out_dir).source()
+    if source is None:
+        raise JobError(f"{out_dir}: holds no job to resume; name the source model with -i/--in_dir")
+    return source

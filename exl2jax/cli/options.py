@@ -1,0 +1,16 @@
+"""Options that more than one command takes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+CalColumns = Annotated[
+    list[str] | None, typer.Option("--cal-column", help="Column of Parquet, field of JSON (repeatable).")
+]
+CalDir = Annotated[Path | None, typer.Option("--cal-dir", help="Folder with local copies of the named sets.")]
+CalSplit = Annotated[str, typer.Option("--cal-split", help="Split of the named sets: train or validation.")]
+CalFill = Annotated[
+    bool, typer.Option("--cal-fill", help="Let the model write the rows that the standard text cannot fill.")
+]
