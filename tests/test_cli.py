@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
 from exl2jax.errors import Interrupted, ModelError
 from exl2jax.pipeline.progress import Control
@@ -39,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
         found.append(config)
         return ConversionResult(output="nowhere", bits=config.bits)
 
-    monkeypatch.setattr(cli, "convert", convert)
+    monkeypatch.setattr(command, "convert", convert)
     return found
 
 
@@ -152,7 +153,7 @@ def test_exit_codes_of_failures(raised: BaseException, code: int, monkeypatch: p
     def convert(config: ConversionConfig, control: Control) -> ConversionResult:
         raise raised
 
-    monkeypatch.setattr(cli, "convert", convert)
+    monkeypatch.setattr(command, "convert", convert)
     assert cli.main(["convert", "-i", "model", "-o", "work", "--json"]) == code
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -168,7 +169,7 @@ def test_a_signal_asks_to_stop_and_handlers_come_back(monkeypatch: pytest.Monkey
             time.sleep(0.001)
         raise Interrupted("stopped in measure after 1 of 4 modules; run the same command to resume")
 
-    monkeypatch.setattr(cli, "convert", convert)
+    monkeypatch.setattr(command, "convert", convert)
     assert threading.current_thread() is threading.main_thread()
     assert cli.main(["convert", "-i", "model", "-o", "work"]) == 130
     assert "run the same command to resume" in capsys.readouterr().err

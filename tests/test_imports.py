@@ -53,6 +53,13 @@ def test_every_room_has_a_level() -> None:
     assert rooms <= set(LEVELS), f"give {rooms - set(LEVELS)} a level here and in docs/architecture.md"
 
 
+def test_the_levels_stand_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [[cell.strip().strip("`") for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    shown = {row[2].removesuffix("/").removesuffix(".py"): row[1] for row in rows if row[1].isdigit()}
+    assert shown == {room: str(level) for room, level in LEVELS.items()}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
