@@ -13,6 +13,7 @@ from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
+from exl2jax.pipeline.recipe import DEFAULT_PRESET
 from exl2jax.report import conversion_table, make_progress
 
 
@@ -62,7 +63,10 @@ def convert_command(
         ),
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
-    allocation: Annotated[str, typer.Option("--allocation", help="Bit allocation: exact or annealing.")] = "exact",
+    preset: Annotated[
+        str, typer.Option("--preset", help="best, fast, or stock, which reproduces ExLlamaV2's own algorithm.")
+    ] = DEFAULT_PRESET,
+    allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
     checkpoint_interval: Annotated[
         float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
     ] = 180,
@@ -90,6 +94,7 @@ def convert_command(
         length=length,
         measurement_length=measurement_length,
         seed=seed,
+        preset=preset,
         allocation=allocation,
         checkpoint_interval=checkpoint_interval,
     )

@@ -1,4 +1,4 @@
-"""Bit allocation: which candidate every module gets, so that the whole reaches a target average."""
+"""Bit allocation: which setting every linear gets, so that the whole reaches a target average."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ import numpy as np
 from exl2jax.errors import MeasurementError
 from exl2jax.models import ModuleSpec
 from exl2jax.pipeline.annealing import RUNS, anneal
+from exl2jax.pipeline.free import NARROWEST, WIDEST, free_choice
 from exl2jax.pipeline.knapsack import solve
 from exl2jax.pipeline.measurement import Candidate, Measurement
+from exl2jax.pipeline.recipe import Pricing
 from exl2jax.qparams import QParams
 
 NORM_RANGE = (1.5, 3.5)
@@ -24,17 +26,20 @@ EXACT_NORM = 1.0
 class Strategy:
     """What was chosen: `qparams` by module key and linear name, the bits it costs, and how it was found.
 
-    `objective` is `sum error^norm`; `gap` its proven distance to the optimum, None where nothing is proven.
+    `pricing` says what the bits were spent against. By `fisher`, `objective` is the expected KL divergence in nats per
+    token; by `accuracy` it is `sum error^norm`, and `max_error` the largest error of a module. `gap` is the proven
+    distance of the objective to its optimum, None where nothing is proven.
     """
 
     qparams: Mapping[str, Mapping[str, QParams]]
     total_bits: int
     weights: int
     objective: float
-    norm: float
-    max_error: float
+    pricing: Pricing
     solver: str
     gap: float | None
+    norm: float | None = None
+    max_error: float | None = None
 
     @property
     def bpw(self) -> float:
@@ -64,32 +69,62 @@ class _Problem:
 _Choice = tuple[tuple[int, ...], float | None]
 
 
-def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec]) -> tuple[float, float]:
-    """Least and greatest bits per weight that the candidates can reach."""
-    rows = measurement.modules.values()
+def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing: Pricing) -> tuple[float, float]:
+    """Least and greatest bits per weight that allocation by `pricing` can reach."""
+    if pricing == "fisher":
+        linears = [linear for spec in specs for linear in spec.linears]
+        costs = [[q.total_bits(x.rows, x.columns) for x in linears] for q in (NARROWEST, WIDEST)]
+        low, high = (sum(row) for row in costs)
+    else:
+        rows = measurement.modules.values()
+        low, high = (sum(pick(c.total_bits for c in row) for row in rows) for pick in (min, max))
     weights = sum(spec.weights for spec in specs)
-    return (
-        sum(min(c.total_bits for c in row) for row in rows) / weights,
-        sum(max(c.total_bits for c in row) for row in rows) / weights,
+    return low / weights, high / weights
+
+
+def allocate(
+    measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, pricing: Pricing, solver: str, seed: int
+) -> Strategy:
+    """Choose a setting per linear within `int(weights * bits)` bits.
+
+    By `fisher` every linear takes the mixture of widths that serves the whole best (`free_choice`). By `accuracy` every
+    module takes a row of its candidates; `solver` is then `exact` (the optimum of the sum of errors, proven) or
+    `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by the smallest
+    maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
+    """
+    low, high = feasible_bpw(measurement, specs, pricing)
+    weights = sum(spec.weights for spec in specs)
+    budget = int(weights * bits)
+    if budget < round(low * weights):
+        raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
+    if pricing == "fisher":
+        return _free_strategy(measurement, specs, budget)
+    return _row_strategy(measurement, specs, budget, solver=solver, seed=seed)
+
+
+def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int) -> Strategy:
+    assert measurement.sensitivity is not None  # pricing by fisher rests on it
+    chosen = free_choice(measurement.sensitivity.linears, budget)
+    return Strategy(
+        qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in specs},
+        total_bits=sum(mixture.total_bits for mixture in chosen.mixtures.values()),
+        weights=sum(spec.weights for spec in specs),
+        objective=sum(mixture.cost for mixture in chosen.mixtures.values()),
+        pricing="fisher",
+        solver="exact",
+        gap=chosen.gap,
     )
 
 
-def allocate(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, solver: str, seed: int) -> Strategy:
-    """Choose a candidate per module within `int(weights * bits)` bits.
-
-    `solver` is `exact` (the optimum of the sum of errors, proven) or `annealing` (stock's search, seeded, which picks
-    the norm of its objective between 1.5 and 3.5 by the smallest maximal error). Raises `MeasurementError`
-    with the feasible range when the candidates cannot reach `bits`.
-    """
-    low, high = feasible_bpw(measurement, specs)
+def _row_strategy(
+    measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, *, solver: str, seed: int
+) -> Strategy:
     weights = sum(spec.weights for spec in specs)
-    if int(weights * bits) < round(low * weights):
-        raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
     rows = [measurement.modules[spec.key] for spec in specs]
     problem = _Problem(
         costs=[np.asarray([c.total_bits for c in row], np.int64) for row in rows],
         errors=[np.asarray([c.error for c in row]) for row in rows],
-        budget=int(weights * bits),
+        budget=budget,
     )
     norm, (choice, gap) = (
         _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
@@ -115,6 +150,7 @@ def _strategy(
         objective=problem.objective(choice, norm),
         norm=norm,
         max_error=problem.max_error(choice),
+        pricing="accuracy",
         solver=solver,
         gap=gap,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from exl2jax.calibration import CalibrationConfig
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import SettingsError
+from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from exl2jax.qparams import FORMAT_BITS
 
 SOLVERS = ("exact", "annealing")
@@ -17,7 +18,8 @@ class ConversionConfig:
 
     `cal_dataset=None` takes the built-in set; `dataset_rows` and `measurement_rows` of None take what the source calls
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
-    2048 tokens, at most the model's context). `allocation` is `exact` or `annealing`;
+    2048 tokens, at most the model's context). `preset` names a recipe (`best`, `fast`, `stock`),
+    `allocation` the solver of the stock one, `exact` or `annealing`;
     `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
     """
 
@@ -38,6 +40,7 @@ class ConversionConfig:
     measurement_length: int | None = None
     no_resume: bool = False
     seed: int = 0
+    preset: str = DEFAULT_PRESET
     allocation: str = "exact"
     checkpoint_interval: float = 180.0
 
@@ -47,6 +50,7 @@ class ConversionConfig:
         if not low <= self.bits <= high:
             raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
         head_qparams(self.head_bits)
+        find_recipe(self.preset)
         if self.output_measurement is not None and self.compile_full is not None:
             raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
         if self.output_measurement is not None and self.measurement is not None:
@@ -64,6 +68,11 @@ class ConversionConfig:
         self._check_directories()
         for measure in (True, False):
             self.calibration(measure=measure)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The algorithm's choices that the preset stands for."""
+        return find_recipe(self.preset)
 
     def _check_directories(self) -> None:
         source = self.in_dir.resolve()

@@ -1,38 +1,31 @@
 """The whole conversion: stages in order, each resumable, over one work directory."""
 
-import hashlib
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from exl2jax.calibration import CalibrationRows, load_rows, load_tokenizer
-from exl2jax.errors import JobError, MeasurementError, NumericalError, SettingsError, StorageError
-from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, head_spec, module_specs, open_model
+from exl2jax.calibration import CalibrationRows, load_rows
+from exl2jax.errors import JobError, StorageError
 from exl2jax.pipeline.allocate import Strategy, allocate
 from exl2jax.pipeline.compile import compile_model, copy_source_files
 from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.job import FileCheckpoint, JobState, WorkDirectory, fingerprint
-from exl2jax.pipeline.measure import STATES, Block, measure_step
-from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement
+from exl2jax.pipeline.context import Context, digest
+from exl2jax.pipeline.job import JobState
+from exl2jax.pipeline.measurement import Measurement, read_measurement
+from exl2jax.pipeline.passes import accuracy_pass, backward_pass, forward_pass, price_pass, quantize_pass, read_reports
 from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.quantize import REFERENCE, HeadBlock, ModuleReport, QuantizeStep
-from exl2jax.pipeline.result import ConversionResult, perplexity_warnings
-from exl2jax.pipeline.scan import Carry, scan
-from exl2jax.pipeline.stream import embed
-from exl2jax.qparams import require_quantizable_rows
-from exl2jax.storage import make_directory, read_json, write_json, write_tensors
-from exl2jax.version import VERSION
+from exl2jax.pipeline.recipe import Pricing
+from exl2jax.pipeline.result import ConversionResult
+from exl2jax.pipeline.summary import WEAKER, quantization_config, strategy_record, summarize
+from exl2jax.storage import make_directory, write_tensors
 
 log = logging.getLogger(__name__)
 
-CHECK_ROWS = 16
-"""Rows of the final check where `measurement_rows` says nothing; stock's default."""
+type Stage = Callable[[JobState], JobState]
 
 
 def convert(config: ConversionConfig, control: Control | None = None) -> ConversionResult:
@@ -40,55 +33,50 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
 
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
-    control = control or Control()
-    work = WorkDirectory(config.out_dir)
-    conversion = _Conversion(config, _open_source(config), work, control)
-    with work.locked():
+    context = Context.open(config, control or Control())
+    with context.work.locked():
         if config.no_resume:
-            work.clear()
-        return conversion.run()
-
-
-def _open_source(config: ConversionConfig) -> HFModel:
-    model = open_model(config.in_dir, rope_scale=config.rope_scale, rope_alpha=config.rope_alpha)
-    if not isinstance(model, HFModel):
-        raise SettingsError(f"{config.in_dir}: this is an EXL2 directory already; give the original model")
-    for spec in module_specs(model.config):
-        for linear in spec.linears:
-            require_quantizable_rows(linear.rows, f"{config.in_dir}: {linear.key}")
-    require_quantizable_rows(model.config.hidden_size, f"{config.in_dir}: lm_head")
-    model.check_headers()
-    return model
+            context.work.clear()
+        return _Conversion(context).run()
 
 
 class _Conversion:
-    """One run over a work directory; holds what the stages share."""
+    """One run over a work directory."""
 
-    def __init__(self, config: ConversionConfig, model: HFModel, work: WorkDirectory, control: Control) -> None:
-        self.config = config
-        self.model = model
-        self.work = work
-        self.control = control
-        self.specs: tuple[ModuleSpec, ...] = module_specs(model.config)
-        self.decoder: Decoder = build_decoder(model.config)
-        self.tokenizer = load_tokenizer(config.in_dir)
-        self.inputs = self._inputs()
-        self.saved = JobState(inputs=self.inputs, in_dir=str(config.in_dir.resolve()), stage="measure")
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config = context.config
+        self.work = context.work
+        self.saved = JobState(inputs=context.inputs, in_dir=str(context.config.in_dir.resolve()), stage="")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
-        config = self.config
-        first = "quantize" if config.measurement else "measure"
-        state = self.work.resume(JobState(inputs=self.inputs, in_dir=str(config.in_dir.resolve()), stage=first))
-        if state.stage == "measure":
-            state = self._timed(state, "measure", self._measure)
-        if config.output_measurement is not None:
+        stages = self._stages()
+        state = self.work.resume(replace(self.saved, stage=next(iter(stages))))
+        following = [*stages, "compile"][1:]
+        for (name, stage), after in zip(stages.items(), following, strict=True):
+            if state.stage == name:
+                state = self._timed(state, name, stage).advanced(after)
+        if self.config.output_measurement is not None:
             return self._deliver_measurement(state)
-        if state.stage == "quantize":
-            state = self._timed(state, "quantize", self._quantize)
         return self._finish(state)
 
-    def _timed(self, state: JobState, name: str, stage: Any) -> JobState:
+    def _stages(self) -> dict[str, Stage]:
+        """The stages before compilation, in order."""
+        measure = partial(self._with_rows, measure=True)
+        if self.config.measurement is not None:
+            stages: dict[str, Stage] = {}
+        elif self.context.recipe.pricing == "fisher":
+            stages = {
+                "forward": partial(measure, forward_pass),
+                "backward": partial(measure, backward_pass),
+                "price": partial(measure, price_pass),
+            }
+        else:
+            stages = {"measure": partial(measure, accuracy_pass)}
+        return stages if self.config.output_measurement is not None else {**stages, "quantize": self._quantize}
+
+    def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
         """Run a stage and add its seconds, those of interrupted runs included."""
         begun = time.monotonic()
         before = state.records.get("seconds", {})
@@ -104,6 +92,8 @@ class _Conversion:
             with suppress(StorageError):  # what stopped the stage is the news
                 self._save(timed(self.saved))
             raise
+        left = self.work.left_by(name)
+        state = state if left is None else state.advanced(name, sha256=self._digests(state) | {left.name: digest(left)})
         self._save(state)
         return state
 
@@ -111,165 +101,88 @@ class _Conversion:
         self.work.save(state)
         self.saved = state
 
-    def _measure(self, state: JobState) -> JobState:
-        rows = self._calibrate(measure=True)
-        state = self._with_calibration(state, "measure", rows)
-        specs, path = self.specs, self.work.measurement
+    def _digests(self, state: JobState) -> dict[str, str]:
+        """Digests of the files that the stages so far left, by name."""
+        return state.records.get("sha256", {})
 
-        def write(outputs: Sequence[tuple[Candidate, ...]]) -> None:
-            keys = [spec.key for spec in specs]
-            Measurement(modules=dict(zip(keys, outputs, strict=False))).write(path, specs)
+    def _require_unchanged(self, path: Path, state: JobState) -> None:
+        """Refuse to go on with a stage's result that is not the one the stage left."""
+        if self._digests(state).get(path.name) != digest(path):
+            advice = "start over with -nr, or take it with -m into another -o"
+            raise JobError(f"{path}: changed since this job wrote it; {advice}")
 
-        def read(count: int) -> list[tuple[Candidate, ...]]:
-            return list(read_measurement(path, specs, partial=count).modules.values())
-
-        _, outputs = scan(
-            partial(measure_step, decoder=self.decoder, mask=rows.attention_mask),
-            lambda: {STATES: embed(self.model, rows.input_ids, self.config.seed)},
-            specs,
-            load=self._load,
-            describe=lambda spec, found: f"{spec.key}: error {found[0].error:.4f} to {found[-1].error:.4f}",
-            checkpoint=FileCheckpoint(work=self.work, stage="measure", job=self._job_id(), write=write, read=read),
-            interval=self.config.checkpoint_interval,
-            stage="measure",
-            control=self.control,
-        )
-        write(outputs)
-        return state.advanced("quantize", measurement_sha256=_digest(path))
+    def _with_rows(
+        self, run: Callable[[Context, CalibrationRows], None], state: JobState, *, measure: bool
+    ) -> JobState:
+        """Run a pass on its calibration rows."""
+        rows = self._calibrate(measure=measure)
+        state = self._with_calibration(state, "measure" if measure else "quantize", rows)
+        run(self.context, rows)
+        return state
 
     def _quantize(self, state: JobState) -> JobState:
-        strategy = self._allocate(state)
-        rows = self._calibrate(measure=False)
-        state = self._with_calibration(state, "quantize", rows)
-        make_directory(self.work.out_tensor, "the work directory")
-        step = QuantizeStep(
-            decoder=self.decoder,
-            strategy=strategy.qparams,
-            head_bits=self.config.head_bits,
-            input_ids=rows.input_ids,
-            mask=rows.attention_mask,
-            out_tensor=self.work.out_tensor,
-        )
-        _, reports = scan(
-            step,
-            partial(self._start_quantize, rows),
-            (*self.specs, head_spec(self.model.config)),
-            load=self._load,
-            describe=lambda spec, report: _describe(report, strategy),
-            checkpoint=self._report_checkpoint(),
-            interval=self.config.checkpoint_interval,
-            stage="quantize",
-            control=self.control,
-        )
-        self._write_reports(reports)
-        if not math.isfinite(reports[-1].perplexity or math.nan):
-            raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
-        return state.advanced("compile", strategy=_strategy_record(strategy), reports_sha256=_digest(self.work.reports))
-
-    def _start_quantize(self, rows: CalibrationRows) -> Carry:
-        states = embed(self.model, rows.input_ids, self.config.seed)
-        count = self.config.measurement_rows or CHECK_ROWS
-        return {STATES: states, REFERENCE: states[:count].copy()}
-
-    def _report_checkpoint(self) -> FileCheckpoint[ModuleReport]:
-        return FileCheckpoint(
-            work=self.work, stage="quantize", job=self._job_id(), write=self._write_reports, read=self._read_reports
-        )
-
-    def _write_reports(self, reports: Sequence[ModuleReport]) -> None:
-        write_json(self.work.reports, [report.to_json() for report in reports])
-
-    def _read_reports(self, count: int | None = None) -> list[ModuleReport]:
-        records = read_json(self.work.reports, JobError, "the quantization report")
-        try:
-            return [ModuleReport.from_json(record) for record in records[:count]]
-        except (TypeError, KeyError) as e:
-            raise JobError(f"{self.work.reports}: not a quantization report ({e}); start over with -nr") from e
-
-    def _allocate(self, state: JobState) -> Strategy:
-        path = self.config.measurement or self.work.measurement
         if self.config.measurement is None:
-            _require_unchanged(path, state, "measurement_sha256")
-        measurement = read_measurement(path, self.specs)
+            self._require_unchanged(self.work.measurement, state)
+        strategy = self._allocate()
+        state = self._with_rows(partial(quantize_pass, strategy=strategy), state, measure=False)
+        return replace(state, records={**state.records, "strategy": strategy_record(strategy)})
+
+    def _allocate(self) -> Strategy:
+        measurement = read_measurement(self.config.measurement or self.work.measurement, self.context.specs)
         strategy = allocate(
-            measurement, self.specs, self.config.bits, solver=self.config.allocation, seed=self.config.seed
+            measurement,
+            self.context.specs,
+            self.config.bits,
+            pricing=self._pricing(measurement),
+            solver=self.config.allocation,
+            seed=self.config.seed,
         )
-        log.info(
-            "allocation: %.4f bits per weight, max error %.4f (%s)", strategy.bpw, strategy.max_error, strategy.solver
-        )
+        figure = "expected KL" if strategy.pricing == "fisher" else "sum of errors"
+        log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
         return strategy
+
+    def _pricing(self, measurement: Measurement) -> Pricing:
+        """What the recipe asks for, or the other where the measurement does not have it."""
+        if self.context.recipe.pricing == "fisher" and measurement.sensitivity is None:
+            log.warning("allocation: %s", WEAKER)
+            return "accuracy"
+        if self.context.recipe.pricing == "accuracy" and not measurement.modules:
+            return "fisher"
+        return self.context.recipe.pricing
 
     def _deliver_measurement(self, state: JobState) -> ConversionResult:
         target = self.config.output_measurement
         assert target is not None  # run() checked
         target = target / "measurement.json" if target.is_dir() else target
         make_directory(target.parent, "-om/--output_measurement")
-        read_measurement(self.work.measurement, self.specs).write(target, self.specs)
+        read_measurement(self.work.measurement, self.context.specs).write(target, self.context.specs)
         return ConversionResult(
             output=str(target),
             bits=self.config.bits,
+            preset=self.config.preset,
             calibration=state.records.get("calibration"),
             seconds=state.records.get("seconds"),
         )
 
     def _finish(self, state: JobState) -> ConversionResult:
         target = self.config.compile_full or self.work.path
-        _require_unchanged(self.work.reports, state, "reports_sha256")
+        self._require_unchanged(self.work.reports, state)
         begun = time.monotonic()
-        shards = compile_model(self.model, self.work.out_tensor, target, shard_mb=self.config.shard_size)
+        shards = compile_model(self.context.model, self.work.out_tensor, target, shard_mb=self.config.shard_size)
         if self.config.compile_full is not None:
-            copy_source_files(self.model, target, self._quantization_config(state))
+            copy_source_files(self.context.model, target, quantization_config(self.config, state))
         seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - begun, 3)}
-        result = self._result(state, target, shards, seconds)
-        self.work.save(state.advanced("finished", seconds=seconds, summary=result.to_json()))
+        state = state.advanced("finished", seconds=seconds)
+        result = summarize(self.context, state, target, shards, read_reports(self.context))
+        self.work.save(state.advanced("finished", summary=result.to_json()))
         return result
-
-    def _result(
-        self, state: JobState, target: Path, shards: Sequence[Path], seconds: Mapping[str, float]
-    ) -> ConversionResult:
-        reports = self._read_reports()
-        modules = [r for r in reports if r.rfn_error is not None]
-        head = reports[-1]
-        weights = sum(spec.weights for spec in self.specs)
-        notes = [n for c in state.records.get("calibration", {}).values() for n in c.get("notes", [])]
-        damped = [f"{r.key}: damping raised {r.attempts - 1} times" for r in reports if r.attempts > 1]
-        return ConversionResult(
-            output=str(target),
-            bits=self.config.bits,
-            bpw=sum(r.bits for r in modules) / weights,
-            head_bits=self.config.head_bits,
-            size=sum(path.stat().st_size for path in shards),
-            source_size=sum(path.stat().st_size for path in self.model.files.files),
-            perplexity=head.perplexity,
-            perplexity_full=head.perplexity_full,
-            rfn_error={r.key: r.rfn_error for r in modules if r.rfn_error is not None},
-            allocation=state.records.get("strategy"),
-            calibration=state.records.get("calibration"),
-            seconds=seconds,
-            warnings=(*perplexity_warnings(head.perplexity or math.nan), *damped, *notes),
-        )
-
-    def _quantization_config(self, state: JobState) -> dict[str, Any]:
-        calibration = state.records["calibration"]["quantize"]
-        return {
-            "quant_method": "exl2",
-            "version": "0.3.2",
-            "bits": self.config.bits,
-            "head_bits": self.config.head_bits,
-            "calibration": {
-                "rows": calibration["rows"],
-                "length": calibration["length"],
-                "dataset": self.config.cal_dataset or "(default)",
-            },
-            "converter": f"exl2jax {VERSION}",
-        }
 
     def _calibrate(self, *, measure: bool) -> CalibrationRows:
         """Build the rows of a pass and leave them in the work directory."""
-        model = self.model.config
+        model = self.context.model.config
         rows = load_rows(
             self.config.calibration(measure=measure),
-            self.tokenizer,
+            self.context.tokenizer,
             vocab_size=model.vocab_size,
             context=model.max_position,
         )
@@ -286,63 +199,3 @@ class _Conversion:
         state = replace(state, records={**state.records, "calibration": {**known, name: rows.record()}})
         self._save(state)
         return state
-
-    def _load(self, spec: ModuleSpec | LinearSpec) -> Any:
-        if isinstance(spec, LinearSpec):
-            return HeadBlock(spec, self.model.head_params())
-        return Block(spec, self.model.module_params(spec))
-
-    def _job_id(self) -> str:
-        return fingerprint(self.inputs)
-
-    def _inputs(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the result."""
-        config = self.config
-        settings = ("cal_dataset", "rope_scale", "rope_alpha", "measurement_rows", "measurement_length", "seed")
-        later = ("bits", "head_bits", "dataset_rows", "length", "allocation")
-        chosen = settings if config.output_measurement else settings + later
-        inputs: dict[str, Any] = {
-            "package version": VERSION,
-            "model config": self.model.config_digest,
-            "model weights": self.model.weights_digest(),
-            "tokenizer": self.tokenizer.fingerprint,
-            **{name: getattr(config, name) for name in chosen},
-        }
-        if config.measurement is not None:
-            inputs["measurement file"] = _digest(config.measurement)
-        return inputs
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as e:
-        raise MeasurementError(f"{path}: the measurement file cannot be read ({e})") from e
-
-
-def _require_unchanged(path: Path, state: JobState, name: str) -> None:
-    """Refuse to go on with a stage's result that is not the one the stage left."""
-    if state.records.get(name) != _digest(path):
-        raise JobError(
-            f"{path}: changed since this job wrote it; start over with -nr, or take it with -m into another -o"
-        )
-
-
-def _describe(report: ModuleReport, strategy: Strategy) -> str:
-    if report.rfn_error is None:
-        full = f"full precision {report.perplexity_full:.3f}"
-        return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
-    widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in strategy.qparams[report.key].items())
-    return f"{report.key}: rfn_error {report.rfn_error:.5f} ({widths})"
-
-
-def _strategy_record(strategy: Strategy) -> dict[str, Any]:
-    return {
-        "solver": strategy.solver,
-        "bpw": strategy.bpw,
-        "norm": strategy.norm,
-        "objective": strategy.objective,
-        "max_error": strategy.max_error,
-        "gap": strategy.gap,
-        "modules": {k: {n: q.to_json() for n, q in v.items()} for k, v in strategy.qparams.items()},
-    }

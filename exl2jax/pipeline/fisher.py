@@ -2,92 +2,128 @@
 
 For a small error `e` added to the outputs of a linear, the expected KL divergence of the next-token distributions is
 `1/2 e^T F e` with `F` the Fisher information, the second moment of the gradient of the log likelihood under labels
-sampled from the model itself. Its diagonal needs one forward and one backward pass over a few rows; the backward pass
-walks the modules in reverse and recomputes each from its stored input, so one module is resident at a time.
+sampled from the model itself. Its diagonal needs one forward and one backward pass over a few rows: two scans, the
+second one over the modules in reverse, each recomputed from its stored input, so that one module is resident at a time.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models import Decoder, Model, ModuleSpec
-from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.stream import embed, forward
+from exl2jax.errors import NumericalError
+from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.pipeline.measure import STATES, Block
+from exl2jax.pipeline.scan import Carry
+from exl2jax.pipeline.stream import forward
 
-FISHER_ROWS = 8
-"""Calibration rows of the backward pass."""
+GRADIENT = "gradient"
+"""Name of the gradients in the carry of the backward scan."""
 
-type Fisher = dict[str, np.ndarray]
-"""Mean squared gradient at each output column, `[N]` float32 by linear key."""
+type Columns = Mapping[str, np.ndarray]
+"""Mean squared gradient at each output column, `[N]` float32 by linear name."""
 
 
-def fisher_information(
-    model: Model, decoder: Decoder, specs: Sequence[ModuleSpec], input_ids: np.ndarray, *, seed: int, control: Control
-) -> Fisher:
-    """Diagonal Fisher information at the outputs of all linears, over tokens of `input_ids [R, T]`.
+class InputStack:
+    """The input states of every module, `[modules, R, T, D]` float32 in a file that is mapped, not loaded."""
 
-    Labels are drawn from the model's own distributions with keys from `seed`.
+    def __init__(self, path: Path, specs: Sequence[ModuleSpec], shape: tuple[int, int, int]) -> None:
+        """Open the file, or make it."""
+        self._position = {spec.key: i for i, spec in enumerate(specs)}
+        wanted = (len(specs) + 1, *shape)
+        size = int(np.prod(wanted, dtype=np.int64)) * 4
+        mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
+        self._states = np.memmap(path, np.float32, mode, shape=wanted)
+
+    def write(self, spec: ModuleSpec, states: np.ndarray, out: np.ndarray) -> None:
+        """Keep a module's input, and its output as the input of the next one."""
+        i = self._position[spec.key]
+        self._states[i], self._states[i + 1] = states, out
+
+    def read(self, spec: ModuleSpec) -> np.ndarray:
+        """The input of a module."""
+        return self._states[self._position[spec.key]]
+
+    def final(self) -> np.ndarray:
+        """The output of the last module."""
+        return self._states[-1]
+
+    def flush(self) -> None:
+        """Bring everything to disk."""
+        self._states.flush()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardStep:
+    """The step of the forward scan: the module's output, with its input kept."""
+
+    decoder: Decoder
+    stack: InputStack
+
+    def __call__(self, carry: Carry, block: Block) -> tuple[Carry, None]:
+        """Run a module on the full-precision states."""
+        states = carry[STATES]
+        out = forward(self.decoder, block.spec.kind, jax.device_put(block.params), states)
+        self.stack.write(block.spec, states, out)
+        return {STATES: out}, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackwardStep:
+    """The step of the backward scan over `tokens` tokens: gradients at the module's input, Fisher of its linears."""
+
+    decoder: Decoder
+    stack: InputStack
+    tokens: int
+
+    def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Columns]:
+        """Pull the gradients `[R, T, D]` back through a module, row by row."""
+        spec, gradient, states = block.spec, carry[GRADIENT], self.stack.read(block.spec)
+        columns = tuple((linear.name, linear.columns) for linear in spec.linears)
+        pull = partial(_row_backward, decoder=self.decoder, kind=spec.kind, columns=columns)
+        params, out = jax.device_put(block.params), np.empty_like(gradient)
+        totals = {name: np.zeros(n, np.float64) for name, n in columns}
+        for i in range(len(states)):
+            back, squares = pull(params, states[i : i + 1], gradient[i : i + 1])
+            out[i] = back[0]
+            for name, value in squares.items():
+                totals[name] += np.asarray(value, np.float64)
+        if not np.isfinite(out).all():
+            raise NumericalError(
+                f"{spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
+            )
+        return {GRADIENT: out}, {name: (t / self.tokens).astype(np.float32) for name, t in totals.items()}
+
+
+def head_gradients(
+    decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray | None, *, seed: int
+) -> np.ndarray:
+    """Gradients `[R, T, D]` of the log likelihood of sampled labels at the final states, padding left out.
+
+    Labels are drawn from the model's own distributions, row `i` with the key `fold_in(seed, i)`.
     """
-    control.progress.start("sensitivity", 2 * len(specs), 0)
-    states, inputs = embed(model, input_ids), []
-    for spec in specs:
-        inputs.append(states)
-        states = forward(decoder, spec.kind, model.module_params(spec), states)
-        control.progress.step(f"{spec.key}: forward")
-    gradient = _head_gradients(decoder, model.head_params(), states, seed)
-    out: Fisher = {}
-    for spec, states in zip(reversed(specs), reversed(inputs), strict=True):
-        gradient, squares = _module_backward(decoder, spec, model.module_params(spec), states, gradient)
-        out |= {f"{spec.key}.{name}": value / input_ids.size for name, value in squares.items()}
-        control.progress.step(f"{spec.key}: backward")
-    control.progress.finish()
-    return out
-
-
-def _head_gradients(decoder: Decoder, params: Any, states: np.ndarray, seed: int) -> np.ndarray:
-    """Gradients of the sampled log likelihood at the final states, row by row."""
     out = np.empty_like(states)
+    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     for i in range(len(states)):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        out[i] = _head_gradient(decoder, params, states[i : i + 1], key)[0]
+        out[i] = _head_gradient(decoder, params, states[i : i + 1], mask[i : i + 1], key)[0]
     return out
 
 
 @partial(jax.jit, static_argnums=0)
-def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, key: jax.Array) -> jax.Array:
+def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
     def likelihood(h: jax.Array) -> jax.Array:
         logits = decoder.logits(params, h)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-        return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1))
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+        return jnp.sum(picked * mask)
 
     return jax.grad(likelihood)(h)
-
-
-def _module_backward(
-    decoder: Decoder, spec: ModuleSpec, params: Any, states: np.ndarray, gradient: np.ndarray
-) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """Gradients at the module's input, and the sums of squared gradients at its linears' outputs."""
-    columns = {linear.name: linear.columns for linear in spec.linears}
-    totals = {name: np.zeros(n, np.float64) for name, n in columns.items()}
-    out = np.empty_like(states)
-    params = jax.device_put(params)
-    for i in range(len(states)):
-        back, squares = _row_backward(
-            params,
-            states[i : i + 1],
-            gradient[i : i + 1],
-            decoder=decoder,
-            kind=spec.kind,
-            columns=tuple(columns.items()),
-        )
-        out[i] = back[0]
-        for name, value in squares.items():
-            totals[name] += np.asarray(value, np.float64)
-    return out, {name: value.astype(np.float32) for name, value in totals.items()}
 
 
 @partial(jax.jit, static_argnames=("decoder", "kind", "columns"))

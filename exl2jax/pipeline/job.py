@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 JOB_FORMAT = 2
 """Version of the job file and of the checkpoints; 1 had no checksums."""
-STAGES = ("measure", "quantize", "compile", "finished")
+STAGES = ("forward", "backward", "price", "measure", "quantize", "compile", "finished")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +56,16 @@ class WorkDirectory:
         self.job_file = path / "job_new.json"
         self.cal_data = path / "cal_data.safetensors"
         self.hidden_states = path / "hidden_states.safetensors"
+        self.module_inputs = path / "module_inputs.f32"
+        self.fisher = path / "fisher.safetensors"
         self.measurement = path / "measurement.json"
         self.reports = path / "quantized.json"
         self.out_tensor = path / "out_tensor"
+
+    def left_by(self, stage: str) -> Path | None:
+        """The file in which a stage leaves its result for the later ones, whose checksum the job file keeps."""
+        found = {"backward": self.fisher, "price": self.measurement, "measure": self.measurement}
+        return {**found, "quantize": self.reports}.get(stage)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,7 +96,8 @@ class WorkDirectory:
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
-        for path in (self.job_file, self.cal_data, self.hidden_states, self.measurement, self.reports, self.out_tensor):
+        states = (self.cal_data, self.hidden_states, self.module_inputs, self.fisher)
+        for path in (self.job_file, *states, self.measurement, self.reports, self.out_tensor):
             remove(path)
 
     def resume(self, new: JobState) -> JobState:
@@ -176,8 +185,9 @@ class FileCheckpoint[O]:
 
 
 def _outputs_digest(outputs: list[Any]) -> str:
-    """SHA-256 of outputs as they were read: frozen records, whose `repr` shows every field exactly."""
-    return hashlib.sha256(repr(outputs).encode()).hexdigest()
+    """SHA-256 of outputs as they were read: frozen records and arrays, whose `repr` shows every field exactly."""
+    with np.printoptions(threshold=sys.maxsize, floatmode="unique"):
+        return hashlib.sha256(repr(outputs).encode()).hexdigest()
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

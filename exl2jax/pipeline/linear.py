@@ -1,7 +1,7 @@
 """One linear from weight to packed tensors, with the checks that stand between computing and trusting it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -58,12 +58,17 @@ class Task(NamedTuple):
 
 
 def quantize_many(tasks: Sequence[Task]) -> list[QuantizedLinear]:
-    """Quantize independent linears side by side, a thread per core, results in order.
+    """Quantize independent linears side by side, results in order."""
+    return in_threads(lambda task: quantize_linear(*task), tasks)
 
-    The walk over rows is a chain of small steps that one core runs as fast as many, so the cores take a linear each.
+
+def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
+    """Run independent pieces of work side by side, a thread per core, results in order.
+
+    GPTQ's walk over rows is a chain of small steps that one core runs as fast as many, so the cores take a linear each.
     """
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(lambda task: quantize_linear(*task), tasks))
+        return list(pool.map(work, tasks))
 
 
 def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | None) -> PackedWeight:

@@ -1,7 +1,7 @@
 """The measurement record: for every module, its candidates with their cost and accuracy, in the stock JSON form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from exl2jax.candidates import ATTENTION, MLP
 from exl2jax.errors import MeasurementError
 from exl2jax.models import ModuleSpec
 from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
+from exl2jax.pipeline.sensitivity import SECTION, Sensitivity
 from exl2jax.qparams import QParams
 from exl2jax.storage import read_json, write_json
 
@@ -43,19 +44,21 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """Candidates by module key, in module order."""
+    """What bits are allocated by: candidates by module key in module order (stock's), or costs of linears (ours)."""
 
-    modules: Mapping[str, tuple[Candidate, ...]]
+    modules: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
 
     def to_json(self, last_module_idx: int) -> dict[str, Any]:
-        """The stock file; complete when `last_module_idx` is the head's index."""
+        """The stock file, and our section beside; complete when `last_module_idx` is the head's index."""
         records: dict[str, Any] = {key: [c.to_json() for c in rows] for key, rows in self.modules.items()}
-        return {"measurement": records, "last_module_idx": last_module_idx}
+        ours = {} if self.sensitivity is None else {SECTION: self.sensitivity.to_json()}
+        return {"measurement": records, "last_module_idx": last_module_idx, **ours}
 
     def write(self, path: Path, specs: Sequence[ModuleSpec]) -> None:
         """Write the file; a complete measurement closes with the unmeasured norm and head."""
         record = self.to_json(len(self.modules))
-        if len(self.modules) == len(specs):
+        if self.modules and len(self.modules) == len(specs):
             record["measurement"] |= dict.fromkeys(CLOSING_KEYS)
             record["last_module_idx"] = len(specs) + len(CLOSING_KEYS)
         write_json(path, record)
@@ -80,13 +83,18 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
     """
     record = read_json(path, MeasurementError, "the measurement file")
     rows = record.get("measurement") if isinstance(record, dict) else None
+    ours = record.get(SECTION) if isinstance(record, dict) else None
+    wanted = specs if partial is None else specs[:partial]
+    sensitivity = None if ours is None else Sensitivity.from_json(ours, wanted, path)
+    if sensitivity is not None and not rows:
+        return Measurement(sensitivity=sensitivity)
     if not isinstance(rows, dict) or not rows:
         raise MeasurementError(f"{path}: holds no measurement; run the measurement pass again")
-    wanted = specs if partial is None else specs[:partial]
     extra = [k for k in rows if k not in {s.key for s in specs} | set(CLOSING_KEYS)]
     if extra and partial is None:
         raise MeasurementError(f"{path}: module {extra[0]} is not in this model; the file belongs to another one")
-    return Measurement(modules={spec.key: _candidates(path, spec, rows.get(spec.key)) for spec in wanted})
+    modules = {spec.key: _candidates(path, spec, rows.get(spec.key)) for spec in wanted}
+    return Measurement(modules=modules, sensitivity=sensitivity)
 
 
 def _candidates(path: Path, spec: ModuleSpec, records: Any) -> tuple[Candidate, ...]:

@@ -57,7 +57,7 @@ def first_terms(
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        terms = _first_chunk(decoder, kind, {"norm": params["norm"]}, *arrays, terms)
+        terms = _first_chunk(decoder, kind, params, *arrays, terms)
     assert terms is not None  # there is at least one row
     return terms.scaled(1 / len(states))
 
@@ -70,13 +70,18 @@ def second_terms(
     states: np.ndarray,
     reference: np.ndarray,
     mask: np.ndarray | None,
+    *,
+    residual: bool,
 ) -> tuple[CrossTerms, np.ndarray]:
-    """Cross terms of the second stage, whose inputs come through the quantized first stage, and the next reference."""
+    """Cross terms of the second stage, whose inputs come through the quantized first stage, and the next reference.
+
+    `residual` asks for the products with the stream's own error as well.
+    """
     terms, out = None, np.empty_like(reference)
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        terms, hidden = _second_chunk(decoder, kind, params, quantized, *arrays, terms)
+        terms, hidden = _second_chunk(decoder, kind, params, quantized, *arrays, terms, residual)
         chunk.put(out, hidden)
     assert terms is not None  # there is at least one row
     return terms.scaled(1 / len(states)), out
@@ -101,7 +106,7 @@ def _first_chunk(
     return _add(terms, x, y, None)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=7)
 def _second_chunk(
     decoder: Decoder,
     kind: str,
@@ -111,6 +116,7 @@ def _second_chunk(
     ref: jax.Array,
     mask: jax.Array,
     terms: CrossTerms | None,
+    residual: bool,
 ) -> tuple[CrossTerms, jax.Array]:
     def between(p: Any, s: jax.Array) -> jax.Array:
         return decoder.second_input(kind, p, decoder.first(kind, p, decoder.first_input(kind, p, s)))
@@ -118,4 +124,4 @@ def _second_chunk(
     weight = mask[:, :, None]
     x, y = between(quantized, h), between(params, ref)
     hidden = decoder.residual(kind, params, ref, decoder.second(kind, params, y))
-    return _add(terms, x * weight, y * weight, (ref - h) * weight), hidden
+    return _add(terms, x * weight, y * weight, (ref - h) * weight if residual else None), hidden

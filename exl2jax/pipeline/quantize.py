@@ -1,19 +1,23 @@
 """The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
-from exl2jax.ops import PackedLinear
+from exl2jax.ops import HessianFactor, PackedLinear
 from exl2jax.pipeline.head import quantize_head
-from exl2jax.pipeline.linear import Task, pack_checked, quantize_many
+from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, Block, module_factors
+from exl2jax.pipeline.propagate import CrossTerms, corrected_target, first_terms, second_terms
+from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
@@ -21,18 +25,23 @@ from exl2jax.qparams import QParams
 from exl2jax.storage import write_checked_tensors
 
 REFERENCE = "ref"
-"""Name, in a carry, of the full-precision states of the rows that the final check runs on."""
+"""Name, in a carry, of the full-precision states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleReport:
-    """What became of a module: bits on disk, `rfn_error` (None for the head), damping by Hessian, and for the head the
-    perplexity of the quantized and of the full-precision model on the final check's rows.
-    """  # noqa: D205
+    """What became of a module: bits on disk, error, damping by Hessian, and for the head the final check.
+
+    `rfn_error` is the relative Frobenius error of the module's output against the same module unquantized on the same
+    input (stock's figure), `stream_error` that against the full-precision stream, everything before included; which of
+    them there is depends on the recipe, and the head has none. The head has the perplexity of the quantized and of the
+    full-precision model on the rows of the final check.
+    """
 
     key: str
     bits: int
     rfn_error: float | None = None
+    stream_error: float | None = None
     damping: tuple[float, ...] = ()
     attempts: int = 1
     perplexity: float | None = None
@@ -57,45 +66,83 @@ class HeadBlock(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
-    """The step of the quantization scan, with everything that stays the same through it."""
+    """The step of the quantization scan, with everything that stays the same through it.
+
+    The carry holds the quantized model's states and, as `REFERENCE`, those of the full-precision one: of all rows where
+    the recipe propagates errors, else of the `check_rows` that the final check runs on.
+    """
 
     decoder: Decoder
+    recipe: Recipe
     strategy: Mapping[str, Mapping[str, QParams]]
     head_bits: int
     input_ids: np.ndarray
     mask: np.ndarray | None
-    out_tensor: Any
+    out_tensor: Path
+    check_rows: int
+
+    def start(self, states: np.ndarray) -> Carry:
+        """The carry before the first module, from the embedded rows."""
+        return {STATES: states, REFERENCE: states[: None if self.recipe.propagates else self.check_rows].copy()}
 
     def __call__(self, carry: Carry, block: Block | HeadBlock) -> tuple[Carry, ModuleReport]:
         """Quantize a block and move on with its quantized outputs."""
-        return self._head(carry, block) if isinstance(block, HeadBlock) else self._module(carry, block)
+        if isinstance(block, HeadBlock):
+            return self._head(carry, block)
+        carry, report = (self._propagated if self.recipe.propagates else self._plain)(carry, block)
+        if not np.isfinite(carry[STATES]).all():
+            raise NumericalError(f"{block.spec.key}: the quantized output holds NaN or infinity")
+        return carry, report
 
-    def _module(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
+    def _plain(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
+        """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
         spec, states = block.spec, carry[STATES]
         params = jax.device_put(block.params)
         collected = collect(self.decoder, spec.kind, params, states, self.mask)
         factors = module_factors(spec, collected.first, collected.second)
-        quantized, bits = self._linears(spec, params, factors)
+        kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
+        quantized, bits = self._linears(spec, spec.linears, params, kernels, factors)
         reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
-        if not np.isfinite(states).all():
-            raise NumericalError(f"{spec.key}: the quantized output holds NaN or infinity")
-        first, second = factors[spec.first[0].name], factors[spec.second.name]
-        report = ModuleReport(
-            key=spec.key,
-            bits=bits,
-            rfn_error=relative_error(states, collected.states, self.mask),
-            damping=(float(first.damping), float(second.damping)),
-            attempts=max(int(first.attempts), int(second.attempts)),
-        )
-        return {STATES: states, REFERENCE: reference}, report
+        error = relative_error(states, collected.states, self.mask)
+        used = (factors[spec.first[0].name], factors[spec.second.name])
+        return {STATES: states, REFERENCE: reference}, _report(spec, bits, used, rfn_error=error)
 
-    def _linears(self, spec: ModuleSpec, params: Any, factors: Any) -> tuple[dict[str, Any], int]:
-        """Quantize, pack, check and store every linear: the parameters to go on with, and the bits on disk."""
+    def _propagated(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
+        """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
+        spec, states, reference = block.spec, carry[STATES], carry[REFERENCE]
+        params = jax.device_put(block.params)
+        terms = first_terms(self.decoder, spec.kind, params, states, reference, self.mask)
+        first = factor_hessian(terms.hessian, " and ".join(linear.key for linear in spec.first))
+        targets = {x.name: self._target(params, x, first, terms) for x in spec.first}
+        quantized, bits = self._linears(spec, spec.first, params, targets, dict.fromkeys(targets, first))
+        terms, reference = second_terms(
+            self.decoder, spec.kind, params, quantized, states, reference, self.mask, residual=self.recipe.residual > 0
+        )
+        second = factor_hessian(terms.hessian, spec.second.key)
+        target = {spec.second.name: self._target(params, spec.second, second, terms)}
+        quantized, more = self._linears(spec, (spec.second,), quantized, target, {spec.second.name: second})
+        states = forward(self.decoder, spec.kind, quantized, states, out=states)
+        error = relative_error(states, reference, self.mask)
+        return {STATES: states, REFERENCE: reference}, _report(spec, bits + more, (first, second), stream_error=error)
+
+    def _target(self, params: Any, linear: LinearSpec, factor: HessianFactor, terms: CrossTerms) -> jax.Array:
+        kernel = jnp.asarray(params[linear.name]["kernel"])
+        return corrected_target(kernel, factor, terms, self.recipe.propagation, self.recipe.residual)
+
+    def _linears(
+        self,
+        spec: ModuleSpec,
+        linears: Sequence[LinearSpec],
+        params: Any,
+        targets: Mapping[str, Any],
+        factors: Mapping[str, HessianFactor],
+    ) -> tuple[dict[str, Any], int]:
+        """Quantize, pack, check and store some linears: `params` with them replaced, and their bits on disk."""
         settings = self.strategy[spec.key]
-        tasks = [Task(params[x.name]["kernel"], factors[x.name], settings[x.name], x) for x in spec.linears]
+        tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x) for x in linears]
         out, bits = dict(params), 0  # norms and the like stay
-        for linear, result in zip(spec.linears, quantize_many(tasks), strict=True):
+        for linear, result in zip(linears, quantize_many(tasks), strict=True):
             bias = params[linear.name].get("bias")
             packed = pack_checked(result, linear, None if bias is None else np.asarray(bias))
             self._store(linear, packed.packed)
@@ -109,7 +156,7 @@ class QuantizeStep:
             self.decoder, block.spec, block.params, carry[STATES], self.mask, head_qparams(self.head_bits)
         )
         self._store(block.spec, packed.packed)
-        rows = len(carry[REFERENCE])
+        rows = min(self.check_rows, len(self.input_ids))
         ids, mask = self.input_ids[:rows], None if self.mask is None else self.mask[:rows]
         params = {"norm": block.params["norm"], "lm_head": {"kernel": packed.weight}}
         full = {"norm": block.params["norm"], "lm_head": {"kernel": kernel}}
@@ -118,9 +165,20 @@ class QuantizeStep:
             bits=packed.packed.bits,
             damping=damping,
             perplexity=perplexity(score(self.decoder, params, carry[STATES][:rows], ids).nll, mask),
-            perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE], ids).nll, mask),
+            perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE][:rows], ids).nll, mask),
         )
         return carry, report
 
     def _store(self, spec: LinearSpec, packed: PackedLinear) -> None:
         write_checked_tensors(self.out_tensor / f"{spec.key}.safetensors", packed.tensors(spec.key))
+
+
+def _report(spec: ModuleSpec, bits: int, factors: tuple[HessianFactor, HessianFactor], **errors: float) -> ModuleReport:
+    """The report of a module whose stages used `factors`."""
+    return ModuleReport(
+        key=spec.key,
+        bits=bits,
+        damping=tuple(float(factor.damping) for factor in factors),
+        attempts=max(int(factor.attempts) for factor in factors),
+        **errors,
+    )

@@ -17,6 +17,7 @@ class ConversionResult:
 
     output: str
     bits: float
+    preset: str
     bpw: float | None = None
     head_bits: int | None = None
     size: int | None = None
@@ -24,6 +25,7 @@ class ConversionResult:
     perplexity: float | None = None
     perplexity_full: float | None = None
     rfn_error: Mapping[str, float] | None = None
+    stream_error: Mapping[str, float] | None = None
     allocation: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] | None = None

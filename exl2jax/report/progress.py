@@ -107,8 +107,8 @@ class StatusProgress:
         self._inner.finish()
 
     def _status(self) -> None:
-        names = {"measure": "Measuring", "quantize": "Quantizing"}
-        record = {"stage": names.get(self._stage, self._stage), "completion": round(self._done / self._total, 4)}
+        stage = "Quantizing" if self._stage == "quantize" else "Measuring"
+        record = {"stage": stage, "completion": round(self._done / self._total, 4)}
         self._console.print(f"[STATUS]{json.dumps(record)}[/STATUS]", highlight=False, markup=False, soft_wrap=True)
 
 

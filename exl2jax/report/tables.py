@@ -17,6 +17,7 @@ def conversion_table(result: ConversionResult) -> Table:
     """What a conversion made."""
     table = _two_columns("Conversion")
     table.add_row("result", result.output)
+    table.add_row("preset", result.preset)
     if result.bpw is not None:
         table.add_row("bits per weight", f"{result.bpw:.4f} (asked {result.bits:g}), head {result.head_bits}")
     if result.size is not None and result.source_size is not None:
@@ -26,8 +27,9 @@ def conversion_table(result: ConversionResult) -> Table:
         table.add_row(
             "calibration perplexity", f"{result.perplexity:.3f} (full precision {result.perplexity_full:.3f})"
         )
-    if result.rfn_error:
-        table.add_row("mean rfn_error", f"{fmean(result.rfn_error.values()):.5f}")
+    for name, errors in (("mean rfn_error", result.rfn_error), ("mean stream error", result.stream_error)):
+        if errors:
+            table.add_row(name, f"{fmean(errors.values()):.5f}")
     for stage, seconds in (result.seconds or {}).items():
         table.add_row(f"seconds, {stage}", f"{seconds:.1f}")
     for warning in result.warnings:

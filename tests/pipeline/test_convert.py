@@ -118,7 +118,7 @@ def test_same_inputs_give_the_same_bytes(
 def test_stop_and_resume_give_the_same_bytes(
     converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path
 ) -> None:
-    """Stopped after every single module, in both passes."""
+    """Stopped after every single module, in every pass: forward, backward, price, quantize with the head."""
     config = settings(model, tokens, tmp_path)
     stops = 0
     while True:
@@ -130,7 +130,7 @@ def test_stop_and_resume_give_the_same_bytes(
         except Interrupted as e:
             assert e.exit_code == 130
             stops += 1
-    assert stops == 5 + 6
+    assert stops == 5 + 5 + 5 + 6
     assert result_digests(config) == result_digests(converted)
 
 
@@ -173,6 +173,22 @@ def test_measurement_alone_then_used(converted: ConversionConfig, model: Path, t
     convert(config)
     ours, theirs = result_digests(config), result_digests(converted)
     assert {k: v for k, v in theirs.items() if k != "measurement.json"} == ours
+
+
+def test_stock_preset_and_its_measurement_under_another_preset(model: Path, tokens: Path, tmp_path: Path) -> None:
+    """Stock's own way measures every candidate; the best preset takes such a file and says that it is weaker."""
+    stock = convert(settings(model, tokens, tmp_path / "a", preset="stock"))
+    assert stock.allocation is not None and stock.allocation["pricing"] == "accuracy"
+    assert stock.rfn_error and not stock.stream_error
+    file = tmp_path / "a" / "work" / "measurement.json"
+    record = json.loads(file.read_text())
+    assert list(record) == ["measurement", "last_module_idx"] and record["last_module_idx"] == 2 * 3 + 2
+    best = convert(settings(model, tokens, tmp_path / "b", measurement=file))
+    assert best.allocation is not None and best.allocation["pricing"] == "accuracy"
+    assert best.stream_error and not best.rfn_error
+    assert any("stock's accuracies only" in warning for warning in best.warnings)
+    assert best.allocation["modules"] == stock.allocation["modules"]
+    assert verify(tmp_path / "b" / "exl2").faults == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,208 @@
+"""The passes of a conversion over the modules of its model, each a checkpointed scan that leaves its result on disk.
+
+`forward` and `backward` find the Fisher information, `price` the costs that follow from it; `measure` is stock's exact
+measurement of every candidate; `quantize` writes the packed linears.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from exl2jax.calibration import CalibrationRows
+from exl2jax.errors import JobError, NumericalError
+from exl2jax.models import head_spec
+from exl2jax.pipeline.allocate import Strategy
+from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
+from exl2jax.pipeline.measure import STATES, measure_step
+from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement
+from exl2jax.pipeline.price import PriceStep
+from exl2jax.pipeline.quantize import ModuleReport, QuantizeStep
+from exl2jax.pipeline.scan import Carry
+from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
+from exl2jax.pipeline.stream import embed
+from exl2jax.storage import TensorFiles, make_directory, read_json, write_json, write_tensors
+
+CHECK_ROWS = 16
+"""Rows of the final check where `measurement_rows` says nothing; stock's default."""
+
+FISHER_METHOD = "Fisher information of output columns, labels sampled from the model"
+
+
+def forward_pass(context: Context, rows: CalibrationRows) -> None:
+    """Keep the full-precision input of every module on a few calibration rows."""
+    picked = _fisher_rows(context, rows)
+    stack = _input_stack(context, rows.input_ids[picked])
+    context.scan(
+        "forward",
+        ForwardStep(decoder=context.decoder, stack=stack),
+        lambda: {STATES: embed(context.model, rows.input_ids[picked], context.config.seed)},
+        context.specs,
+        describe=lambda spec, _: spec.key,
+        write=lambda _: stack.flush(),
+        read=lambda count: [None] * count,
+    )
+    stack.flush()
+
+
+def backward_pass(context: Context, rows: CalibrationRows) -> None:
+    """Leave the Fisher information of every linear's columns in the work directory."""
+    picked = _fisher_rows(context, rows)
+    mask = None if rows.attention_mask is None else rows.attention_mask[picked]
+    stack = _input_stack(context, rows.input_ids[picked])
+    tokens = rows.input_ids[picked].size if mask is None else int(mask.sum())
+    specs = context.specs[::-1]
+
+    def write(outputs: Sequence[Columns]) -> None:
+        pairs = zip(specs, outputs, strict=False)
+        write_tensors(context.work.fisher, {f"{s.key}.{name}": f for s, found in pairs for name, f in found.items()})
+
+    def read(count: int) -> list[Columns]:
+        known = _read_fisher(context)
+        return [{x.name: known[x.key] for x in spec.linears} for spec in specs[:count]]
+
+    def start() -> Carry:
+        gradient = head_gradients(
+            context.decoder, context.model.head_params(), stack.final(), mask, seed=context.config.seed
+        )
+        return {GRADIENT: gradient}
+
+    _, outputs = context.scan(
+        "backward",
+        BackwardStep(decoder=context.decoder, stack=stack, tokens=tokens),
+        start,
+        specs,
+        describe=lambda spec, _: spec.key,
+        write=write,
+        read=read,
+    )
+    write(outputs)
+    context.work.module_inputs.unlink(missing_ok=True)
+
+
+def price_pass(context: Context, rows: CalibrationRows) -> None:
+    """Write the measurement of what each linear's error costs."""
+    fisher_rows = len(_fisher_rows(context, rows))
+
+    def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
+        linears = {key: costs for found in outputs for key, costs in found.items()}
+        sensitivity = Sensitivity(method=FISHER_METHOD, rows=fisher_rows, linears=linears)
+        Measurement(sensitivity=sensitivity).write(context.work.measurement, context.specs)
+
+    def read(count: int) -> list[dict[str, LinearCosts]]:
+        found = read_measurement(context.work.measurement, context.specs, partial=count).sensitivity
+        if found is None:
+            raise JobError(f"{context.work.measurement}: not the measurement that was begun here; start over with -nr")
+        return [{x.key: found.linears[x.key] for x in spec.linears} for spec in context.specs[:count]]
+
+    _, outputs = context.scan(
+        "price",
+        PriceStep(decoder=context.decoder, mask=rows.attention_mask, fisher=_read_fisher(context)),
+        lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
+        context.specs,
+        describe=lambda spec, found: f"{spec.key}: {_price_range(found)}",
+        write=write,
+        read=read,
+    )
+    write(outputs)
+
+
+def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
+    """Write stock's measurement: the accuracy of every candidate of every module."""
+
+    def write(outputs: Sequence[tuple[Candidate, ...]]) -> None:
+        keys = [spec.key for spec in context.specs]
+        Measurement(modules=dict(zip(keys, outputs, strict=False))).write(context.work.measurement, context.specs)
+
+    def read(count: int) -> list[tuple[Candidate, ...]]:
+        return list(read_measurement(context.work.measurement, context.specs, partial=count).modules.values())
+
+    _, outputs = context.scan(
+        "measure",
+        partial(measure_step, decoder=context.decoder, mask=rows.attention_mask),
+        lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
+        context.specs,
+        describe=lambda spec, found: f"{spec.key}: error {found[0].error:.4f} to {found[-1].error:.4f}",
+        write=write,
+        read=read,
+    )
+    write(outputs)
+
+
+def quantize_pass(context: Context, rows: CalibrationRows, strategy: Strategy) -> None:
+    """Leave the packed tensors of every linear in the work directory, and a report of every module."""
+    make_directory(context.work.out_tensor, "the work directory")
+    step = QuantizeStep(
+        decoder=context.decoder,
+        recipe=context.recipe,
+        strategy=strategy.qparams,
+        head_bits=context.config.head_bits,
+        input_ids=rows.input_ids,
+        mask=rows.attention_mask,
+        out_tensor=context.work.out_tensor,
+        check_rows=context.config.measurement_rows or CHECK_ROWS,
+    )
+    write = partial(_write_reports, context)
+    _, reports = context.scan(
+        "quantize",
+        step,
+        lambda: step.start(embed(context.model, rows.input_ids, context.config.seed)),
+        (*context.specs, head_spec(context.model.config)),
+        describe=lambda spec, report: _describe(report, strategy),
+        write=write,
+        read=partial(read_reports, context),
+    )
+    write(reports)
+    if not math.isfinite(reports[-1].perplexity or math.nan):
+        raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
+
+
+def read_reports(context: Context, count: int | None = None) -> list[ModuleReport]:
+    """The reports of the first `count` modules of the quantization pass, or of all."""
+    path = context.work.reports
+    records = read_json(path, JobError, "the quantization report")
+    try:
+        return [ModuleReport.from_json(record) for record in records[:count]]
+    except (TypeError, KeyError) as e:
+        raise JobError(f"{path}: not a quantization report ({e}); start over with -nr") from e
+
+
+def _write_reports(context: Context, reports: Sequence[ModuleReport]) -> None:
+    write_json(context.work.reports, [report.to_json() for report in reports])
+
+
+def _fisher_rows(context: Context, rows: CalibrationRows) -> np.ndarray:
+    """Indices of the rows of the backward pass, spread evenly over the calibration rows and so over its domains."""
+    count = min(context.recipe.fisher_rows, len(rows.input_ids))
+    return (2 * np.arange(count) + 1) * len(rows.input_ids) // (2 * count)
+
+
+def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
+    shape = (*ids.shape, context.model.config.hidden_size)
+    return InputStack(context.work.module_inputs, context.specs, shape)
+
+
+def _read_fisher(context: Context) -> dict[str, np.ndarray]:
+    files = TensorFiles([context.work.fisher])
+    return {name: files.read(name) for name in files}
+
+
+def _price_range(found: Mapping[str, LinearCosts]) -> str:
+    """The cost of the module with all its linears at 4 and at 2 bits."""
+    wide, narrow = (sum(float(c.measured[bits, 128].sum()) for c in found.values()) for bits in (4, 2))
+    return f"{wide:.2e} nats at 4 bits, {narrow:.2e} at 2"
+
+
+def _describe(report: ModuleReport, strategy: Strategy) -> str:
+    if report.perplexity is not None:
+        full = f"full precision {report.perplexity_full:.3f}"
+        return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
+    error = (
+        f"rfn_error {report.rfn_error:.5f}"
+        if report.rfn_error is not None
+        else f"stream error {report.stream_error:.5f}"
+    )
+    widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in strategy.qparams[report.key].items())
+    return f"{report.key}: {error} ({widths})"

@@ -1,0 +1,64 @@
+"""The pricing pass: what each linear's error costs at each width, in expected KL divergence, without a forward pass
+per candidate.
+"""  # noqa: D205
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.errors import NumericalError
+from exl2jax.models import Decoder, LinearSpec
+from exl2jax.ops import HessianFactor, gptq_tile_losses
+from exl2jax.pipeline.linear import in_threads
+from exl2jax.pipeline.measure import STATES, Block, module_factors
+from exl2jax.pipeline.scan import Carry
+from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
+from exl2jax.pipeline.stream import collect
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriceStep:
+    """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key."""
+
+    decoder: Decoder
+    mask: np.ndarray | None
+    fisher: Mapping[str, np.ndarray]
+
+    def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, LinearCosts]]:
+        """Price the linears of a module and move on with its unquantized outputs.
+
+        With `H` the mean of `x^T x` over tokens, an error `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token.
+        """
+        spec, states = block.spec, carry[STATES]
+        params = jax.device_put(block.params)
+        collected = collect(self.decoder, spec.kind, params, states, self.mask)
+        if not np.isfinite(collected.states).all():
+            raise NumericalError(
+                f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
+            )
+        factors = module_factors(spec, collected.first, collected.second)
+        tokens = states.shape[0] * states.shape[1] if self.mask is None else int(self.mask.sum())
+        scale = 0.5 * states.shape[0] / tokens  # the Hessian is a sum over tokens divided by rows
+
+        def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:
+            linear, setting = task
+            weight = jnp.asarray(self.fisher[linear.key]) * scale
+            return _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight)
+
+        tasks = [(linear, setting) for linear in spec.linears for setting in MEASURED]
+        losses = iter(in_threads(run, tasks))
+        costs = {
+            linear.key: LinearCosts(
+                rows=linear.rows, columns=linear.columns, measured={setting: next(losses) for setting in MEASURED}
+            )
+            for linear in spec.linears
+        }
+        return {STATES: collected.states}, costs
+
+
+def _losses(kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array) -> np.ndarray:
+    groups = pure_qparams(setting).groups(kernel.shape[0])
+    return np.asarray(gptq_tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight), np.float64)

@@ -1,0 +1,62 @@
+"""Recipes: which of the algorithm's choices a conversion makes, as one frozen value, and the presets that name them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from exl2jax.errors import SettingsError
+
+type Pricing = Literal["fisher", "accuracy"]
+
+STRONGEST = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The choices of a conversion.
+
+    `pricing` is what bits are spent against: `fisher`, the expected KL divergence of the model's output by Fisher
+    information, every linear a slot of its own and every mixture of widths an option; or `accuracy`, stock's relative
+    error of a module's output, a module a slot and stock's table its options. `fisher_rows` are the rows of the
+    backward pass. `propagation` (0 to 1) is how far a linear's target is corrected for the inputs that the quantized
+    model gives it, `residual` how far the linears that write to the residual stream correct the stream's own error; 0
+    for both quantizes towards the source's weights, as stock does.
+    """
+
+    name: str
+    pricing: Pricing
+    fisher_rows: int = 8
+    propagation: float = 0.0
+    residual: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse strengths out of range."""
+        for name, value in (("propagation", self.propagation), ("residual", self.residual)):
+            if not 0 <= value <= STRONGEST:
+                raise SettingsError(f"recipe {self.name}: {name} is {value}; it must lie between 0 and {STRONGEST:g}")
+        if self.fisher_rows < 1:
+            raise SettingsError(f"recipe {self.name}: fisher_rows is {self.fisher_rows}; it must be at least 1")
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the quantization pass carries a full-precision stream beside the quantized one."""
+        return self.propagation > 0 or self.residual > 0
+
+
+PRESETS = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="best", pricing="fisher", propagation=0.5),
+        Recipe(name="fast", pricing="fisher", fisher_rows=4),
+        Recipe(name="stock", pricing="accuracy"),
+    )
+}
+"""Recipes by the name that `--preset` takes."""
+
+DEFAULT_PRESET = "best"
+
+
+def find_recipe(preset: str) -> Recipe:
+    """The recipe of a preset; `SettingsError` names the choices for any other name."""
+    if preset not in PRESETS:
+        raise SettingsError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    return PRESETS[preset]

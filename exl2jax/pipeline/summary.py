@@ -1,0 +1,82 @@
+"""The records that a finished conversion leaves: its summary, its allocation, and the `quantization_config`."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exl2jax.pipeline.allocate import Strategy
+from exl2jax.pipeline.config import ConversionConfig
+from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.job import JobState
+from exl2jax.pipeline.quantize import ModuleReport
+from exl2jax.pipeline.result import ConversionResult, perplexity_warnings
+from exl2jax.version import VERSION
+
+STOCK_VERSION = "0.3.2"
+"""The ExLlamaV2 whose format is written."""
+
+WEAKER = (
+    "the measurement holds stock's accuracies only: bits were allocated by them, a weaker guide than the preset's own"
+)
+
+
+def summarize(
+    context: Context, state: JobState, target: Path, shards: Sequence[Path], reports: Sequence[ModuleReport]
+) -> ConversionResult:
+    """The summary of a conversion from its module reports, the head's last, and the records of its job."""
+    config = context.config
+    *modules, head = reports
+    weights = sum(spec.weights for spec in context.specs)
+    notes = [n for c in state.records.get("calibration", {}).values() for n in c.get("notes", [])]
+    strategy = state.records["strategy"]
+    weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing == "fisher" else []
+    damped = [f"{r.key}: damping raised {r.attempts - 1} times" for r in reports if r.attempts > 1]
+    return ConversionResult(
+        output=str(target),
+        bits=config.bits,
+        preset=config.preset,
+        bpw=sum(r.bits for r in modules) / weights,
+        head_bits=config.head_bits,
+        size=sum(path.stat().st_size for path in shards),
+        source_size=sum(path.stat().st_size for path in context.model.files.files),
+        perplexity=head.perplexity,
+        perplexity_full=head.perplexity_full,
+        rfn_error={r.key: r.rfn_error for r in modules if r.rfn_error is not None},
+        stream_error={r.key: r.stream_error for r in modules if r.stream_error is not None},
+        allocation=strategy,
+        calibration=state.records.get("calibration"),
+        seconds=state.records.get("seconds"),
+        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *damped, *notes),
+    )
+
+
+def strategy_record(strategy: Strategy) -> dict[str, Any]:
+    """What was chosen and how, as the job keeps it."""
+    return {
+        "pricing": strategy.pricing,
+        "solver": strategy.solver,
+        "bpw": strategy.bpw,
+        "objective": strategy.objective,
+        "gap": strategy.gap,
+        "norm": strategy.norm,
+        "max_error": strategy.max_error,
+        "modules": {k: {n: q.to_json() for n, q in v.items()} for k, v in strategy.qparams.items()},
+    }
+
+
+def quantization_config(config: ConversionConfig, state: JobState) -> dict[str, Any]:
+    """The section that makes a loader take the directory for an EXL2 model."""
+    calibration = state.records["calibration"]["quantize"]
+    return {
+        "quant_method": "exl2",
+        "version": STOCK_VERSION,
+        "bits": config.bits,
+        "head_bits": config.head_bits,
+        "calibration": {
+            "rows": calibration["rows"],
+            "length": calibration["length"],
+            "dataset": config.cal_dataset or "(default)",
+        },
+        "converter": f"exl2jax {VERSION}",
+    }
