@@ -15,6 +15,9 @@ from exl2jax.ops.rounding import dequantize, half_scale, quantize
 from exl2jax.ops.scales import search_scales
 from exl2jax.qparams import ROW_MULTIPLE, Group
 
+_PANEL = 256
+"""Rows of past errors that one product of the feedback takes up."""
+
 
 class QuantizedLinear(NamedTuple):
     """A quantized matrix in packed row order.
@@ -104,25 +107,81 @@ def _segments(groups: Sequence[Group]) -> Iterator[tuple[int, int, np.ndarray]]:
 def _segment_jit(
     walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: jax.Array, count: jax.Array, *, size: int
 ) -> _Walk:
-    """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each."""
+    """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each.
 
-    def group(g: jax.Array, walk: _Walk) -> _Walk:
-        a = start + g * size
-        toward = lax.dynamic_slice_in_dim(u, a, size, 1)
-        # Rows not walked yet have zero errors, so the whole column block serves without a mask.
-        debt = jnp.matmul(toward.T, walk.errors, precision=lax.Precision.HIGHEST)
-        current = lax.dynamic_slice_in_dim(w, a, size, 0) - debt
-        choice = search_scales(current, widths[g])
-        errors, codes = _walk_group(current, lax.dynamic_slice_in_dim(toward, a, size, 0), choice.scale, widths[g])
-        tile = a // ROW_MULTIPLE
-        return _Walk(
-            lax.dynamic_update_slice_in_dim(walk.errors, errors, a, 0),
-            lax.dynamic_update_slice_in_dim(walk.codes, codes, a, 0),
+    Groups go in spans. What a span owes to the rows before it is one sum over past panels; only what its groups owe
+    each other is gathered group by group.
+    """
+    span = _span(w.shape[0], size)
+    stop = start + count * size
+
+    def one(i: jax.Array, walk: _Walk) -> _Walk:
+        a = start + i * span
+        origin = jnp.minimum(a, w.shape[0] - span)
+        current = lax.dynamic_slice_in_dim(w, origin, span, 0) - _debt(walk.errors, u, origin, a, span)
+        corner = lax.dynamic_slice(u, (origin, origin), (span, span))
+        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size)
+
+    return lax.fori_loop(0, (count * size + span - 1) // span, one, walk)
+
+
+def _span(rows: int, size: int) -> int:
+    """Rows of a span: whole groups, enough for efficient products, little enough to waste few on zeros."""
+    target = 128 if rows < 2048 else 256
+    return min(max(target // size, 1), rows // size) * size
+
+
+def _debt(errors: jax.Array, u: jax.Array, origin: jax.Array, a: jax.Array, span: int) -> jax.Array:
+    """What rows `origin .. origin + span` owe to the rows before `a`: `U[:a, rows]^T E[:a]`, panel by panel."""
+    panel = min(_PANEL, errors.shape[0])
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        # Rows from `a` on have zero errors; a last panel that would overhang skips what the one before it added.
+        first = jnp.minimum(i * panel, errors.shape[0] - panel)
+        part = lax.dynamic_slice_in_dim(errors, first, panel, 0)
+        toward = lax.dynamic_slice(u, (first, origin), (panel, span))
+        fresh = jnp.where(first + jnp.arange(panel)[:, None] >= i * panel, toward, 0.0)
+        return total + jnp.matmul(fresh.T, part, precision=lax.Precision.HIGHEST)
+
+    return lax.fori_loop(0, (a + panel - 1) // panel, add, jnp.zeros((span, errors.shape[1]), jnp.float32))
+
+
+def _walk_span(
+    walk: _Walk,
+    current: jax.Array,
+    u: jax.Array,
+    place: tuple[jax.Array, jax.Array, jax.Array],
+    widths: jax.Array,
+    start: jax.Array,
+    size: int,
+) -> _Walk:
+    """Walk the groups of a span: `current [span, N]` and `u [span, span]` begin at row `origin`, the groups at row
+    `a` and end at `stop`, where `place = (origin, a, stop)`.
+    """  # noqa: D205
+    origin, a, stop = place
+
+    def group(i: jax.Array, state: tuple[_Walk, jax.Array]) -> tuple[_Walk, jax.Array]:
+        walk, local = state
+        row = a + i * size
+        bits = widths[(row - start) // size]
+        mine = lax.dynamic_slice_in_dim(current, row - origin, size, 0)
+        corner = lax.dynamic_slice(u, (row - origin, row - origin), (size, size))
+        if size < u.shape[0]:
+            toward = lax.dynamic_slice_in_dim(u, row - origin, size, 1)
+            mine = mine - jnp.matmul(toward.T, local, precision=lax.Precision.HIGHEST)
+        choice = search_scales(mine, bits)
+        errors, codes = _walk_group(mine, corner, choice.scale, bits)
+        tile = row // ROW_MULTIPLE
+        walk = _Walk(
+            lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
+            lax.dynamic_update_slice_in_dim(walk.codes, codes, row, 0),
             lax.dynamic_update_index_in_dim(walk.qs, choice.qs, tile, 0),
             lax.dynamic_update_index_in_dim(walk.qscale_max, choice.qscale_max, tile, 0),
         )
+        return walk, lax.dynamic_update_slice_in_dim(local, errors, row - origin, 0)
 
-    return lax.fori_loop(0, count, group, walk)
+    walk, _ = lax.fori_loop(0, (stop - a) // size, group, (walk, jnp.zeros_like(current)))
+    return walk
 
 
 def _segment(

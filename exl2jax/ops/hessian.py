@@ -14,6 +14,9 @@ MAX_ATTEMPTS = 10
 
 _LEAF = 128
 
+_STRIPS = 4
+"""Block rows of a Hessian of which only the upper triangle is computed: 5/8 of the work."""
+
 
 class HessianFactor(NamedTuple):
     """What GPTQ needs of a Hessian.
@@ -34,7 +37,13 @@ class HessianFactor(NamedTuple):
 def accumulate_hessian(h: jax.Array, x: jax.Array) -> jax.Array:
     """`h + X^T X` for inputs `x [..., K]` flattened to tokens, in float32 at the highest precision."""
     tokens = x.reshape(-1, x.shape[-1])
-    return h + jnp.matmul(tokens.T, tokens, precision=lax.Precision.HIGHEST)
+    size = -(-x.shape[-1] // _STRIPS)
+    edges = range(0, x.shape[-1], size)
+    blocks: dict[tuple[int, int], jax.Array] = {}
+    for a in edges:
+        strip = jnp.matmul(tokens[:, a : a + size].T, tokens[:, a:], precision=lax.Precision.HIGHEST)
+        blocks |= {(a, b): strip[:, b - a : b - a + size] for b in edges if b >= a}
+    return h + jnp.block([[blocks[a, b] if b >= a else blocks[b, a].T for b in edges] for a in edges])
 
 
 @jax.jit

@@ -128,6 +128,11 @@ def test_mixed_widths_and_group_sizes(setting: QParams) -> None:
     compare(w, h, setting.groups(ROWS))
 
 
+def test_feedback_reaches_over_several_panels_and_a_last_one_that_overhangs() -> None:
+    w, h = problem(8, rows=544, columns=7)
+    compare(w, h, q("8/4", ".1/.9", "32/128").groups(544))
+
+
 @pytest.mark.parametrize("bits", FORMAT_BITS)
 def test_better_than_rounding_to_nearest(bits: int) -> None:
     w, h = problem(bits)
