@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
 
     def convert(config: ConversionConfig, control: Control) -> ConversionResult:
         found.append(config)
-        return ConversionResult(output="nowhere", bits=config.bits)
+        return ConversionResult(output="nowhere", bits=config.bits, preset=config.preset)
 
     monkeypatch.setattr(command, "convert", convert)
     return found
