@@ -18,18 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from transformers import AutoModelForCausalLM
 
+from scripts.parity_stand_ins import load_reference
 from tests.support.parity_cases import (
     DEMO_CASE,
-    DEMO_COLUMN_STRIDE,
     REFERENCE_DIR,
     TINY_CASES,
     ParityCase,
     kept_positions,
     make_input_ids,
 )
-from tests.support.tiny_model import weights_digest, write_tiny_llama
+from tests.support.tiny_model import weights_digest
 
 DEMO_MODEL = Path("demo/model")
 ROUNDING = 1e-4  # float32 logits of another processor or thread count stay within this
@@ -43,22 +42,23 @@ def versions() -> str:
     return json.dumps({"python": platform.python_version(), **{name: version(name) for name in PACKAGES}})
 
 
-def reference_arrays(case: ParityCase, model_dir: Path, stride: int) -> Arrays:
+def reference_arrays(case: ParityCase, model_dir: Path) -> Arrays:
     """The arrays of one reference file, as `tests/support/parity_cases.py` describes them."""
     arrays = {
-        "column_stride": np.array(stride),
+        "column_stride": np.array(case.stride),
         "weights_sha256": np.array(weights_digest(model_dir)),
         "versions": np.array(versions()),
     }
     for length in case.lengths:
         # A fresh model per length: dynamic rope scaling remembers the longest sequence it has seen.
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
-        ids, positions = make_input_ids(length, model.config.vocab_size), kept_positions(length)
+        model = load_reference(model_dir)
+        ids = make_input_ids(length, model.config.get_text_config().vocab_size)
+        positions = kept_positions(length)
         with torch.no_grad():
             logits = model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits[:, positions.tolist()]
         arrays[f"input_ids_{length}"] = ids
         arrays[f"positions_{length}"] = positions
-        arrays[f"logits_{length}"] = logits[:, :, ::stride].numpy()
+        arrays[f"logits_{length}"] = logits[:, :, :: case.stride].numpy()
         arrays[f"logsumexp_{length}"] = logits.double().logsumexp(dim=-1).numpy()
     return arrays
 
@@ -94,21 +94,24 @@ def settle(case: ParityCase, fresh: Arrays, *, write: bool) -> bool:
     reason = (
         f"largest difference {found:.2g}" if np.isfinite(found) else "no such reference, or of other weights or inputs"
     )
-    print(f"{case.name}: DIFFERS, {reason}; after a wanted change run `make parity`")
+    print(f"{case.name}: DIFFERS, {reason}; after a wanted change run `make parity-write`")
     return False
 
 
-def run(*, write: bool) -> bool:
-    """Go through all cases; returns whether all is well."""
+def run(names: list[str], *, write: bool) -> bool:
+    """Go through the cases, all or those named; returns whether all is well."""
     well = True
     for case in TINY_CASES:
+        if names and case.name not in names:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            model_dir = write_tiny_llama(Path(folder), **case.options)
-            well &= settle(case, reference_arrays(case, model_dir, stride=1), write=write)
+            well &= settle(case, reference_arrays(case, case.write(Path(folder))), write=write)
+    if names and DEMO_CASE.name not in names:
+        return well
     if not (DEMO_MODEL / "config.json").is_file():
         print(f"{DEMO_CASE.name}: {DEMO_MODEL} is not there; build it with `make demo-model`")
         return False
-    fresh = reference_arrays(DEMO_CASE, DEMO_MODEL, stride=DEMO_COLUMN_STRIDE)
+    fresh = reference_arrays(DEMO_CASE, DEMO_MODEL)
     return settle(DEMO_CASE, fresh, write=write) and well
 
 
@@ -118,7 +121,9 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="write the references that are missing or differ")
     mode.add_argument("--check", action="store_true", help="only compare; exit code 1 on a difference")
-    return 0 if run(write=parser.parse_args().write) else 1
+    parser.add_argument("cases", nargs="*", help="names of cases; all if none is given")
+    args = parser.parse_args()
+    return 0 if run(args.cases, write=args.write) else 1
 
 
 if __name__ == "__main__":

@@ -14,9 +14,17 @@ from exl2jax.evaluate.verify_config import bits_faults, quantization_faults, sta
 from exl2jax.evaluate.verify_files import Shards, leftover_faults, open_shards
 from exl2jax.evaluate.verify_linear import is_quantized, linear_faults, stored_bits
 from exl2jax.evaluate.verify_report import Fault, VerifyReport
-from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs, read_config
+from exl2jax.models import (
+    LinearSpec,
+    ModelConfig,
+    ModuleSpec,
+    embedding_shapes,
+    head_norm_spec,
+    head_spec,
+    module_specs,
+    read_config,
+)
 from exl2jax.models.config import CONFIG_NAME
-from exl2jax.models.modules import EMBED_KEY, NORM_KEY
 from exl2jax.models.source import FLOAT_DTYPES
 from exl2jax.ops.packing import TENSOR_NAMES
 from exl2jax.qparams import padded_columns
@@ -29,7 +37,7 @@ CHUNK = 2**22
 TABLE_TENSORS = (".q_weight", ".q_groups")
 """Tensors whose shape the count of bits rests on."""
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"(?:.*\.)?model\.layers\.(\d+)\.")
 
 _UNQUANTIZED = "is the unquantized weight of a linear that must be quantized; remove it"
 
@@ -41,14 +49,15 @@ class _Implied:
     modules: tuple[ModuleSpec, ...]
     head: LinearSpec
     plain: dict[str, tuple[int, ...]]
+    copied: tuple[str, ...]
 
     @classmethod
     def of(cls, config: ModelConfig) -> "_Implied":
         modules = module_specs(config)
-        norms = [*(spec.norm_key for spec in modules), NORM_KEY]
-        embedding = {f"{EMBED_KEY}.weight": (config.vocab_size, config.hidden_size)}
-        plain = embedding | {f"{key}.weight": (config.hidden_size,) for key in norms}
-        return cls(modules=modules, head=head_spec(config), plain=plain)
+        plain = embedding_shapes(config)
+        for shapes in (*(spec.plain for spec in modules), head_norm_spec(config).tensors):
+            plain |= shapes
+        return cls(modules=modules, head=head_spec(config), plain=plain, copied=config.arch.copied)
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -200,7 +209,7 @@ def _stray_faults(shards: Shards, implied: _Implied) -> Iterator[Fault]:
     expected = implied.names()
     yield from leftover_faults(shards, weights)
     for name in shards:
-        if name in expected:
+        if name in expected or (implied.copied and name.startswith(implied.copied)):
             continue
         if name in weights:
             yield Fault(tensor=name, message=_UNQUANTIZED)

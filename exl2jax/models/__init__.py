@@ -2,7 +2,14 @@
 
 from exl2jax.models.config import ModelConfig, read_config
 from exl2jax.models.decoder import Decoder, build_decoder
-from exl2jax.models.modules import LinearSpec, ModuleSpec, head_spec, module_specs
+from exl2jax.models.modules import (
+    LinearSpec,
+    ModuleSpec,
+    embedding_shapes,
+    head_norm_spec,
+    head_spec,
+    module_specs,
+)
 from exl2jax.models.source import Exl2Model, HFModel, Model, load_exl2, open_model
 
 __all__ = [
@@ -14,6 +21,8 @@ __all__ = [
     "ModelConfig",
     "ModuleSpec",
     "build_decoder",
+    "embedding_shapes",
+    "head_norm_spec",
     "head_spec",
     "load_exl2",
     "module_specs",

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exl2jax.errors import ModelError, UnsupportedModelError
+from exl2jax.errors import ModelError
+from exl2jax.models.architectures import ARCHITECTURES
+from exl2jax.models.fields import Fields
 from exl2jax.models.registry import Architecture, find_architecture
-from exl2jax.models.rope import RopeConfig, read_rope
+from exl2jax.models.rope import RopeConfig, read_rope, read_theta
+from exl2jax.models.scales import NEUTRAL_SCALES, Scales, read_scales
 from exl2jax.storage import read_json
 
 CONFIG_NAME = "config.json"
@@ -15,7 +18,11 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What the forward pass needs of a config; hashable, so it can be static under `jit`."""
+    """What the forward pass needs of a config; hashable, so it can be static under `jit`.
+
+    `sliding[i]` says whether layer `i` sees only `window` tokens back; sliding layers turn by `local_rope`, the others
+    by `rope`, not at all where that is None. `scales` are the model's multipliers and soft caps.
+    """
 
     architecture: str
     hidden_size: int
@@ -32,13 +39,34 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     activation: str
-    rope: RopeConfig
+    rope: RopeConfig | None
+    local_rope: RopeConfig | None = None
+    window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    head_norm: str | None = None
+    scales: Scales = NEUTRAL_SCALES
     bos_token_id: int | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        """The registry's entry of this model."""
+        return ARCHITECTURES[self.architecture]
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether a layer's attention has a window."""
+        return bool(self.sliding) and self.sliding[layer]
+
+    def head_norm_shape(self, heads: int) -> tuple[int, ...]:
+        """Shape of the weight that normalises `heads` heads: one for all of them, or one each (LayerNorm)."""
+        return (heads, self.head_dim) if self.head_norm == "layer" else (self.head_dim,)
 
     def with_rope(self, scale: float | None, alpha: float | None) -> "ModelConfig":
         """The same model with stock's `-rs` and `-ra` on top of its own rotary settings."""
-        rope = replace(self.rope, scale=scale or 1.0, alpha=alpha or 1.0)
-        return replace(self, rope=rope)
+
+        def scaled(rope: RopeConfig | None) -> RopeConfig | None:
+            return None if rope is None else replace(rope, scale=scale or 1.0, alpha=alpha or 1.0)
+
+        return replace(self, rope=scaled(self.rope), local_rope=scaled(self.local_rope))
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any], str]:
@@ -52,62 +80,51 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any], str]:
     raw = read_json(path, ModelError, "the model's configuration")
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: must hold a JSON object")
-    architecture = find_architecture(raw.get("architectures"), str(path))
+    arch = find_architecture(ARCHITECTURES, raw.get("architectures"), str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _parse(raw, architecture, str(path)), raw, digest
+    return _parse(Fields.of(raw, arch, str(path)), arch), raw, digest
 
 
-def _parse(raw: dict[str, Any], architecture: Architecture, where: str) -> ModelConfig:
-    hidden = _positive(raw, "hidden_size", where)
-    heads = _positive(raw, "num_attention_heads", where)
-    kv_heads = _positive(raw, "num_key_value_heads", where, default=heads)
-    head_dim = _positive(raw, "head_dim", where, default=hidden // heads)
+def _parse(fields: Fields, arch: Architecture) -> ModelConfig:
+    fields.check_taken_for_granted()
+    hidden = fields.positive("hidden_size")
+    heads = fields.positive("num_attention_heads")
+    kv_heads = 1 if arch.multi_query else fields.positive("num_key_value_heads", default=heads)
+    head_dim = fields.positive("head_dim", default=hidden // heads)
     if heads % kv_heads or head_dim % 2:
-        raise ModelError(f"{where}: {heads} heads over {kv_heads} key/value heads of {head_dim} do not divide evenly")
-    max_position = _positive(raw, "max_position_embeddings", where, default=2048)
-    eps = raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, float | int) or not 0 < eps < 1:
-        raise ModelError(f"{where}: rms_norm_eps must lie between 0 and 1, got {eps!r:.40}")
-    bos = raw.get("bos_token_id")
+        message = f"{heads} heads over {kv_heads} key/value heads of {head_dim} do not divide evenly"
+        raise ModelError(f"{fields.where}: {message}")
+    max_position = fields.positive("max_position_embeddings", default=2048)
+    layers = fields.positive("num_hidden_layers")
+    rope = read_rope(fields.record, max_position, fields.where, head_dim=head_dim) if arch.rotary else None
+    sliding, window = fields.windows(layers)
     return ModelConfig(
-        architecture=architecture.name,
+        architecture=arch.name,
         hidden_size=hidden,
-        intermediate_size=_positive(raw, "intermediate_size", where),
-        num_layers=_positive(raw, "num_hidden_layers", where),
+        intermediate_size=fields.positive("intermediate_size", default=arch.inner_multiple * hidden or None),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=_positive(raw, "vocab_size", where),
-        norm_eps=float(eps),
+        vocab_size=fields.positive("vocab_size"),
+        norm_eps=fields.epsilon(),
         max_position=max_position,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=_flag(raw, architecture.qkv_bias),
-        o_bias=_flag(raw, architecture.o_bias),
-        mlp_bias=_flag(raw, architecture.mlp_bias),
-        activation=_activation(raw, architecture, where),
-        rope=read_rope(raw, max_position, where),
-        bos_token_id=bos if isinstance(bos, int) else None,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", arch.tied),
+        qkv_bias=fields.switch(arch.qkv_bias),
+        o_bias=fields.switch(arch.o_bias),
+        mlp_bias=fields.switch(arch.mlp_bias),
+        activation=fields.activation(),
+        rope=None if arch.nope else rope,
+        local_rope=_local_rope(fields, max_position) if arch.local_theta else rope,
+        window=window,
+        sliding=sliding,
+        head_norm=arch.head_norm if fields.switch(arch.head_norm_switch) else None,
+        scales=read_scales(fields, layers, hidden, head_dim),
+        bos_token_id=fields.token("bos_token_id"),
     )
 
 
-def _positive(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ModelError(f"{where}: {key} must be a positive integer, got {value!r:.40}")
-    return value
-
-
-def _flag(raw: dict[str, Any], switch: bool | str) -> bool:
-    return bool(raw.get(switch, False)) if isinstance(switch, str) else switch
-
-
-def _activation(raw: dict[str, Any], architecture: Architecture, where: str) -> str:
-    name = raw.get("hidden_act", "silu")
-    if name not in architecture.activations:
-        known = ", ".join(architecture.activations)
-        raise UnsupportedModelError(
-            f"{where}: hidden_act {name!r:.40} is not supported for {architecture.name} ({known})"
-        )
-    return name
+def _local_rope(fields: Fields, max_position: int) -> RopeConfig:
+    """Rotary settings of sliding layers that have a base of their own: no scaling."""
+    theta = read_theta(fields.record, fields.arch.local_theta or "rope_theta", fields.where)
+    return RopeConfig(theta=theta, max_position=max_position, original_max_position=max_position)

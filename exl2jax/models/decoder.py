@@ -2,7 +2,8 @@
 
 A sublayer computes in three steps, so that a stage's linears can be swapped, stacked or measured between them:
 `first_input(h)` is what the first stage reads, `second_input(outputs)` what the second reads, `residual(h, y)` the new
-hidden state. Parameters are `{"norm": {"weight"}, NAME: {"kernel" [K, N], "bias" [N]?}}`, all float32 or float16.
+hidden state. Parameters are `{"norm": {"weight", "bias"?}, NAME: {"kernel" [K, N], "bias" [N]?}}` and further norms,
+float32 or float16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,64 +11,39 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax import lax
 
+from exl2jax.models.attention import attend
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
-from exl2jax.models.rope import rope_tables
-
-QUERY_BLOCK = 128
-"""Queries per attention block: a block looks only at the keys before its end, which halves a causal product, and its
-scores stay in cache between the products."""
+from exl2jax.models.layers import ACTIVATIONS, Linear, Norm, soft_cap
+from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND, SLIDING_KIND
 
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight."""
-
-    size: int
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise the last axis of `x [..., D]`."""
-        weight = self.param("weight", nn.initializers.ones, (self.size,))
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * lax.rsqrt(variance + self.eps) * weight
-
-
-class Linear(nn.Module):
-    """`x W + b` with `W [K, N]`, computed in float32 whatever the stored dtype."""
-
-    columns: int
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `x [..., K]` to `[..., N]`."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.columns))
-        y = x @ kernel.astype(jnp.float32)
-        if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.columns,))
-        return y
+def _norm(config: ModelConfig) -> Norm:
+    return Norm(config.arch.norm, (config.hidden_size,), config.norm_eps, config.arch.norm_bias)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions, norm and residual included."""
+    """Causal grouped-query self-attention with its positions, norms and residual included."""
 
     config: ModelConfig
+    sliding: bool = False
 
     def setup(self) -> None:
         """Declare the parameters."""
         c = self.config
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.norm = _norm(c)
         self.q_proj = Linear(c.num_heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         self.o_proj = Linear(c.hidden_size, c.o_bias)
+        if c.arch.norms.attention_post:
+            self.post_norm = _norm(c)
+        if c.head_norm:
+            self.q_norm = Norm(c.head_norm, c.head_norm_shape(c.num_heads), c.norm_eps)
+            self.k_norm = Norm(c.head_norm, c.head_norm_shape(c.num_kv_heads), c.norm_eps)
 
     def first_input(self, h: jax.Array) -> jax.Array:
         """What q, k, v read: `[B, T, D]`."""
@@ -79,7 +55,15 @@ class Attention(nn.Module):
 
     def second_input(self, outputs: Outputs) -> jax.Array:
         """What o reads: the attention result `[B, T, heads * head_dim]`."""
-        return attend(self.config, outputs["q_proj"], outputs["k_proj"], outputs["v_proj"])
+        heads = {
+            "q_proj": self.config.num_heads,
+            "k_proj": self.config.num_kv_heads,
+            "v_proj": self.config.num_kv_heads,
+        }
+        q, k, v = (outputs[name].reshape(*outputs[name].shape[:2], count, -1) for name, count in heads.items())
+        if self.config.head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return attend(self.config, q, k, v, sliding=self.sliding)
 
     def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
         """`second_input` for several outputs of v: the weights of the values are computed once."""
@@ -96,33 +80,39 @@ class Attention(nn.Module):
 
     def residual(self, h: jax.Array, y: jax.Array) -> jax.Array:
         """The new hidden state."""
-        return h + y
+        y = self.post_norm(y) if self.config.arch.norms.attention_post else y
+        return h + _scaled(y, self.config.scales.residual)
 
 
 class MLP(nn.Module):
-    """Gated MLP, norm and residual included."""
+    """MLP, gated or not, norms and residual included."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         """Declare the parameters."""
         c = self.config
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.gate_proj = Linear(c.intermediate_size, c.mlp_bias)
+        self.norm = _norm(c)
+        if c.arch.mlp[0]:
+            self.gate_proj = Linear(c.intermediate_size, c.mlp_bias)
         self.up_proj = Linear(c.intermediate_size, c.mlp_bias)
         self.down_proj = Linear(c.hidden_size, c.mlp_bias)
+        if c.arch.norms.mlp_post:
+            self.post_norm = _norm(c)
 
     def first_input(self, h: jax.Array) -> jax.Array:
         """What gate and up read: `[B, T, D]`."""
         return self.norm(h)
 
     def first(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Outputs of gate and up."""
-        return {"gate_proj": self.gate_proj(x), "up_proj": self.up_proj(x)}
+        """Outputs of gate, where there is one, and up."""
+        gate = {"gate_proj": self.gate_proj(x)} if self.config.arch.mlp[0] else {}
+        return gate | {"up_proj": self.up_proj(x)}
 
     def second_input(self, outputs: Outputs) -> jax.Array:
         """What down reads: `[B, T, intermediate]`."""
-        return nn.silu(outputs["gate_proj"]) * outputs["up_proj"]
+        act, up = ACTIVATIONS[self.config.activation], outputs["up_proj"]
+        return act(outputs["gate_proj"]) * up if self.config.arch.mlp[0] else act(up)
 
     def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
         """`second_input` for several outputs of up."""
@@ -134,7 +124,8 @@ class MLP(nn.Module):
 
     def residual(self, h: jax.Array, y: jax.Array) -> jax.Array:
         """The new hidden state."""
-        return h + y
+        y = self.post_norm(y) if self.config.arch.norms.mlp_post else y
+        return h + _scaled(y, self.config.scales.residual)
 
 
 class Head(nn.Module):
@@ -144,7 +135,7 @@ class Head(nn.Module):
 
     def setup(self) -> None:
         """Declare the parameters."""
-        self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        self.norm = _norm(self.config)
         self.lm_head = Linear(self.config.vocab_size)
 
     def first_input(self, h: jax.Array) -> jax.Array:
@@ -153,7 +144,12 @@ class Head(nn.Module):
 
     def __call__(self, h: jax.Array) -> jax.Array:
         """Logits `[B, T, vocab]`."""
-        return self.lm_head(self.norm(h))
+        scales = self.config.scales
+        return soft_cap(_scaled(self.lm_head(self.norm(h)), scales.logits), scales.logits_cap)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * factor
 
 
 class Trace(NamedTuple):
@@ -171,7 +167,9 @@ class Decoder(NamedTuple):
 
     def module(self, kind: str) -> Attention | MLP:
         """The Flax module of a kind."""
-        return {ATTENTION_KIND: Attention, MLP_KIND: MLP}[kind](self.config)
+        if kind == MLP_KIND:
+            return MLP(self.config)
+        return Attention(self.config, sliding={ATTENTION_KIND: False, SLIDING_KIND: True}[kind])
 
     def first_input(self, kind: str, params: Params, h: jax.Array) -> jax.Array:
         """What the first stage reads."""
@@ -220,36 +218,3 @@ class Decoder(NamedTuple):
 def build_decoder(config: ModelConfig) -> Decoder:
     """The decoder of a configuration."""
     return Decoder(config)
-
-
-def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention over flat projections `[B, T, heads * head_dim]`, softmax in float32.
-
-    `v` may have heads of another size than `q` and `k`; the result then has that head size.
-    """
-    batch, length, _ = q.shape
-    kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
-    cos, sin = (jnp.asarray(t) for t in rope_tables(config.rope, config.head_dim, length))
-    q = rotate(q.reshape(batch, length, kv, groups, config.head_dim), cos, sin) * config.head_dim**-0.5
-    k = rotate(k.reshape(batch, length, kv, 1, config.head_dim), cos, sin)
-    # Heads in front and queries of one group in a row: plain products of matrices, one for each key-value head.
-    q = q.transpose(0, 2, 3, 1, 4)
-    k, v = (x.reshape(batch, length, kv, -1).transpose(0, 2, 1, 3) for x in (k, v))
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        queries = q[:, :, :, start:stop].reshape(batch, kv, -1, config.head_dim)
-        causal = jnp.tile(jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :], (groups, 1))
-        scores = jnp.where(causal, jnp.einsum("bhqd,bhkd->bhqk", queries, k[:, :, :stop]), -jnp.inf)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        # Normalised after the product, which is narrower than the weights.
-        values = jnp.einsum("bhqk,bhkd->bhqd", weights, v[:, :, :stop]) / jnp.sum(weights, axis=-1, keepdims=True)
-        blocks.append(values.reshape(batch, kv, groups, stop - start, -1))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of `x [B, T, heads, groups, head_dim]`, pairs a half head apart."""
-    cos, sin = cos[None, :, None, None, :], sin[None, :, None, None, :]
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

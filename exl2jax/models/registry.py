@@ -1,38 +1,115 @@
-"""The architectures that can be converted, as data: one entry each, readable as documentation."""
+"""What an entry of the architecture registry says, and finding the entry of a model. The entries: `architectures`.
 
+Everything a Hugging Face architecture does differently inside the common decoder skeleton is a field here, with the
+Llama way as its default. Tensor names are those that the stock runtime looks up; `renames`, `fused` and `transposed`
+lead from a source's names to them.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from exl2jax.errors import UnsupportedModelError
+
+type Switch = bool | str
+"""True, False, or the `config.json` key that decides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fused:
+    """A source tensor that holds several linears: output rows stacked in order of `parts`, or, when `interleaved`,
+    grouped by key/value head (the queries of a group, its key, its value).
+    """  # noqa: D205
+
+    source: str
+    parts: tuple[str, ...]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norms:
+    """Names, within a layer, of the norms before and after attention and MLP; None where there is none."""
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_post: str | None = None
+    mlp_post: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """What sets one Hugging Face architecture apart inside the common decoder skeleton.
+    """What sets one Hugging Face architecture apart from Llama.
 
-    `qkv_bias`, `o_bias`, `mlp_bias` say whether those linears carry a bias: True, False, or the `config.json` key that
-    decides. `activations` are the values of `hidden_act` it is published with.
+    `prefix` stands before the tensor names of a language model inside a larger one, `copied` are the prefixes of the
+    rest, which is copied as it is.
+
+    Linears: `qkv_bias`, `o_bias`, `mlp_bias` say which carry a bias. `mlp` names gate, up and down within a layer (gate
+    None: no gate). `fused`, `renames` (old, new; `^` anchors at the start) and `transposed` (weights `[in, out]`)
+    describe the source's tensors.
+
+    Norms: `norm` is `rms` or `layer`, `norm_bias` whether it has a bias, `norm_offset` what is added to its weight,
+    `eps_keys` where `config.json` holds its epsilon (stock's key first; none: 1e-5). `head_norm` normalises queries and
+    keys per head where `head_norm_switch` is on.
+
+    Attention: `rotary` turns `half` (pairs half a head apart) or `pairs` (neighbours), None learns `positions` instead.
+    `window` says which layers slide: `none`, `all`, `upper` (from `max_window_layers` on, if `use_sliding_window`) or
+    `pattern` (all but each `pattern`-th; `stock_pattern` is what the stock runtime assumes where no key says it).
+    `local_theta`: the rotary base of sliding layers, where it is another.
+    `nope`: full layers have no rotary positions. `multi_query`: one key/value head, always.
+    `inner_multiple` times the hidden size is the default width of an MLP.
+
+    Scales: `scales` are the `config.json` keys with multipliers and caps that the architecture knows; the stock
+    runtime applies them to every model, so others are refused. `scaled_embeddings`: by the root of the hidden size.
+
+    `defaults` stand in for keys that `config.json` leaves out, `stock_defaults` too, and the stock runtime knows these
+    by itself. `taken_for_granted` are values that the stock runtime
+    takes without looking, so that any other is refused. `tied` is the default of `tie_word_embeddings`. `proof` names
+    the model of `transformers` that the logits are compared with.
     """
 
     name: str
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
+    proof: str = ""
+    prefix: str = ""
+    copied: tuple[str, ...] = ()
+    qkv_bias: Switch = False
+    o_bias: Switch = False
+    mlp_bias: Switch = False
+    mlp: tuple[str | None, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    fused: tuple[Fused, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    norms: Norms = Norms()
+    eps_keys: tuple[str, ...] = ("rms_norm_eps",)
+    head_norm: str | None = None
+    head_norm_switch: Switch = True
+    rotary: str | None = "half"
+    positions: str | None = None
+    window: str = "none"
+    pattern: int = 0
+    stock_pattern: int = 0
+    local_theta: str | None = None
+    nope: bool = False
+    multi_query: bool = False
+    inner_multiple: int = 0
+    activation_keys: tuple[str, ...] = ("hidden_act",)
     activations: tuple[str, ...] = ("silu",)
+    scales: tuple[str, ...] = ()
+    scaled_embeddings: bool = False
+    tied: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
+    stock_defaults: tuple[tuple[str, Any], ...] = ()
+    taken_for_granted: tuple[tuple[str, Any], ...] = ()
+    noise_rows: bool = False
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    a.name: a
-    for a in (
-        Architecture(name="LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    )
-}
-
-
-def find_architecture(names: object, where: str) -> Architecture:
+def find_architecture(known: Mapping[str, Architecture], names: object, where: str) -> Architecture:
     """The entry for a config's `architectures` list; unknown ones are refused by name, never treated as Llama."""
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise UnsupportedModelError(f"{where}: architectures must name exactly one architecture, got {names!r:.100}")
-    if names[0] not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(f"{where}: architecture {names[0]:.80} is not supported (supported: {known})")
-    return ARCHITECTURES[names[0]]
+    if names[0] not in known:
+        supported = ", ".join(sorted(known))
+        raise UnsupportedModelError(f"{where}: architecture {names[0]:.80} is not supported (supported: {supported})")
+    return known[names[0]]

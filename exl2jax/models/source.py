@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import numpy as np
 
 from exl2jax.errors import FormatError, ModelError, SettingsError
 from exl2jax.models.config import CONFIG_NAME, ModelConfig, read_config
-from exl2jax.models.modules import EMBED_KEY, NORM_KEY, LinearSpec, ModuleSpec, head_spec, module_specs
+from exl2jax.models.modules import (
+    LinearSpec,
+    ModuleSpec,
+    NormSpec,
+    Shapes,
+    embedding_name,
+    embedding_shapes,
+    head_norm_spec,
+    head_spec,
+    module_specs,
+)
+from exl2jax.models.spelling import stock_spelling
+from exl2jax.models.tensors import SourceTensors
 from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
 from exl2jax.storage import TensorFiles
 
@@ -23,7 +36,12 @@ class Model:
     """A model directory: its configuration and its tensors, read lazily. Weights come as `[K, N]` float32."""
 
     def __init__(
-        self, directory: Path, config: ModelConfig, raw: dict[str, Any], digest: str, files: TensorFiles
+        self,
+        directory: Path,
+        config: ModelConfig,
+        raw: dict[str, Any],
+        digest: str,
+        files: TensorFiles | SourceTensors,
     ) -> None:
         """Bind a checked configuration to the headers of its weight files."""
         self.directory = directory
@@ -33,19 +51,33 @@ class Model:
         self.files = files
 
     def embedding(self) -> np.ndarray:
-        """The embedding table `[vocab, D]` float32."""
-        return self._float(f"{EMBED_KEY}.weight", (self.config.vocab_size, self.config.hidden_size))
+        """The embedding table `[vocab, D]` float32, the model's multiplier included."""
+        table = self._float(embedding_name(self.config), (self.config.vocab_size, self.config.hidden_size))
+        return table if self.config.scales.embedding == 1 else table * np.float32(self.config.scales.embedding)
+
+    def positions(self, length: int) -> np.ndarray | None:
+        """What is added to embeddings at the first `length` positions, `[length, D]`; None where nothing is.
+
+        Raises `SettingsError` when the model has not learned that many.
+        """
+        key, known = self.config.arch.positions, self.config.max_position
+        if key is None:
+            return None
+        if length > known:
+            raise SettingsError(f"rows of {length} tokens are too long: {self.directory} knows {known} positions")
+        return self._float(f"{key}.weight", (known, self.config.hidden_size))[:length]
 
     def module_params(self, spec: ModuleSpec) -> dict[str, Any]:
         """Parameters of a module in the form `models.decoder` takes."""
-        params: dict[str, Any] = {"norm": self._norm(spec.norm_key)}
+        params: dict[str, Any] = {norm.name: self._norm(norm) for norm in spec.norms}
         for linear in spec.linears:
             params[linear.name] = self.linear_params(linear)
         return params
 
     def head_params(self) -> dict[str, Any]:
         """Parameters of the final norm and the head."""
-        return {"norm": self._norm(NORM_KEY), "lm_head": self.linear_params(head_spec(self.config))}
+        norm = self._norm(head_norm_spec(self.config))
+        return {"norm": norm, "lm_head": self.linear_params(head_spec(self.config))}
 
     def linear_params(self, spec: LinearSpec) -> dict[str, np.ndarray]:
         """`{"kernel" [K, N], "bias" [N]?}` of a linear, float32 (float16 where dequantized)."""
@@ -60,8 +92,11 @@ class Model:
         """The bias of a linear, `[N]` float32."""
         return self._float(f"{spec.key}.bias", (spec.columns,))
 
-    def _norm(self, key: str) -> dict[str, np.ndarray]:
-        return {"weight": self._float(f"{key}.weight", (self.config.hidden_size,))}
+    def _norm(self, spec: NormSpec) -> dict[str, np.ndarray]:
+        """Weight, with what the architecture adds to it, and bias of a norm."""
+        params = {name.rpartition(".")[2]: self._float(name, shape) for name, shape in spec.tensors.items()}
+        offset = np.float32(self.config.arch.norm_offset)
+        return params | {"weight": params["weight"] + offset} if offset else params
 
     def _float(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float tensor of a known shape as float32, refused when it holds NaN or infinity."""
@@ -85,23 +120,39 @@ class Model:
 class HFModel(Model):
     """A Hugging Face directory of float weights (`[out, in]` on disk, transposed here)."""
 
+    def stock_config(self) -> dict[str, Any]:
+        """The config in the spelling that the stock runtime reads: the source's own wherever that is one."""
+        return stock_spelling(self.raw_config, self.config.arch)
+
     @property
     def head_name(self) -> str:
         """Name of the tensor that the head multiplies with: its own, or the tied embedding."""
-        own = "lm_head.weight"
-        return own if own in self.files and not self.config.tie_word_embeddings else f"{EMBED_KEY}.weight"
+        own = f"{head_spec(self.config).key}.weight"
+        return own if own in self.files and not self.config.tie_word_embeddings else embedding_name(self.config)
+
+    def copied(self) -> list[str]:
+        """Tensors beside the language model, a vision tower and its projector, which are copied as they are."""
+        copied = self.config.arch.copied
+        return [name for name in self.files if copied and name.startswith(copied)]
 
     def check_headers(self) -> None:
         """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
-        self._check(f"{EMBED_KEY}.weight", (self.config.vocab_size, self.config.hidden_size))
+        shapes: Shapes = embedding_shapes(self.config)
         for spec in module_specs(self.config):
-            self._check(f"{spec.norm_key}.weight", (self.config.hidden_size,))
+            shapes |= spec.plain
             for linear in spec.linears:
-                self._check(f"{linear.key}.weight", (linear.columns, linear.rows))
+                shapes[f"{linear.key}.weight"] = (linear.columns, linear.rows)
                 if linear.bias:
-                    self._check(f"{linear.key}.bias", (linear.columns,))
-        self._check(f"{NORM_KEY}.weight", (self.config.hidden_size,))
-        self._check(self._kernel_name(head_spec(self.config)), (self.config.vocab_size, self.config.hidden_size))
+                    shapes[f"{linear.key}.bias"] = (linear.columns,)
+                elif f"{linear.key}.bias" in self.files:
+                    raise ModelError(
+                        f"{self.files.file(f'{linear.key}.bias')}: {linear.key}.bias is there, "
+                        f"{CONFIG_NAME} implies no bias in {self.config.architecture}"
+                    )
+        shapes |= head_norm_spec(self.config).tensors
+        head = head_spec(self.config)
+        for name, shape in (shapes | {self._kernel_name(head): (head.columns, head.rows)}).items():
+            self._check(name, shape)
 
     def weights_digest(self) -> str:
         """SHA-256 over headers, file sizes and samples of the weights: which weights these are.
@@ -117,12 +168,16 @@ class HFModel(Model):
 
     def kernel(self, spec: LinearSpec) -> np.ndarray:
         """The weight of a linear, `[K, N]` float32."""
-        return np.ascontiguousarray(self._float(self._kernel_name(spec), (spec.columns, spec.rows)).T)
+        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows))
+        if self.config.scales.norm_head and spec == head_spec(self.config):
+            value = value / np.maximum(np.linalg.norm(value, axis=1, keepdims=True), 1e-12)
+        return np.ascontiguousarray(value.T)
 
     def _kernel_name(self, spec: LinearSpec) -> str:
         name = self.head_name if spec == head_spec(self.config) else f"{spec.key}.weight"
-        if name == f"{EMBED_KEY}.weight" and not self.config.tie_word_embeddings:
-            raise ModelError(f"{self.directory}: lm_head.weight is missing and the embeddings are not tied")
+        if name == embedding_name(self.config) and not self.config.tie_word_embeddings:
+            missing = f"{head_spec(self.config).key}.weight"
+            raise ModelError(f"{self.directory}: {missing} is missing and the embeddings are not tied")
         return name
 
 
@@ -151,9 +206,11 @@ def open_model(directory: Path, *, rope_scale: float | None = None, rope_alpha: 
     config, raw, digest = read_config(directory)
     config = config.with_rope(rope_scale, rope_alpha)
     quantization = raw.get("quantization_config")
-    if quantization is None:
-        return HFModel(directory, config, raw, digest, TensorFiles.of_source(directory))
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method in (None, "fp8"):
+        block = _fp8_block(quantization, directory) if isinstance(quantization, dict) else None
+        files = SourceTensors(TensorFiles.of_source(directory), config, block)
+        return HFModel(directory, config, raw, digest, files)
     if method != "exl2":
         raise SettingsError(f"{directory / CONFIG_NAME}: the model is already quantized ({method}); take the original")
     return Exl2Model(directory, config, raw, digest, TensorFiles.of_exl2(directory))
@@ -174,3 +231,15 @@ def _add_samples(digest: Any, path: Path) -> None:
         for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
             file.seek(offset)
             digest.update(file.read(SAMPLE_BYTES))
+
+
+def _fp8_block(quantization: Mapping[str, Any], directory: Path) -> tuple[int, int]:
+    """Block size of FP8 weights; other FP8 layouts are refused."""
+    match quantization.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            raise SettingsError(
+                f"{directory / CONFIG_NAME}: FP8 weights need a weight_block_size of two numbers, got {other!r:.40}; "
+                "take the original in 16 bits"
+            )

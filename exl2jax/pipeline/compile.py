@@ -1,15 +1,14 @@
 """Compilation: packed linears and untouched tensors into the shards of an EXL2 directory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exl2jax.errors import JobError, ModelError, StorageError
-from exl2jax.models import HFModel, head_spec, module_specs
+from exl2jax.models import HFModel, embedding_shapes, head_norm_spec, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
-from exl2jax.models.modules import EMBED_KEY, NORM_KEY
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.storage import ShardWriter, copy_file, is_shard, make_directory, read_checked_tensors, write_json
 from exl2jax.storage.tensors import INDEX_NAME
@@ -36,7 +35,7 @@ def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, A
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
             _require_own(path, model.directory)
             copy_file(path, target / path.name)
-    write_json(target / CONFIG_NAME, {**model.raw_config, "quantization_config": dict(quantization)})
+    write_json(target / CONFIG_NAME, {**model.stock_config(), "quantization_config": dict(quantization)})
 
 
 def _require_own(path: Path, directory: Path) -> None:
@@ -60,17 +59,20 @@ def _require_no_strays(target: Path) -> None:
 
 def _tensors(model: HFModel, out_tensor: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the output in module order."""
-    yield _plain(model, f"{EMBED_KEY}.weight")
+    yield from _plain(model, embedding_shapes(model.config))
     for spec in module_specs(model.config):
-        yield _plain(model, f"{spec.norm_key}.weight")
+        yield from _plain(model, spec.plain)
         for linear in spec.linears:
             yield from _packed(out_tensor, linear.key)
-    yield _plain(model, f"{NORM_KEY}.weight")
+    yield from _plain(model, head_norm_spec(model.config).tensors)
     yield from _packed(out_tensor, head_spec(model.config).key)
+    yield from _plain(model, model.copied())
 
 
-def _plain(model: HFModel, name: str) -> tuple[str, np.ndarray]:
-    return name, model.files.read(name)
+def _plain(model: HFModel, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors that stay as they are."""
+    for name in names:
+        yield name, model.files.read(name)
 
 
 def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:

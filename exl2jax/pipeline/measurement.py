@@ -8,12 +8,12 @@ from typing import Any
 from exl2jax.candidates import ATTENTION, MLP
 from exl2jax.errors import MeasurementError
 from exl2jax.models import ModuleSpec
-from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
+from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND, SLIDING_KIND
 from exl2jax.pipeline.sensitivity import SECTION, Sensitivity
 from exl2jax.qparams import QParams
 from exl2jax.storage import read_json, write_json
 
-TABLES = {ATTENTION_KIND: ATTENTION, MLP_KIND: MLP}
+TABLES = {ATTENTION_KIND: ATTENTION, SLIDING_KIND: ATTENTION, MLP_KIND: MLP}
 
 MIN_ERROR = 0.0
 MIN_ACCURACY = 1e-6
@@ -70,9 +70,9 @@ def module_bits(spec: ModuleSpec, qparams: Mapping[str, QParams]) -> int:
 
 
 def candidate_rows(spec: ModuleSpec) -> tuple[dict[str, QParams], ...]:
-    """The stock candidates of a module, one mapping per row of its table."""
+    """The stock candidates of a module, one mapping per row of its table; an MLP without a gate has none for it."""
     names = [linear.name for linear in spec.linears]
-    return tuple(dict(zip(names, row, strict=True)) for row in TABLES[spec.kind])
+    return tuple(dict(zip(names, row[-len(names) :], strict=True)) for row in TABLES[spec.kind])
 
 
 def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | None = None) -> Measurement:

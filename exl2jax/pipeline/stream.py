@@ -63,7 +63,8 @@ def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
         generator = np.random.default_rng([seed, 0x6E6F6973])
         shape = (len(noise), *states.shape[1:])
         states[noise] = generator.standard_normal(shape, dtype=np.float32) * table.std()
-    return states
+    positions = model.positions(states.shape[1])
+    return states if positions is None else states + positions
 
 
 class Collected(NamedTuple):

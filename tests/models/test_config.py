@@ -43,7 +43,7 @@ def test_what_a_config_says(tmp_path: Path) -> None:
     assert (config.vocab_size, config.norm_eps, config.max_position) == (300, 1e-5, 512)
     assert (config.tie_word_embeddings, config.bos_token_id) == (True, 1)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
-    assert config.rope.theta == 50000.0
+    assert config.rope is not None and config.rope.theta == 50000.0
     assert hash(config) == hash(read(tmp_path))
 
 
@@ -61,6 +61,7 @@ def test_defaults_of_older_configs(tmp_path: Path) -> None:
     )
     config = read(tmp_path, tie_word_embeddings=..., **gone)
     assert config.num_kv_heads == 6
+    assert config.rope is not None
     assert (config.norm_eps, config.max_position, config.rope.theta) == (1e-6, 2048, 10000.0)
     assert (config.tie_word_embeddings, config.bos_token_id) == (False, None)
 
@@ -79,9 +80,11 @@ def test_biases_follow_their_switches(tmp_path: Path) -> None:
 def test_rope_of_the_command_line_lies_on_top(tmp_path: Path) -> None:
     config = read(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
     changed = config.with_rope(4.0, None)
+    assert changed.rope is not None
     assert (changed.rope.scale, changed.rope.alpha, changed.rope.kind) == (4.0, 1.0, "linear")
     assert config.with_rope(None, None) == config
-    assert config.with_rope(None, 2.5).rope.alpha == 2.5
+    stretched = config.with_rope(None, 2.5).rope
+    assert stretched is not None and stretched.alpha == 2.5
 
 
 @pytest.mark.parametrize(
@@ -162,8 +165,12 @@ def test_the_modules_a_config_implies(tmp_path: Path) -> None:
         ("up_proj", 96, 256, False),
         ("down_proj", 256, 96, False),
     ]
-    assert (attention.kind, attention.norm_key, attention.layer) == ("self_attn", "model.layers.1.input_layernorm", 1)
-    assert (mlp.kind, mlp.norm_key) == ("mlp", "model.layers.1.post_attention_layernorm")
+    assert (attention.kind, attention.norms[0].key, attention.layer) == (
+        "self_attn",
+        "model.layers.1.input_layernorm",
+        1,
+    )
+    assert (mlp.kind, mlp.norms[0].key) == ("mlp", "model.layers.1.post_attention_layernorm")
     assert mlp.second.key == "model.layers.1.mlp.down_proj"
     assert (attention.weights, mlp.weights) == (96 * (192 + 64 + 64) + 192 * 96, 3 * 96 * 256)
     assert (head_spec(config).key, head_spec(config).rows, head_spec(config).columns) == ("lm_head", 96, 300)

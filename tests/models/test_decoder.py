@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exl2jax.models import Decoder, ModelConfig, build_decoder
-from exl2jax.models.decoder import QUERY_BLOCK
+from exl2jax.models.attention import QUERY_BLOCK
 from exl2jax.models.rope import RopeConfig
 from tests.oracles import llama as oracle
 

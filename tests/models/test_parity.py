@@ -8,7 +8,7 @@ import pytest
 
 from exl2jax.evaluate import model_logits
 from tests.support.parity_cases import DEMO_CASE, TINY_CASES, ParityCase
-from tests.support.tiny_model import weights_digest, write_tiny_llama
+from tests.support.tiny_model import weights_digest
 
 TOLERANCE = 1e-3  # absolute, on float32 logits of standard deviation 2 to 3
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # absolute, on float32 logits of standard deviation 2 to 3
 def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The model directory of each tiny case."""
     folder = tmp_path_factory.mktemp("parity")
-    return {case.name: write_tiny_llama(folder / case.name, **case.options) for case in TINY_CASES}
+    return {case.name: case.write(folder / case.name) for case in TINY_CASES}
 
 
 def load_reference(case: ParityCase) -> dict[str, np.ndarray]:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from exl2jax.errors import ModelError, UnsupportedModelError
+from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.rope import RopeConfig, read_rope, rope_tables
+from exl2jax.models.spelling import stock_spelling
 from tests.oracles import llama as oracle
 
 DIM, LENGTH, TRAINED = 32, 80, 64
@@ -90,12 +92,16 @@ def test_scale_and_alpha_of_the_command_line() -> None:
 
 def test_old_and_new_spelling_are_the_same() -> None:
     old = read_rope({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 256, "here")
-    new = read_rope({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 256, "here")
+    respelled = stock_spelling(
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        ARCHITECTURES["LlamaForCausalLM"],
+    )
+    new = read_rope(respelled, 256, "here")
     assert (old.theta, old.kind, old.factor()) == (new.theta, new.kind, new.factor()) == (5e5, "linear", 2.0)
 
 
 def test_nothing_given() -> None:
-    for record in ({}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}):
+    for record in ({}, {"rope_scaling": None}, {"rope_scaling": {"rope_type": "default"}}):
         config = read_rope(record, 256, "here")
         assert (config.theta, config.kind, config.factor(), config.original_max_position) == (1e4, "default", 1.0, 256)
 
@@ -123,7 +129,7 @@ def test_faulty_settings_name_file_and_key(record: dict[str, Any], what: str) ->
         read_rope(record, 256, "x/config.json")
 
 
-@pytest.mark.parametrize("scaling", [{"type": "longrope", "factor": 2.0}, {"rope_type": 3}, {"rope_type": ["linear"]}])
+@pytest.mark.parametrize("scaling", [{"type": "su2", "factor": 2.0}, {"rope_type": 3}, {"rope_type": ["linear"]}])
 def test_unknown_types_are_refused_by_name(scaling: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"x/config\.json: rope_scaling type .* is not supported"):
         read_rope({"rope_scaling": scaling}, 256, "x/config.json")

@@ -41,8 +41,8 @@ def check_all_weights(directory: Path, options: TinyLlama) -> None:
     assert np.array_equal(model.embedding(), weights["model.embed_tokens.weight"])
     for spec in module_specs(model.config):
         params = model.module_params(spec)
-        assert np.array_equal(params["norm"]["weight"], weights[f"{spec.norm_key}.weight"])
-        seen.add(f"{spec.norm_key}.weight")
+        assert np.array_equal(params["norm"]["weight"], weights[f"{spec.norms[0].key}.weight"])
+        seen.add(f"{spec.norms[0].key}.weight")
         for linear in spec.linears:
             kernel = params[linear.name]["kernel"]
             assert kernel.dtype == np.float32

@@ -13,17 +13,29 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.tiny_architectures import TINY, TinyArchitecture, write_tiny
+from tests.support.tiny_model import write_tiny_llama
+
 REFERENCE_DIR = Path(__file__).parents[1] / "models" / "reference"
 ROWS = 2
 
 
 @dataclass(frozen=True)
 class ParityCase:
-    """A model and the sequence lengths to run it at. `options` are those of `write_tiny_llama`."""
+    """A model and the sequence lengths to run it at: `tiny`, or what `write_tiny_llama` makes of `options`.
+
+    Of the vocabulary each `stride`-th column is kept.
+    """
 
     name: str
     lengths: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    tiny: TinyArchitecture | None = None
+    stride: int = 1
+
+    def write(self, folder: Path) -> Path:
+        """Write the model's directory."""
+        return write_tiny_llama(folder, **self.options) if self.tiny is None else write_tiny(folder, self.tiny)
 
     @property
     def reference(self) -> Path:
@@ -31,7 +43,7 @@ class ParityCase:
         return REFERENCE_DIR / f"{self.name}.npz"
 
 
-TINY_CASES = (
+LLAMA_CASES = (
     ParityCase("plain", (7, 48, 100), {"seed": 1}),
     ParityCase(
         "untied_biases",
@@ -81,9 +93,12 @@ TINY_CASES = (
     ),
 )
 
-# The vocabulary of the demo model is large: a part of its columns is kept.
-DEMO_CASE = ParityCase("demo_model", (64,))
-DEMO_COLUMN_STRIDE = 8
+TINY_CASES = (
+    *LLAMA_CASES,
+    *(ParityCase(name, tiny.lengths, tiny=tiny, stride=10) for name, tiny in TINY.items()),
+)
+
+DEMO_CASE = ParityCase("demo_model", (64,), stride=8)
 
 
 def make_input_ids(length: int, vocab_size: int) -> np.ndarray:

@@ -70,13 +70,19 @@ def write_tiny_llama(path: Path, **options: Any) -> Path:
     model = TinyLlama(**options)
     if model.vocab_size < len(SPECIAL_TOKENS) + BYTE_TOKENS:
         raise ValueError(f"vocab_size {model.vocab_size} has no room for the special tokens and the bytes")
-    path.mkdir(parents=True, exist_ok=True)
-    _write_weights(path, tiny_weights(model), model.shards)
-    _write_json(path / "config.json", _config(model))
-    ids = {f"{key}_id": index for index, key in enumerate(SPECIAL_TOKENS)}
-    _write_json(path / "generation_config.json", ids)
-    _write_tokenizer(path, model)
+    write_directory(path, _config(model), tiny_weights(model), model.shards)
     return path
+
+
+def write_directory(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1) -> None:
+    """Write a complete model directory: weights, config, and a tokenizer for the vocabulary of the config."""
+    config = {key: value for key, value in config.items() if value is not ...}
+    path.mkdir(parents=True, exist_ok=True)
+    _write_weights(path, tensors, shards)
+    _write_json(path / "config.json", config)
+    _write_json(path / "generation_config.json", {f"{key}_id": index for index, key in enumerate(SPECIAL_TOKENS)})
+    text = {**config.get("text_config", {}), **config}
+    _write_tokenizer(path, text["vocab_size"], text.get("max_position_embeddings", 256))
 
 
 def tiny_weights(model: TinyLlama) -> dict[str, np.ndarray]:
@@ -164,7 +170,7 @@ def _write_weights(path: Path, tensors: Mapping[str, np.ndarray], shards: int) -
 
 
 def _config(model: TinyLlama) -> dict[str, Any]:
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "torch_dtype": model.dtype,
@@ -188,17 +194,16 @@ def _config(model: TinyLlama) -> dict[str, Any]:
         **{f"{key}_id": index for index, key in enumerate(SPECIAL_TOKENS)},
         **(model.extra_config or {}),
     }
-    return {key: value for key, value in config.items() if value is not ...}
 
 
-def _write_tokenizer(path: Path, model: TinyLlama) -> None:
+def _write_tokenizer(path: Path, vocab_size: int, max_position: int) -> None:
     """Byte-level BPE: the special tokens, the 256 bytes, then as many merges as fit (at most `MAX_MERGES`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=min(model.vocab_size, len(SPECIAL_TOKENS) + BYTE_TOKENS + MAX_MERGES),
+        vocab_size=min(vocab_size, len(SPECIAL_TOKENS) + BYTE_TOKENS + MAX_MERGES),
         special_tokens=list(SPECIAL_TOKENS.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -207,7 +212,7 @@ def _write_tokenizer(path: Path, model: TinyLlama) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.max_position_embeddings,
+        "model_max_length": max_position,
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         **SPECIAL_TOKENS,

@@ -1,0 +1,54 @@
+"""Causal attention with rotary positions, windows and soft caps, as a pure function of projections."""
+
+import jax
+import jax.numpy as jnp
+
+from exl2jax.models.config import ModelConfig
+from exl2jax.models.layers import soft_cap
+from exl2jax.models.rope import RopeConfig, rope_tables
+
+QUERY_BLOCK = 128
+"""Queries per attention block: a block looks only at the keys before its end, which halves a causal product, and its
+scores stay in cache between the products."""
+
+
+def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sliding: bool = False) -> jax.Array:
+    """Grouped-query attention `[B, T, heads * width of v's heads]`, softmax in float32.
+
+    `q [B, T, heads, head_dim]`, `k` and `v [B, T, kv_heads, head_dim]`, heads of a group next to each other; `v` may
+    have heads of another size. `sliding` picks the window and the rotary settings of sliding layers.
+    """
+    batch, length, heads, width = q.shape
+    kv, groups = config.num_kv_heads, heads // config.num_kv_heads
+    rope, window = (config.local_rope, config.window) if sliding else (config.rope, None)
+    if rope is not None:
+        q, k = (rotate(x, rope, pairs=config.arch.rotary == "pairs") for x in (q, k))
+    q = q * (width**-0.5 if config.scales.attention is None else config.scales.attention)
+    # Heads in front and queries of one group in a row: plain products of matrices, one for each key-value head.
+    q = q.reshape(batch, length, kv, groups, width).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        seen = back >= 0 if window is None else (back >= 0) & (back < window)
+        queries = q[:, :, :, start:stop].reshape(batch, kv, -1, width)
+        scores = soft_cap(jnp.einsum("bhqd,bhkd->bhqk", queries, k[:, :, first:stop]), config.scales.attention_cap)
+        scores = jnp.where(jnp.tile(seen, (groups, 1)), scores, -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        # Normalised after the product, which is narrower than the weights.
+        values = jnp.einsum("bhqk,bhkd->bhqd", weights, v[:, :, first:stop]) / jnp.sum(weights, axis=-1, keepdims=True)
+        blocks.append(values.reshape(batch, kv, groups, stop - start, -1))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
+
+
+def rotate(x: jax.Array, rope: RopeConfig, *, pairs: bool) -> jax.Array:
+    """Rotary embedding of the first dimensions of `x [B, T, heads, head_dim]`: neighbouring pairs, or half apart."""
+    dim = rope.rotary_dim(x.shape[-1])
+    cos, sin = (jnp.asarray(t)[None, :, None, :] for t in rope_tables(rope, dim, x.shape[1]))
+    turned, rest = x[..., :dim], x[..., dim:]
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if pairs else jnp.split(turned, 2, axis=-1)
+    new = (a * cos - b * sin, b * cos + a * sin)
+    turned = jnp.stack(new, axis=-1).reshape(turned.shape) if pairs else jnp.concatenate(new, axis=-1)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -1,0 +1,156 @@
+"""A source's tensors under the names that the stock runtime gives them: renamed, taken apart, transposed, rescaled."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from exl2jax.errors import ModelError
+from exl2jax.models.config import ModelConfig
+from exl2jax.models.registry import Fused
+from exl2jax.storage import TensorFiles
+
+FLOAT8 = "F8_E4M3"
+SCALE_SUFFIX = "_scale_inv"
+"""Beside an FP8 weight `[N, K]` stands its `[ceil(N / b), ceil(K / b)]` table of factors, one for each block."""
+
+
+class SourceTensors:
+    """The tensors of a Hugging Face directory by canonical name; linears come as `[out_features, in_features]`.
+
+    Reads like `TensorFiles`, which it wraps.
+    """
+
+    def __init__(self, files: TensorFiles, config: ModelConfig, block: tuple[int, int] | None = None) -> None:
+        """Rename what the files hold; `block` is the block size of FP8 weights, where there are any.
+
+        Raises `ModelError` when two tensors come to the same name.
+        """
+        self.files = files.files
+        self._files = files
+        self._config = config
+        self._block = block
+        self._sources: dict[str, str] = {}
+        for name in files:
+            canonical = rename(name, config.arch.renames)
+            if canonical in self._sources:
+                first = self._sources[canonical]
+                raise ModelError(f"{files.file(name)}: {name} and {first} both stand for {canonical}; remove one")
+            self._sources[canonical] = name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sources or self._fused(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        source, fused = self._find(name)
+        shape = self._files.shape(source)
+        if len(shape) == 2 and self._is_transposed(name):
+            shape = shape[::-1]
+        if fused is None:
+            return shape
+        rows = _part_sizes(fused, self._config)
+        if not shape or shape[0] != sum(rows):
+            raise ModelError(
+                f"{self._files.file(source)}: {source} has shape {list(self._files.shape(source))}, "
+                f"config.json implies {sum(rows)} outputs for {', '.join(fused.parts)}"
+            )
+        return (rows[fused.parts.index(_module_name(name))], *shape[1:])
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype; an FP8 weight with its factors reads as float32 and counts as such."""
+        source = self._find(name)[0]
+        dtype = self._files.dtype(source)
+        return "F32" if dtype == FLOAT8 and self._block and source + SCALE_SUFFIX in self._files else dtype
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files.file(self._find(name)[0])
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied."""
+        source, fused = self._find(name)
+        value = self._files.read(source)
+        if self._files.dtype(source) == FLOAT8 and self._block:
+            value = rescale(value, self._files.read(source + SCALE_SUFFIX), self._block, source)
+        if value.ndim == 2 and self._is_transposed(name):
+            value = value.T
+        return value if fused is None else value[_part_rows(fused, _module_name(name), self._config)]
+
+    def _find(self, name: str) -> tuple[str, Fused | None]:
+        """The source's name of a tensor, and how it is fused with others, if it is."""
+        if name in self._sources:
+            return self._sources[name], None
+        fused = self._fused(name)
+        if fused is not None:
+            return self._sources[_fused_name(name, fused)], fused
+        return name, None  # the reader says that it is missing
+
+    def _fused(self, name: str) -> Fused | None:
+        for fused in self._config.arch.fused:
+            if _module_name(name) in fused.parts and _fused_name(name, fused) in self._sources:
+                return fused
+        return None
+
+    def _is_transposed(self, name: str) -> bool:
+        return self._config.arch.transposed and ".layers." in name
+
+
+def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """A source's tensor name with the replacements made in order; `^` anchors one at the start."""
+    for old, new in renames:
+        if not old.startswith("^"):
+            name = name.replace(old, new)
+        elif name.startswith(old[1:]):
+            name = new + name[len(old) - 1 :]
+    return name
+
+
+def rescale(value: np.ndarray, scale: np.ndarray, block: tuple[int, int], name: str) -> np.ndarray:
+    """An FP8 weight `[N, K]` times the factor of each block, float32."""
+    wanted = tuple(-(-size // step) for size, step in zip(value.shape, block, strict=True))
+    if scale.shape != wanted:
+        raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scale.shape)}, blocks of {block} need {list(wanted)}")
+    factors = scale.astype(np.float32).repeat(block[0], axis=0).repeat(block[1], axis=1)
+    wide = value.view(ml_dtypes.float8_e4m3fn) if value.dtype.itemsize == 1 else value
+    return wide.astype(np.float32) * factors[: value.shape[0], : value.shape[1]]
+
+
+def _module_name(name: str) -> str:
+    """The linear that a tensor belongs to: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 else ""
+
+
+def _fused_name(name: str, fused: Fused) -> str:
+    """The fused tensor beside a part's name; `name` has the layer's prefix of three parts."""
+    prefix, _, rest = name.partition(".layers.")
+    return f"{prefix}.layers.{rest.partition('.')[0]}.{fused.source}.{rest.rpartition('.')[2]}"
+
+
+def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
+    """Output rows of each part."""
+    sizes = {
+        "q_proj": config.num_heads * config.head_dim,
+        "k_proj": config.num_kv_heads * config.head_dim,
+        "v_proj": config.num_kv_heads * config.head_dim,
+        "gate_proj": config.intermediate_size,
+        "up_proj": config.intermediate_size,
+    }
+    return [sizes[part] for part in fused.parts]
+
+
+def _part_rows(fused: Fused, part: str, config: ModelConfig) -> np.ndarray | slice:
+    """Which rows of the fused tensor are a part's."""
+    sizes, index = _part_sizes(fused, config), fused.parts.index(part)
+    start = sum(sizes[:index])
+    if not fused.interleaved:
+        return slice(start, start + sizes[index])
+    width, kv_heads = config.head_dim, config.num_kv_heads
+    group = config.num_heads // kv_heads
+    rows = np.arange(sum(sizes)).reshape(kv_heads, group + 2, width)
+    return {0: rows[:, :group], 1: rows[:, group], 2: rows[:, group + 1]}[index].reshape(-1)
