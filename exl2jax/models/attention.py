@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from exl2jax.models.config import ModelConfig
 from exl2jax.models.layers import soft_cap
-from exl2jax.models.rope import RopeConfig, rope_tables
+from exl2jax.models.rope import rope_tables
 
 QUERY_BLOCK = 128
 """Queries per attention block: a block looks only at the keys before its end, which halves a causal product, and its
@@ -20,10 +20,9 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sli
     """
     batch, length, heads, width = q.shape
     kv, groups = config.num_kv_heads, heads // config.num_kv_heads
-    rope, window = (config.local_rope, config.window) if sliding else (config.rope, None)
-    if rope is not None:
-        q, k = (rotate(x, rope, pairs=config.arch.rotary == "pairs") for x in (q, k))
-    q = q * (width**-0.5 if config.scales.attention is None else config.scales.attention)
+    q, k = (rotate(config, x, tables(config, length, sliding=sliding)) for x in (q, k))
+    window = config.window if sliding else None
+    q = q * score_scale(config)
     # Heads in front and queries of one group in a row: plain products of matrices, one for each key-value head.
     q = q.reshape(batch, length, kv, groups, width).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
@@ -43,11 +42,31 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sli
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
-def rotate(x: jax.Array, rope: RopeConfig, *, pairs: bool) -> jax.Array:
-    """Rotary embedding of the first dimensions of `x [B, T, heads, head_dim]`: neighbouring pairs, or half apart."""
-    dim = rope.rotary_dim(x.shape[-1])
-    cos, sin = (jnp.asarray(t)[None, :, None, :] for t in rope_tables(rope, dim, x.shape[1]))
+def score_scale(config: ModelConfig) -> float:
+    """What scores are multiplied by."""
+    return config.head_dim**-0.5 if config.scales.attention is None else config.scales.attention
+
+
+def tables(config: ModelConfig, length: int, *, sliding: bool) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of the first `length` positions, None where the layers do not turn."""
+    rope = config.local_rope if sliding else config.rope
+    if rope is None:
+        return None
+    cos, sin = rope_tables(rope, rope.rotary_dim(config.head_dim), length)
+    return jnp.asarray(cos), jnp.asarray(sin)
+
+
+def rotate(config: ModelConfig, x: jax.Array, turns: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Rotary embedding of the first dimensions of `x [B, T, heads, head_dim]`: neighbouring pairs, or half apart.
+
+    `turns` are the cosines and sines of the `T` positions.
+    """
+    if turns is None:
+        return x
+    cos, sin = (t[None, :, None, :] for t in turns)
+    dim = 2 * cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
+    pairs = config.arch.rotary == "pairs"
     a, b = (turned[..., 0::2], turned[..., 1::2]) if pairs else jnp.split(turned, 2, axis=-1)
     new = (a * cos - b * sin, b * cos + a * sin)
     turned = jnp.stack(new, axis=-1).reshape(turned.shape) if pairs else jnp.concatenate(new, axis=-1)

@@ -53,17 +53,18 @@ class Attention(nn.Module):
         """Outputs of q, k, v."""
         return {"q_proj": self.q_proj(x), "k_proj": self.k_proj(x), "v_proj": self.v_proj(x)}
 
+    def heads(self, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values by head, `[B, T, heads, head_dim]`, normalised where the architecture does it."""
+        c = self.config
+        heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        q, k, v = (outputs[name].reshape(*outputs[name].shape[:2], count, -1) for name, count in heads.items())
+        if c.head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
     def second_input(self, outputs: Outputs) -> jax.Array:
         """What o reads: the attention result `[B, T, heads * head_dim]`."""
-        heads = {
-            "q_proj": self.config.num_heads,
-            "k_proj": self.config.num_kv_heads,
-            "v_proj": self.config.num_kv_heads,
-        }
-        q, k, v = (outputs[name].reshape(*outputs[name].shape[:2], count, -1) for name, count in heads.items())
-        if self.config.head_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return attend(self.config, q, k, v, sliding=self.sliding)
+        return attend(self.config, *self.heads(outputs), sliding=self.sliding)
 
     def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
         """`second_input` for several outputs of v: the weights of the values are computed once."""
@@ -178,6 +179,10 @@ class Decoder(NamedTuple):
     def first(self, kind: str, params: Params, x: jax.Array) -> dict[str, jax.Array]:
         """Outputs of the first stage."""
         return self._apply(kind, params, "first", x)
+
+    def heads(self, kind: str, params: Params, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of an attention module by head."""
+        return self._apply(kind, params, "heads", outputs)
 
     def second_input(self, kind: str, params: Params, outputs: Outputs) -> jax.Array:
         """What the second stage reads."""

@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from exl2jax.models.attention import rotate, score_scale, tables
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.decoder import Decoder, rotate
-from exl2jax.models.modules import ATTENTION_KIND
-from exl2jax.models.rope import rope_tables
-
-CACHED_ARCHITECTURES = ("LlamaForCausalLM",)
-"""Architectures whose attention `next_hidden` knows; others must not be sampled from by guesswork."""
+from exl2jax.models.decoder import Decoder
+from exl2jax.models.layers import soft_cap
+from exl2jax.models.modules import SLIDING_KIND
 
 
 class KeyValues(NamedTuple):
@@ -34,15 +32,16 @@ def widened(cache: KeyValues, span: int) -> KeyValues:
 
 
 def next_hidden(
-    decoder: Decoder, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, length: int
+    decoder: Decoder, kind: str, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, length: int
 ) -> tuple[jax.Array, KeyValues]:
     """Run an attention module on the token at `position`, `h [B, 1, D]`, of rows that will be `length` tokens long.
 
     Gives what `Decoder.forward` gives at that position of the whole row, and the cache with the token added.
     """
-    outputs = decoder.first(ATTENTION_KIND, params, decoder.first_input(ATTENTION_KIND, params, h))
-    x, cache = _attend(decoder.config, outputs["q_proj"], outputs["k_proj"], outputs["v_proj"], cache, position, length)
-    return decoder.residual(ATTENTION_KIND, params, h, decoder.second(ATTENTION_KIND, params, x)), cache
+    outputs = decoder.first(kind, params, decoder.first_input(kind, params, h))
+    heads = decoder.heads(kind, params, outputs)
+    x, cache = _attend(decoder.config, *heads, cache, position, length, sliding=kind == SLIDING_KIND)
+    return decoder.residual(kind, params, h, decoder.second(kind, params, x)), cache
 
 
 def _attend(
@@ -53,19 +52,23 @@ def _attend(
     cache: KeyValues,
     position: jax.Array,
     length: int,
+    *,
+    sliding: bool,
 ) -> tuple[jax.Array, KeyValues]:
     """Attention of one query per row, `[B, 1, heads * head_dim]`, over the cache and the token itself."""
-    batch, heads, width = q.shape[0], config.num_kv_heads, config.head_dim
-    tables = (jnp.asarray(t) for t in rope_tables(config.rope, width, length))
-    cos, sin = (jax.lax.dynamic_slice_in_dim(t, position, 1) for t in tables)
-    q = rotate(q.reshape(batch, 1, heads, -1, width), cos, sin)[:, 0]
-    k = rotate(k.reshape(batch, 1, heads, 1, width), cos, sin)[:, 0]
+    batch, heads = q.shape[0], config.num_kv_heads
+    turns = tables(config, length, sliding=sliding)
+    if turns is not None:
+        turns = jax.tree.map(lambda t: jax.lax.dynamic_slice_in_dim(t, position, 1), turns)
+    q, k = (rotate(config, x, turns) for x in (q, k))
     at = (0, 0, position, 0)
     cache = KeyValues(
-        jax.lax.dynamic_update_slice(cache.keys, k, at),
-        jax.lax.dynamic_update_slice(cache.values, v.reshape(batch, heads, 1, width), at),
+        jax.lax.dynamic_update_slice(cache.keys, k.transpose(0, 2, 1, 3), at),
+        jax.lax.dynamic_update_slice(cache.values, v.transpose(0, 2, 1, 3), at),
     )
-    scores = jnp.einsum("bhgd,bhkd->bhgk", q, cache.keys) * width**-0.5
-    seen = jnp.arange(cache.keys.shape[2]) <= position
+    q = q.reshape(batch, heads, -1, config.head_dim) * score_scale(config)
+    scores = soft_cap(jnp.einsum("bhgd,bhkd->bhgk", q, cache.keys), config.scales.attention_cap)
+    back = position - jnp.arange(cache.keys.shape[2])
+    seen = back >= 0 if config.window is None or not sliding else (back >= 0) & (back < config.window)
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhgk,bhkd->bhgd", weights, cache.values).reshape(batch, 1, -1), cache

@@ -12,6 +12,7 @@ from exl2jax.models.config import ModelConfig
 ATTENTION_KIND = "self_attn"
 SLIDING_KIND = "sliding_attn"
 MLP_KIND = "mlp"
+ATTENTION_KINDS = (ATTENTION_KIND, SLIDING_KIND)
 HEAD_KEY = "lm_head"
 
 type Shapes = dict[str, tuple[int, ...]]

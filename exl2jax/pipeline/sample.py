@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ import numpy as np
 
 from exl2jax.calibration import Sampler
 from exl2jax.calibration.ready import read_ready
-from exl2jax.errors import Interrupted, SettingsError
+from exl2jax.errors import Interrupted
 from exl2jax.models import Decoder, Model, ModelConfig, build_decoder, module_specs
-from exl2jax.models.kv_cache import CACHED_ARCHITECTURES, KeyValues, empty_cache, next_hidden, widened
-from exl2jax.models.modules import ATTENTION_KIND
+from exl2jax.models.kv_cache import KeyValues, empty_cache, next_hidden, widened
+from exl2jax.models.modules import ATTENTION_KINDS
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.stream import head_logits
 from exl2jax.storage import write_tensors
@@ -41,11 +41,22 @@ type Walk = Callable[[], Iterator[tuple[str, Any]]]
 """One pass over the model: kind and parameters of each module in order."""
 
 
+class Embeddings(NamedTuple):
+    """The table of tokens, and what is added to it at each position, if anything is."""
+
+    tokens: np.ndarray
+    positions: np.ndarray | None
+
+    def at(self, ids: np.ndarray, position: int) -> np.ndarray:
+        """Hidden states `[B, 1, D]` of one token each, all at the same position."""
+        hidden = self.tokens[ids, None]
+        return hidden if self.positions is None else hidden + self.positions[position]
+
+
 def model_sampler(model: Model, vocab: int, control: Control | None = None) -> Sampler:
     """A sampler of the model, over the ids `0 .. vocab-1`: the same model, prompts and seed give the same rows.
 
-    Calling it raises `SettingsError` for architectures whose attention cannot run token by token yet and `Interrupted`
-    when `control.stop` was asked; nothing of the weights is read before.
+    Calling it raises `Interrupted` when `control.stop` was asked; nothing of the weights is read before.
     """
     return partial(_sample, model, vocab, control or Control())
 
@@ -78,23 +89,19 @@ def _sample(
 ) -> np.ndarray:
     """Rows `[n_rows, length]` int32 in batches whose caches fit in `CACHE_BYTES`."""
     config = model.config
-    if config.architecture not in CACHED_ARCHITECTURES:
-        raise SettingsError(
-            f"calibration source 'self' cannot sample from {config.architecture} yet "
-            f"(from {', '.join(CACHED_ARCHITECTURES)} it can); choose another source"
-        )
     ids = np.zeros((n_rows, length), np.int32)
     given = np.array([len(prompt) for prompt in prompts])
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     chances = np.random.default_rng(seed).random((n_rows, length))
-    table, walk, head = model.embedding(), _walk(model), jax.tree.map(jnp.asarray, model.head_params())
+    embeddings = Embeddings(model.embedding(), model.positions(length))
+    walk, head = _walk(model), jax.tree.map(jnp.asarray, model.head_params())
     batches = np.array_split(np.arange(n_rows), -(-n_rows // _batch_rows(config, length)))
     stretch = -(-length // STRETCHES)
     control.progress.start("sample", len(batches) * -(-(length - 1) // stretch), 0)
     for rows in batches:
         part = ids[rows]
-        for position, hidden in enumerate(_hidden_states(build_decoder(config), walk, table, part, stretch)):
+        for position, hidden in enumerate(_hidden_states(build_decoder(config), walk, embeddings, part, stretch)):
             if control.stop.asked:
                 raise Interrupted("stopped while sampling calibration rows; run the same command to start them again")
             drawn = given[rows] <= position + 1
@@ -141,7 +148,7 @@ def _walk(model: Model) -> Walk:
 
 
 def _hidden_states(
-    decoder: Decoder, walk: Walk, table: np.ndarray, ids: np.ndarray, stretch: int
+    decoder: Decoder, walk: Walk, embeddings: Embeddings, ids: np.ndarray, stretch: int
 ) -> Iterator[jax.Array]:
     """The final hidden states `[B, 1, D]` of positions `0 .. length-2`; `ids` is read when a position's turn comes.
 
@@ -152,21 +159,21 @@ def _hidden_states(
     for position in range(length - 1):
         if position % stretch == 0:
             caches = [widened(cache, position + stretch) for cache in caches]
-        hidden, module = jnp.asarray(table[ids[:, position], None]), 0
+        hidden, module = jnp.asarray(embeddings.at(ids[:, position], position)), 0
         for kind, params in walk():
-            if kind != ATTENTION_KIND:
+            if kind not in ATTENTION_KINDS:
                 hidden = _other_step(decoder, kind, params, hidden)
                 continue
             if module == len(caches):
                 caches.append(empty_cache(decoder.config, batch, stretch))
             hidden, caches[module] = _attention_step(
-                decoder, params, hidden, caches[module], jnp.int32(position), length
+                decoder, kind, params, hidden, caches[module], jnp.int32(position), length
             )
             module += 1
         yield hidden
 
 
-_attention_step = jax.jit(next_hidden, static_argnums=(0, 5), donate_argnums=3)
+_attention_step = jax.jit(next_hidden, static_argnums=(0, 1, 6), donate_argnums=4)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

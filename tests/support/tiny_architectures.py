@@ -118,7 +118,7 @@ def tiny_tensors(tiny: TinyArchitecture) -> dict[str, np.ndarray]:
         elif name.rpartition(".")[0] in norms:
             value = tiny.offset + 0.15 * value
         elif name.startswith((tiny.embedding, "wpe", "transformer.wpe")):
-            value *= 0.25
+            value *= 0.25 if tiny.offset else 0.1  # Gemma's norms lie around zero and its embeddings are scaled up
         else:
             value *= (2.0 if name.startswith("lm_head") else 1.2) * shape[0 if tiny.transposed else -1] ** -0.5
         out[name] = value.astype(DTYPES[tiny.dtype])
