@@ -1,0 +1,90 @@
+"""Every architecture through a whole conversion: what it writes is what the stock runtime looks up, and means the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from exl2jax import ConversionConfig, convert, evaluate
+from exl2jax.evaluate.verify import verify
+from exl2jax.models import open_model
+from exl2jax.models.architectures import ARCHITECTURES
+from exl2jax.models.spelling import stock_spelling
+from tests.support.stock_names import STOCK
+from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
+
+ROWS, LENGTH = 16, 32
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "rows.safetensors"
+    ids = np.random.default_rng(5).integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int64)
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+def test_every_architecture_is_here() -> None:
+    assert {tiny.architecture for tiny in TINY.values()} | {"LlamaForCausalLM"} == set(ARCHITECTURES)
+    assert set(STOCK) | {"LlamaForCausalLM"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
+    tiny = TINY[name]
+    source = write_tiny(tmp_path / "source", tiny)
+    target = tmp_path / "exl2"
+    result = convert(
+        ConversionConfig(
+            in_dir=source,
+            out_dir=tmp_path / "work",
+            compile_full=target,
+            cal_dataset=str(tokens),
+            bits=4.0,
+            dataset_rows=ROWS,
+            measurement_rows=4,
+        )
+    )
+    assert result.bpw is not None and result.bpw <= 4.0
+    report = verify(target)
+    assert report.faults == ()
+    written = load_file(target / "output.safetensors")
+    check_names(tiny.architecture, tiny.layers, set(written))
+    check_copies(tiny.architecture, source, written)
+    check_config(tiny.architecture, source, target)
+    ids = np.random.default_rng(9).integers(0, VOCABULARY, (4, 40)).astype(np.int32)
+    found = evaluate(target, ids, source)
+    assert found.kl_divergence is not None and found.kl_divergence < 0.6  # unrelated logits differ by about 4
+
+
+def check_names(architecture: str, layers: int, written: set[str]) -> None:
+    stock = STOCK[architecture]
+    copied = {name for name in written if stock.copied and name.startswith(stock.copied)}
+    assert written - copied == stock.of(layers)
+    assert bool(copied) == bool(stock.copied)
+
+
+def check_copies(architecture: str, source: Path, written: dict[str, np.ndarray]) -> None:
+    """Whatever is not quantized stands there as in the source, to the bit; biases in half precision."""
+    model = open_model(source)
+    for name, tensor in written.items():
+        if name.rpartition(".")[2].startswith("q_"):
+            continue
+        original = model.files.read(name)
+        if name.removesuffix(".bias") in {key.rpartition(".")[0] for key in written if key.endswith("q_weight")}:
+            assert tensor.dtype == np.float16, name
+            padded = np.pad(original.astype(np.float16), (0, len(tensor) - len(original)))
+            assert np.array_equal(tensor, padded), name
+        else:
+            assert tensor.dtype == original.dtype and tensor.tobytes() == original.tobytes(), name
+
+
+def check_config(architecture: str, source: Path, target: Path) -> None:
+    """The source's config to the letter where stock reads it, keys that stock misses added, none taken away."""
+    original = json.loads((source / "config.json").read_text())
+    config = json.loads((target / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "exl2"
+    assert config == stock_spelling(original, ARCHITECTURES[architecture])
+    assert original.items() <= config.items()
