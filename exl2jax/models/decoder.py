@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from exl2jax.models.attention import attend
 from exl2jax.models.config import ModelConfig

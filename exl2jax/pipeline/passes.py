@@ -57,7 +57,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
 
     def write(outputs: Sequence[Columns]) -> None:
         pairs = zip(specs, outputs, strict=False)
-        write_tensors(context.work.fisher, {f"{s.key}.{name}": f for s, found in pairs for name, f in found.items()})
+        write_tensors(context.work.fisher, {x.key: found[x.name] for spec, found in pairs for x in spec.linears})
 
     def read(count: int) -> list[Columns]:
         known = _read_fisher(context)

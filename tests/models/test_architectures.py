@@ -1,4 +1,4 @@
-"""Every architecture through a whole conversion: what it writes is what the stock runtime looks up, and means the same."""
+"""Every architecture through a whole conversion: it writes what the stock runtime looks up, and that means the same."""
 
 import json
 from pathlib import Path
@@ -45,6 +45,7 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
             bits=4.0,
             dataset_rows=ROWS,
             measurement_rows=4,
+            preset="fast",
         )
     )
     assert result.bpw is not None and result.bpw <= 4.0

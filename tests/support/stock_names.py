@@ -1,8 +1,8 @@
 """The tensors that stock ExLlamaV2 0.3.2 looks up in an EXL2 directory, by architecture, as its source spells them.
 
 `quantized` are linears of a layer (five tensors each), `biased` those that it asserts to have a bias, `plain` the other
-tensors of a layer, `outer` those beside the layers; the head is quantized always. `copied` are prefixes it loads a vision
-tower and its projector from.
+tensors of a layer, `outer` those beside the layers; the head is quantized always. `copied` are prefixes that it loads a
+vision tower and its projector from.
 """
 
 from dataclasses import dataclass
