@@ -104,7 +104,7 @@ def test_a_size_must_be_a_positive_integer(tmp_path: Path, key: str, value: obje
         ({"num_attention_heads": 100, "num_key_value_heads": 100}, "head_dim must be a positive integer, got 0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "NaN is no JSON number"),
         ({"max_position_embeddings": "many"}, "max_position_embeddings"),
     ],
 )
