@@ -3,7 +3,7 @@
 from exl2jax.calibration.examples import prepare_dataset
 from exl2jax.calibration.load import load_rows
 from exl2jax.calibration.named import get_dataset
-from exl2jax.calibration.records import NOISE_ID, CalibrationConfig, CalibrationRows, Sampler
+from exl2jax.calibration.records import NOISE_ID, CalibrationConfig, CalibrationRows, Examples, Sampler
 from exl2jax.calibration.summary import CalibrationSummary, summarize
 from exl2jax.calibration.tokenizer import Tokenizer, load_tokenizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationRows",
     "CalibrationSummary",
+    "Examples",
     "Sampler",
     "Tokenizer",
     "get_dataset",

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 
 from exl2jax.calibration.ready import ready_rows
-from exl2jax.calibration.records import Examples, RowBlock
+from exl2jax.calibration.records import EXAMPLES, Examples, RowBlock
 from exl2jax.calibration.tokenizer import Tokenizer
 from exl2jax.errors import CalibrationError, SettingsError
 
-EXAMPLES = "examples"
 _WHERE = "calibration examples"
 
 

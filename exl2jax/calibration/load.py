@@ -8,12 +8,13 @@ import numpy as np
 
 from exl2jax.calibration import composition as domains
 from exl2jax.calibration.documents import json_file, json_lines, text_blocks
-from exl2jax.calibration.examples import EXAMPLES, example_rows
+from exl2jax.calibration.examples import example_rows
 from exl2jax.calibration.named import named_rows
 from exl2jax.calibration.packing import pack_texts
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
 from exl2jax.calibration.records import (
+    EXAMPLES,
     NOISE_ID,
     CalibrationConfig,
     CalibrationRows,

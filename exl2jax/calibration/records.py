@@ -21,7 +21,7 @@ drawn from the full-precision model. `prompts` has `n_rows` entries; none is emp
 NOISE_ID = -1
 """Stands for a position that the embedding replaces by noise; only noise rows hold it."""
 
-STANDARD = "standard"
+STANDARD, EXAMPLES = "standard", "examples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +66,15 @@ class CalibrationConfig:
                 raise SettingsError(f"calibration: {name} is {value}; it must be at least {least}")
         if self.split not in ("train", "validation"):
             raise SettingsError(f"calibration: split is {self.split!r}; it must be 'train' or 'validation'")
+
+    @property
+    def name(self) -> str:
+        """The source and every choice about it that is not the usual one, on one line; `examples` for Python data."""
+        plain = CalibrationConfig()
+        chosen = ("columns", "cal_dir", "split", "noise_rows", "fill_with_self", "batch_size", "pad_token_id")
+        said = [f"{key}={getattr(self, key)}" for key in chosen if getattr(self, key) != getattr(plain, key)]
+        source = str(self.source) if isinstance(self.source, str | Path) else EXAMPLES
+        return " ".join([source, *said])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 
 from exl2jax.calibration import CalibrationConfig, load_tokenizer, summarize
+from exl2jax.calibration.records import STANDARD
+from exl2jax.calibration.source import KNOWN
 from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
 from exl2jax.cli.shared import deliver, set_up
 from exl2jax.models import open_model, read_config
@@ -20,7 +22,7 @@ def calibrate_command(
     context: typer.Context,
     in_dir: Annotated[Path, typer.Option("-i", "--in_dir", help="Model directory.")],
     out: Annotated[Path, typer.Option("--out", help="File to write, FILE.safetensors.")],
-    source: Annotated[str, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = "standard",
+    source: Annotated[str, typer.Option("-c", "--cal_dataset", help=f"Source: {KNOWN}.")] = STANDARD,
     rows: Annotated[int | None, typer.Option("-r", "--rows", help="Rows.")] = None,
     length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Rows of the measurement pass.")] = False,

@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from exl2jax.cli.options import Json
+from exl2jax.calibration import CalibrationConfig
+from exl2jax.calibration.records import STANDARD
+from exl2jax.calibration.source import KNOWN
+from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
 from exl2jax.cli.shared import deliver, set_up
 from exl2jax.errors import JobError
 from exl2jax.pipeline.config import ConversionConfig
@@ -28,8 +31,12 @@ def convert_command(
         Path | None, typer.Option("-cf", "--compile_full", help="Directory for the complete EXL2 model.")
     ] = None,
     cal_dataset: Annotated[
-        str | None, typer.Option("-c", "--cal_dataset", help="Calibration source: a file, or the built-in `standard`.")
+        str | None, typer.Option("-c", "--cal_dataset", help=f"Calibration source: {KNOWN}; mixed as A:60,B:40.")
     ] = None,
+    cal_column: CalColumns = None,
+    cal_dir: CalDir = None,
+    cal_split: CalSplit = "train",
+    cal_fill: CalFill = False,
     bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
     shard_size: Annotated[
         float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
@@ -81,7 +88,7 @@ def convert_command(
         out_dir=out_dir,
         no_resume=no_resume,
         compile_full=compile_full,
-        cal_dataset=cal_dataset,
+        cal_dataset=_source(cal_dataset, cal_column, cal_dir, cal_split, cal_fill),
         bits=bits,
         shard_size=shard_size,
         rope_scale=rope_scale,
@@ -102,6 +109,17 @@ def convert_command(
     result = convert(config, control)
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0
+
+
+def _source(
+    name: str | None, columns: list[str] | None, cal_dir: Path | None, split: str, fill: bool
+) -> str | CalibrationConfig | None:
+    """The calibration source: its name alone, where nothing more is said about it."""
+    if not (columns or cal_dir or fill or split != "train"):
+        return name
+    return CalibrationConfig(
+        source=name or STANDARD, columns=tuple(columns or ()), cal_dir=cal_dir, split=split, fill_with_self=fill
+    )
 
 
 def _source_of_job(out_dir: Path) -> Path:

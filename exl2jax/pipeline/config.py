@@ -1,9 +1,9 @@
 """What the user asked for: one frozen record with the stock converter's settings and defaults."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exl2jax.calibration import CalibrationConfig
+from exl2jax.calibration import CalibrationConfig, Examples
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import SettingsError
 from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, find_recipe
@@ -16,7 +16,9 @@ SOLVERS = ("exact", "annealing")
 class ConversionConfig:
     """Settings of a conversion; names and defaults are those of the stock flags.
 
-    `cal_dataset=None` takes the built-in set; `dataset_rows` and `measurement_rows` of None take what the source calls
+    `cal_dataset` is the name of a source, texts or token rows themselves, or a `CalibrationConfig` with everything
+    that can be said about a source (its rows, length, seed and pass stay unsaid: they are settings here); None takes
+    the built-in set. `dataset_rows` and `measurement_rows` of None take what the source calls
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
     2048 tokens, at most the model's context). `preset` names a recipe (`best`, `fast`, `stock`),
     `allocation` the solver of the stock one, `exact` or `annealing`;
@@ -26,7 +28,7 @@ class ConversionConfig:
     in_dir: Path
     out_dir: Path
     compile_full: Path | None = None
-    cal_dataset: str | None = None
+    cal_dataset: str | Path | Examples | CalibrationConfig | None = None
     bits: float = 4.125
     shard_size: float = 8192
     rope_scale: float | None = None
@@ -84,10 +86,26 @@ class ConversionConfig:
 
     def calibration(self, *, measure: bool) -> CalibrationConfig:
         """The calibration rows of a pass."""
-        return CalibrationConfig(
-            source=self.cal_dataset or "standard",
+        return replace(
+            self._source(),
             rows=self.measurement_rows if measure else self.dataset_rows,
             length=self.measurement_length if measure else self.length,
             seed=self.seed,
             measure=measure,
         )
+
+    @property
+    def cal_name(self) -> str:
+        """What the job file and messages call the calibration source."""
+        return self._source().name
+
+    def _source(self) -> CalibrationConfig:
+        given = self.cal_dataset
+        if not isinstance(given, CalibrationConfig):
+            return CalibrationConfig() if given is None else CalibrationConfig(source=given)
+        if given.rows is not None or given.length is not None or given.seed or given.measure:
+            raise SettingsError(
+                "cal_dataset: its rows, length, seed and measure are not for it to say; set dataset_rows, "
+                "measurement_rows, length, measurement_length and seed of the ConversionConfig"
+            )
+        return given

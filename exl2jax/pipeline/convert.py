@@ -2,15 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 
-from exl2jax.calibration import CalibrationRows, load_rows
+from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, StorageError
 from exl2jax.pipeline.allocate import Strategy, allocate
+from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.compile import compile_model, copy_source_files
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context, digest
@@ -21,7 +23,7 @@ from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.pipeline.result import ConversionResult
 from exl2jax.pipeline.summary import WEAKER, quantization_config, strategy_record, summarize
-from exl2jax.storage import make_directory, write_tensors
+from exl2jax.storage import make_directory
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +49,14 @@ class _Conversion:
         self.context = context
         self.config = context.config
         self.work = context.work
+        self.rows = PassRows(context.config, context.model, context.tokenizer, context.work, context.control)
         self.saved = JobState(inputs=context.inputs, in_dir=str(context.config.in_dir.resolve()), stage="")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
         stages = self._stages()
         state = self.work.resume(replace(self.saved, stage=next(iter(stages))))
+        self._check_calibration(state, stages)
         following = [*stages, "compile"][1:]
         for (name, stage), after in zip(stages.items(), following, strict=True):
             if state.stage == name:
@@ -60,6 +64,12 @@ class _Conversion:
         if self.config.output_measurement is not None:
             return self._deliver_measurement(state)
         return self._finish(state)
+
+    def _check_calibration(self, state: JobState, stages: Iterable[str]) -> None:
+        """Build the rows of every pass still to come: bad input is named before any weight is read."""
+        coming = list(dropwhile(lambda name: name != state.stage, stages))
+        for measure in sorted({name != "quantize" for name in coming}, reverse=True):
+            self.rows.build(measure=measure)
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""
@@ -115,7 +125,7 @@ class _Conversion:
         self, run: Callable[[Context, CalibrationRows], None], state: JobState, *, measure: bool
     ) -> JobState:
         """Run a pass on its calibration rows."""
-        rows = self._calibrate(measure=measure)
+        rows = self.rows.write(measure=measure)
         state = self._with_calibration(state, "measure" if measure else "quantize", rows)
         run(self.context, rows)
         return state
@@ -176,20 +186,6 @@ class _Conversion:
         result = summarize(self.context, state, target, shards, read_reports(self.context))
         self.work.save(state.advanced("finished", summary=result.to_json()))
         return result
-
-    def _calibrate(self, *, measure: bool) -> CalibrationRows:
-        """Build the rows of a pass and leave them in the work directory."""
-        model = self.context.model.config
-        rows = load_rows(
-            self.config.calibration(measure=measure),
-            self.context.tokenizer,
-            vocab_size=model.vocab_size,
-            context=model.max_position,
-        )
-        for note in rows.notes:
-            log.warning("calibration: %s", note)
-        write_tensors(self.work.cal_data, rows.tensors(), {"pass": "measure" if measure else "quantize"})
-        return rows
 
     def _with_calibration(self, state: JobState, name: str, rows: CalibrationRows) -> JobState:
         """The state with the pass's calibration on record; a resume under other rows is refused."""

@@ -55,6 +55,8 @@ class WorkDirectory:
         self.path = path
         self.job_file = path / "job_new.json"
         self.cal_data = path / "cal_data.safetensors"
+        self.measure_cal_data = path / "cal_data_measure.safetensors"
+        self.self_rows = path / "self_rows"
         self.hidden_states = path / "hidden_states.safetensors"
         self.module_inputs = path / "module_inputs.f32"
         self.fisher = path / "fisher.safetensors"
@@ -96,7 +98,8 @@ class WorkDirectory:
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
-        states = (self.cal_data, self.hidden_states, self.module_inputs, self.fisher)
+        rows = (self.cal_data, self.measure_cal_data, self.self_rows)
+        states = (*rows, self.hidden_states, self.module_inputs, self.fisher)
         for path in (self.job_file, *states, self.measurement, self.reports, self.out_tensor):
             remove(path)
 

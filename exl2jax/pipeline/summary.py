@@ -76,7 +76,7 @@ def quantization_config(config: ConversionConfig, state: JobState) -> dict[str, 
         "calibration": {
             "rows": calibration["rows"],
             "length": calibration["length"],
-            "dataset": config.cal_dataset or "(default)",
+            "dataset": "(default)" if config.cal_dataset is None else config.cal_name,
         },
         "converter": f"exl2jax {VERSION}",
     }
