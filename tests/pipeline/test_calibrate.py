@@ -41,12 +41,13 @@ def weights_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_python_data_goes_through_a_whole_conversion(tiny_llama: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama, tmp_path, cal_dataset=TEXTS, compile_full=tmp_path / "exl2", seed=3)
+    config = replace(config, measurement_rows=4, measurement_length=24)  # passes of one shape compile once
     result = convert(config)
     rows, measured = (
         load_file(config.out_dir / name) for name in ("cal_data.safetensors", "cal_data_measure.safetensors")
     )
     assert rows["input_ids"].shape == (4, 24)
-    assert measured["input_ids"].shape == (2, 16)
+    assert measured["input_ids"].shape == (4, 24)
     encoded = load_tokenizer(tiny_llama).encode(TEXTS[0], template=True)
     assert rows["input_ids"][0].tolist() == encoded[:24].tolist()
     job = json.loads((config.out_dir / "job_new.json").read_text(encoding="utf-8"))
@@ -70,10 +71,13 @@ def test_python_data_goes_through_a_whole_conversion(tiny_llama: Path, tmp_path:
 def test_padded_rows_keep_their_mask(tiny_llama: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama, tmp_path, cal_dataset=[[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]])
     config.out_dir.mkdir()
-    pass_rows(config).write(measure=False)
-    kept = load_file(config.out_dir / "cal_data.safetensors")
-    assert kept["attention_mask"].sum(axis=1).tolist() == [3, 5, 1, 2]
-    assert kept["input_ids"][1].tolist() == [4, 5, 6, 7, 8]
+    rows = pass_rows(config)
+    for measure, lengths in ((True, [3, 5]), (False, [3, 5, 1, 2])):
+        rows.write(measure=measure)
+        kept = load_file(config.out_dir / "cal_data.safetensors")
+        assert kept["attention_mask"].sum(axis=1).tolist() == lengths
+        assert kept["input_ids"][1].tolist() == [4, 5, 6, 7, 8]
+    assert len(load_file(config.out_dir / "cal_data_measure.safetensors")["input_ids"]) == 2
 
 
 def test_self_rows_are_drawn_once_for_a_job(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
