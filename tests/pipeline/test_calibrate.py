@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from exl2jax import ConversionConfig, cli, convert
-from exl2jax.cli import convert as command
 from exl2jax.calibration import CalibrationConfig, load_tokenizer
 from exl2jax.calibration.records import hash_ids
+from exl2jax.cli import convert as command
 from exl2jax.errors import CalibrationError, Exl2JaxError, Interrupted, JobError, SettingsError
 from exl2jax.models import HFModel, open_model
 from exl2jax.pipeline.calibrate import PassRows
