@@ -20,7 +20,7 @@ class ConversionConfig:
     that can be said about a source (its rows, length, seed and pass stay unsaid: they are settings here); None takes
     the built-in set. `dataset_rows` and `measurement_rows` of None take what the source calls
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
-    2048 tokens, at most the model's context). `preset` names a recipe (`best`, `fast`, `stock`),
+    2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`),
     `allocation` the solver of the stock one, `exact` or `annealing`;
     `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
     """
@@ -42,7 +42,7 @@ class ConversionConfig:
     measurement_length: int | None = None
     no_resume: bool = False
     seed: int = 0
-    preset: str = DEFAULT_PRESET
+    preset: str | Recipe = DEFAULT_PRESET
     allocation: str = "exact"
     checkpoint_interval: float = 180.0
 
@@ -52,7 +52,7 @@ class ConversionConfig:
         if not low <= self.bits <= high:
             raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
         head_qparams(self.head_bits)
-        find_recipe(self.preset)
+        _ = self.recipe
         if self.output_measurement is not None and self.compile_full is not None:
             raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
         if self.output_measurement is not None and self.measurement is not None:
@@ -73,8 +73,8 @@ class ConversionConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The algorithm's choices that the preset stands for."""
-        return find_recipe(self.preset)
+        """The algorithm's choices: those that the preset's name stands for, or the recipe given in its place."""
+        return find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
 
     def _check_directories(self) -> None:
         source = self.in_dir.resolve()

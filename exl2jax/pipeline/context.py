@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from exl2jax.pipeline.scan import Carry, scan
 from exl2jax.qparams import require_quantizable_rows
 from exl2jax.version import VERSION
 
-MEASURING = ("cal_name", "rope_scale", "rope_alpha", "measurement_rows", "measurement_length", "seed", "preset")
+MEASURING = ("cal_name", "rope_scale", "rope_alpha", "measurement_rows", "measurement_length", "seed")
 QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation")
 """Settings that decide the measurement, and those that decide the quantization after it."""
 
@@ -108,6 +108,7 @@ def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> d
         "model weights": model.weights_digest(),
         "tokenizer": tokenizer.fingerprint,
         **{name: getattr(config, name) for name in chosen},
+        "preset": asdict(config.recipe),
     }
     if config.measurement is not None:
         inputs["measurement file"] = digest(config.measurement)

@@ -169,7 +169,7 @@ class _Conversion:
         return ConversionResult(
             output=str(target),
             bits=self.config.bits,
-            preset=self.config.preset,
+            preset=self.context.recipe.name,
             calibration=state.records.get("calibration"),
             seconds=state.records.get("seconds"),
         )

@@ -35,7 +35,7 @@ def summarize(
     return ConversionResult(
         output=str(target),
         bits=config.bits,
-        preset=config.preset,
+        preset=context.recipe.name,
         bpw=sum(r.bits for r in modules) / weights,
         head_bits=config.head_bits,
         size=sum(path.stat().st_size for path in shards),

@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Measure what each choice of the algorithm is worth: convert the demo model by variants, compare on held-out rows.
+
+    python scripts/quality.py                    the whole study; trials that are done already are not run again
+    python scripts/quality.py --only stock best  some variants
+    python scripts/quality.py --rows 115         as many calibration rows as a real conversion takes
+
+Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
+precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
+table of docs/quality.md and draws its plot.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from exl2jax import ConversionConfig, convert
+from exl2jax.evaluate.logits import final_states
+from exl2jax.models import build_decoder, load_exl2, open_model
+from exl2jax.pipeline.recipe import PRESETS, Recipe
+from exl2jax.pipeline.scoring import perplexity, score
+
+LENGTH = 512
+BEST, STOCK = PRESETS["best"], PRESETS["stock"]
+PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0)
+
+VARIANTS: dict[str, Recipe] = {
+    "stock": STOCK,
+    "stock + propagation": replace(STOCK, propagation=BEST.propagation),
+    "fisher": PLAIN,
+    "best": BEST,
+    "fast": PRESETS["fast"],
+    "propagation 1": replace(BEST, propagation=1.0),
+    "residual 0.5": replace(BEST, residual=0.5),
+    "16 fisher rows": replace(BEST, fisher_rows=16),
+}
+EVERY_TARGET = ("stock", "fisher", "best")
+TARGETS = (2.5, 3.0, 4.0)
+SUBSETS = 3
+"""Calibration subsets of the noise floor, for `best` at three bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One conversion to judge; `subset` names the calibration rows."""
+
+    variant: str
+    bits: float
+    subset: int = 0
+
+    @property
+    def key(self) -> str:
+        """Name of its result file."""
+        return f"{self.variant}-{self.bits:g}-{self.subset}".replace(" ", "_")
+
+
+def study(only: Sequence[str], targets: Sequence[float]) -> Iterator[Trial]:
+    """The trials of the study, the most telling first."""
+    for bits in targets:
+        yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
+    for variant in VARIANTS:
+        if variant not in EVERY_TARGET and (not only or variant in only):
+            yield Trial(variant=variant, bits=3.0)
+    if not only or "best" in only:
+        yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, SUBSETS))
+
+
+class Study:
+    """Inputs of all trials, and where their results lie."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Read the held-out rows and the reference's predictions on them."""
+        self.model: Path = arguments.model
+        self.out: Path = arguments.out
+        self.rows: int = arguments.rows
+        self.calibration: str = arguments.calibration
+        self.measuring: str = arguments.measuring
+        heldout = load_file(arguments.heldout)
+        self.ids = heldout["input_ids"].astype(np.int32)
+        half = len(self.ids) // 2
+        self.domains = {"web": slice(0, half), "code": slice(half, None)}
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """The result of a trial, from its file where it was run before."""
+        path = self.out / f"{trial.key}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        work, begun = self.out / "work" / trial.key, _cpu_seconds()
+        shutil.rmtree(work, ignore_errors=True)
+        result = convert(self._config(trial, work))
+        spent = _cpu_seconds() - begun
+        record = {
+            **asdict(trial),
+            "bpw": result.bpw,
+            "predicted": (result.allocation or {})["objective"],
+            "cpu_seconds": round(spent, 1),
+            "domains": self._judge(work / "exl2"),
+        }
+        shutil.rmtree(work)
+        path.write_text(json.dumps(record, indent=1))
+        return record
+
+    def _config(self, trial: Trial, work: Path) -> ConversionConfig:
+        recipe = VARIANTS[trial.variant]
+        return ConversionConfig(
+            in_dir=self.model,
+            out_dir=work / "work",
+            compile_full=work / "exl2",
+            bits=trial.bits,
+            preset=recipe,
+            measurement=self.measurement(recipe),
+            cal_dataset=self._calibration_rows(trial.subset),
+        )
+
+    def measurement(self, recipe: Recipe) -> Path:
+        """The measurement that a recipe allocates by, shared by all trials that measure alike."""
+        name = "accuracy" if recipe.pricing == "accuracy" else f"fisher-{recipe.fisher_rows}"
+        path = self.out / f"measurement-{name}.json"
+        if not path.exists():
+            begun = _cpu_seconds()
+            config = ConversionConfig(
+                in_dir=self.model,
+                out_dir=self.out / "work" / name,
+                output_measurement=path,
+                preset=recipe,
+                cal_dataset=self.measuring,
+                measurement_length=LENGTH,
+            )
+            convert(config)
+            (self.out / f"{path.stem}-cpu.json").write_text(json.dumps(round(_cpu_seconds() - begun, 1)))
+        return path
+
+    def _calibration_rows(self, subset: int) -> str:
+        """A file of every `SUBSETS`-th row of the calibration set, or of as many rows from its front as asked."""
+        path = self.out / f"rows-{self.rows}-{subset}.safetensors"
+        if not path.exists():
+            ids = load_file(self.calibration)["input_ids"]
+            # Rows lie by domain: a stride keeps the composition.
+            picked = np.unique(np.linspace(subset, len(ids) - SUBSETS + subset, self.rows).round().astype(int))
+            save_file({"input_ids": ids[picked] if self.rows < len(ids) else ids}, path)
+        return str(path)
+
+    def _judge(self, directory: Path) -> dict[str, Any]:
+        """Perplexity, KL divergence with its standard error over rows, and agreement, by domain."""
+        model, full = load_exl2(directory), open_model(self.model)
+        reference = (full.head_params(), final_states(full, self.ids))
+        states = final_states(model, self.ids)
+        scores = score(build_decoder(model.config), model.head_params(), states, self.ids, reference)
+        assert scores.kl is not None and scores.agree is not None  # a reference was given
+        found = {}
+        for name, part in self.domains.items():
+            by_row = scores.kl[part].mean(axis=1, dtype=np.float64)
+            found[name] = {
+                "perplexity": perplexity(scores.nll[part]),
+                "kl": float(by_row.mean()),
+                "kl_error": float(by_row.std(ddof=1) / np.sqrt(len(by_row))),
+                "top1": float(scores.agree[part].mean()),
+            }
+        return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| variant | bpw | KL web | KL code | ppl web | ppl code | top-1 web | top-1 code | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        web, code = (r["domains"][name] for name in ("web", "code"))
+        name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
+        kl = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in (web, code)]
+        figures = [f"{web['perplexity']:.2f}", f"{code['perplexity']:.2f}", f"{web['top1']:.3f}", f"{code['top1']:.3f}"]
+        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join([*kl, *figures])} | {r['cpu_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL divergence against bits per weight, a line per variant and domain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, domain in zip(axes, ("web", "code"), strict=True):
+        for variant in EVERY_TARGET:
+            points = sorted(
+                (r["bpw"], r["domains"][domain]["kl"], r["domains"][domain]["kl_error"])
+                for r in records
+                if r["variant"] == variant and not r["subset"]
+            )
+            if points:
+                bpw, kl, error = zip(*points, strict=True)
+                axis.errorbar(bpw, kl, error, marker="o", capsize=3, label=variant)
+        axis.set(title=f"{domain} rows", xlabel="bits per weight", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("KL to full precision, nats per token")
+    axes[0].legend()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> int:
+    """Run the study and print its table."""
+    golden = Path("../shared/data/golden")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="source model")
+    parser.add_argument("--out", type=Path, default=Path("build/quality"), help="results, kept between runs")
+    parser.add_argument(
+        "--calibration", default=str(golden / "cal_quant_512.safetensors"), help="token rows to quantize on"
+    )
+    parser.add_argument(
+        "--measuring", default=str(golden / "cal_measure_512.safetensors"), help="token rows to measure on"
+    )
+    parser.add_argument(
+        "--heldout", default=str(golden / "heldout_public_512.safetensors"), help="web rows, then as many of code"
+    )
+    parser.add_argument("--rows", type=int, default=40, help="calibration rows")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
+    parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")
+    parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    jax.config.update("jax_compilation_cache_dir", str(arguments.out / "xla"))
+    found = Study(arguments)
+    records = []
+    for trial in study(arguments.only, arguments.bits):
+        records.append(found.run(trial))
+        print(table(records[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(records))
+    if arguments.plot:
+        plot(records, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
