@@ -1,5 +1,6 @@
 """exl2jax: convert Hugging Face language models to mixed-precision EXL2 directories."""
 
+from exl2jax.calibration import CalibrationConfig
 from exl2jax.errors import Exl2JaxError
 from exl2jax.evaluate import Evaluation, evaluate
 from exl2jax.models import Exl2Model, load_exl2, open_model
@@ -13,6 +14,7 @@ from exl2jax.version import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "CalibrationConfig",
     "ConversionConfig",
     "ConversionResult",
     "Evaluation",

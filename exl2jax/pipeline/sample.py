@@ -158,7 +158,8 @@ def _hidden_states(
     caches: list[KeyValues] = []
     for position in range(length - 1):
         if position % stretch == 0:
-            caches = [widened(cache, position + stretch) for cache in caches]
+            for i, cache in enumerate(caches):  # one after the other: never two whole sets in memory
+                caches[i] = widened(cache, position + stretch)
         hidden, module = jnp.asarray(embeddings.at(ids[:, position], position)), 0
         for kind, params in walk():
             if kind not in ATTENTION_KINDS:
