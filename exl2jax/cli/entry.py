@@ -15,7 +15,9 @@ from typer.exceptions import TyperException
 
 from exl2jax.cli.calibrate import calibrate_command
 from exl2jax.cli.convert import convert_command
+from exl2jax.cli.dequantize import dequantize_command
 from exl2jax.cli.evaluate import eval_command
+from exl2jax.cli.inspect import inspect_command
 from exl2jax.cli.shared import say
 from exl2jax.cli.verify import verify_command
 from exl2jax.errors import Exl2JaxError, Interrupted
@@ -27,6 +29,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": verify_command,
     "eval": eval_command,
     "calibrate": calibrate_command,
+    "inspect": inspect_command,
+    "dequantize": dequantize_command,
 }
 """Every command by its name; each returns its exit code."""
 

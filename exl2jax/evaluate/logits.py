@@ -1,19 +1,26 @@
 """The whole forward pass of a directory, block by block."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from exl2jax.models import Model, build_decoder, module_specs, open_model
+from exl2jax.models import Model, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.pipeline.stream import embed, forward, head_logits, row_chunks
 
 
-def final_states(model: Model, input_ids: np.ndarray) -> np.ndarray:
-    """Hidden states `[R, T, D]` after the last layer, one block resident at a time."""
+def walk(model: Model, input_ids: np.ndarray) -> Iterator[tuple[ModuleSpec, np.ndarray]]:
+    """Every module and the hidden states `[R, T, D]` after it; one block resident, one array that moves along."""
     decoder = build_decoder(model.config)
     states = embed(model, input_ids)
     for spec in module_specs(model.config):
         forward(decoder, spec.kind, model.module_params(spec), states, out=states)
+        yield spec, states
+
+
+def final_states(model: Model, input_ids: np.ndarray) -> np.ndarray:
+    """Hidden states `[R, T, D]` after the last layer."""
+    *_, (_, states) = walk(model, input_ids)
     return states
 
 

@@ -1,13 +1,22 @@
 """What a person sees: progress while a run goes on, tables when it is over."""
 
 from exl2jax.report.progress import StatusProgress, make_progress
-from exl2jax.report.tables import calibration_table, conversion_table, evaluation_table, verify_table
+from exl2jax.report.tables import (
+    calibration_table,
+    conversion_table,
+    evaluation_table,
+    harness_table,
+    inspection_table,
+    verify_table,
+)
 
 __all__ = [
     "StatusProgress",
     "calibration_table",
     "conversion_table",
     "evaluation_table",
+    "harness_table",
+    "inspection_table",
     "make_progress",
     "verify_table",
 ]

@@ -1,12 +1,14 @@
 """Summaries as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from rich import box
 from rich.table import Table
 
 from exl2jax.calibration import CalibrationSummary
-from exl2jax.evaluate import Evaluation
+from exl2jax.evaluate import Evaluation, Figures
+from exl2jax.evaluate.inspect import LinearInspection
 from exl2jax.evaluate.verify import VerifyReport
 from exl2jax.pipeline.result import ConversionResult
 
@@ -38,16 +40,50 @@ def conversion_table(result: ConversionResult) -> Table:
 
 
 def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
-    """Figures of one or more directories."""
-    table = Table("directory", "perplexity", "tokens", "KL to reference", "top-1 agreement", title="Evaluation")
+    """Figures of one or more directories, each followed by its domains."""
+    table = Table("directory", title="Evaluation", box=box.SIMPLE)
+    for name in ("perplexity", "±", "tokens"):
+        table.add_column(name, justify="right")
+    compared = any(found.kl_divergence is not None for _, found in rows)
+    for name in ("KL mean", "median", "90 %", "99 %", "top-1") if compared else ():
+        table.add_column(name, justify="right")
+    table.add_column("tokens/s", justify="right")
     for name, found in rows:
-        table.add_row(
-            name,
-            f"{found.perplexity:.4f}",
-            str(found.tokens),
-            "" if found.kl_divergence is None else f"{found.kl_divergence:.4f}",
-            "" if found.top1_agreement is None else f"{found.top1_agreement:.4f}",
-        )
+        table.add_row(name, *_figures(found, compared), f"{found.tokens_per_second:.0f}")
+        for domain, figures in found.domains.items():
+            table.add_row(f"  {domain}", *_figures(figures, compared), style="dim")
+    return table
+
+
+def _figures(found: Figures, compared: bool) -> list[str]:
+    kl = (found.kl_divergence, found.kl_median, found.kl_p90, found.kl_p99, found.top1_agreement) if compared else ()
+    figures = (found.perplexity, found.perplexity_se)
+    cells = [f"{x:.4f}" if x is not None else "" for x in (*figures, *kl)]
+    return [*cells[:2], str(found.tokens), *cells[2:]]
+
+
+def harness_table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Figures of each directory on each task of lm-evaluation-harness."""
+    table = Table("directory", "task", "figure", "value", title="Tasks")
+    for directory, tasks in figures.items():
+        for task, found in tasks.items():
+            for name, value in found.items():
+                table.add_row(directory, task, name, f"{value:.4f}")
+    return table
+
+
+def inspection_table(linears: Sequence[LinearInspection]) -> Table:
+    """Widths, groups and scales of linears."""
+    table = Table("linear", "rows × columns", "rows by width", "groups", "bpw", "step sizes", title="Linears")
+    compared = any(linear.error is not None for linear in linears)
+    if compared:
+        table.add_column("error", justify="right")
+    for x in linears:
+        widths = ", ".join(f"{bits}: {rows}" for bits, rows in x.widths.items())
+        groups = ", ".join(f"{count} of {rows}" for rows, count in x.groups.items())
+        steps = f"{x.scale[0]:.2e} to {x.scale[2]:.2e}" + (f", {x.subnormal:.0%} subnormal" if x.subnormal else "")
+        error = [f"{x.error:.4f}"] if x.error is not None else []
+        table.add_row(x.key, f"{x.rows} × {x.columns}", widths, groups, f"{x.bpw:.3f}", steps, *error)
     return table
 
 

@@ -1,0 +1,91 @@
+"""The way back: an EXL2 directory as a plain Hugging Face directory in float16, which any tool loads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exl2jax.errors import NumericalError, SettingsError
+from exl2jax.models import Exl2Model, head_spec, load_exl2, module_specs
+from exl2jax.models.config import CONFIG_NAME
+from exl2jax.models.modules import EMBED_KEY, HEAD_KEY, NORM_KEY
+from exl2jax.ops.packing import TENSOR_NAMES
+from exl2jax.storage import copy_file, make_directory, write_json, write_tensors
+from exl2jax.storage.tensors import INDEX_NAME
+
+SHARD_BYTES = 4 << 30
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def dequantize_model(directory: Path, out: Path) -> int:
+    """Write the model of an EXL2 directory to `out` with the source's tensor names, float16; returns its bytes.
+
+    Linears are exactly what the runtime reconstructs. A head that was tied to the embedding becomes a tensor of its
+    own, since it was quantized and the embedding was not. Raises `SettingsError` when `out` holds weights already,
+    `NumericalError` when a tensor does not fit half precision.
+    """
+    model = load_exl2(directory)
+    make_directory(out, "the output directory")
+    held = sorted(p.name for p in out.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if held or out.resolve() == directory.resolve():
+        raise SettingsError(f"{out}: holds weights already ({', '.join(held[:3])}); choose an empty directory")
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
+            copy_file(path, out / path.name)
+    written = _write_shards(_tensors(model), out)
+    write_json(out / CONFIG_NAME, _plain_config(model.raw_config))
+    return written
+
+
+def _plain_config(raw: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    return {**kept, "tie_word_embeddings": False, "dtype": "float16"}
+
+
+def _tensors(model: Exl2Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor in the source's names and layout, the embedding first."""
+    stored = [name for name in model.files if name.rpartition(".")[2] not in TENSOR_NAMES]
+    linears = {x.key: x for spec in module_specs(model.config) for x in spec.linears}
+    linears[HEAD_KEY] = head_spec(model.config)
+    for name in sorted(stored, key=lambda n: (n != f"{EMBED_KEY}.weight", n == f"{NORM_KEY}.weight", n)):
+        tensor, owner = model.files.read(name), name.removesuffix(".bias")
+        # The biases of linears are padded as their columns are.
+        yield name, _half(tensor[: linears[owner].columns] if owner in linears else tensor, name)
+    for key, linear in linears.items():
+        yield f"{key}.weight", np.ascontiguousarray(model.kernel(linear).T)
+
+
+def _half(tensor: np.ndarray, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        half = tensor.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise NumericalError(f"{name}: holds values beyond half precision, so no float16 directory can hold the model")
+    return half
+
+
+def _write_shards(tensors: Iterator[tuple[str, np.ndarray]], out: Path) -> int:
+    """Write `model.safetensors`, or numbered shards and their index where one file would outgrow `SHARD_BYTES`."""
+    shards: list[list[str]] = []
+    waiting: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush() -> None:
+        shards.append(list(waiting))
+        write_tensors(out / f"model-{len(shards):05}.safetensors", waiting, {"format": "pt"})
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        waiting[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (out / "model-00001.safetensors").rename(out / "model.safetensors")
+    else:
+        where = {name: f"model-{i + 1:05}.safetensors" for i, names in enumerate(shards) for name in names}
+        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": where})
+    return total
