@@ -119,7 +119,10 @@ def harness_model(directory: Path) -> Any:
     class JaxLM(LM):
         """The harness's three questions, handed on."""
 
-        tokenizer_name = str(directory)
+        @property
+        def tokenizer_name(self) -> str:
+            """What the harness keeps cached prompts apart by."""
+            return str(directory)
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             """`(log p, greedy)` of each `(context, continuation)`."""
@@ -154,5 +157,5 @@ def run_tasks(directory: Path, tasks: Sequence[Any], limit: int | None = None) -
         raise SettingsError("lm-evaluation-harness gave no result")
     return {
         task: {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
-        for task, figures in found["results"].items()
+        for task, figures in found.get("results", {}).items()
     }

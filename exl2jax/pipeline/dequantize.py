@@ -9,7 +9,7 @@ import numpy as np
 from exl2jax.errors import NumericalError, SettingsError
 from exl2jax.models import Exl2Model, head_spec, load_exl2, module_specs
 from exl2jax.models.config import CONFIG_NAME
-from exl2jax.models.modules import EMBED_KEY, HEAD_KEY, NORM_KEY
+from exl2jax.models.modules import embedding_shapes
 from exl2jax.ops.packing import TENSOR_NAMES
 from exl2jax.storage import copy_file, make_directory, write_json, write_tensors
 from exl2jax.storage.tensors import INDEX_NAME
@@ -47,8 +47,9 @@ def _tensors(model: Exl2Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor in the source's names and layout, the embedding first."""
     stored = [name for name in model.files if name.rpartition(".")[2] not in TENSOR_NAMES]
     linears = {x.key: x for spec in module_specs(model.config) for x in spec.linears}
-    linears[HEAD_KEY] = head_spec(model.config)
-    for name in sorted(stored, key=lambda n: (n != f"{EMBED_KEY}.weight", n == f"{NORM_KEY}.weight", n)):
+    linears[head_spec(model.config).key] = head_spec(model.config)
+    first = embedding_shapes(model.config)
+    for name in sorted(stored, key=lambda n: (n not in first, n)):
         tensor, owner = model.files.read(name), name.removesuffix(".bias")
         # The biases of linears are padded as their columns are.
         yield name, _half(tensor[: linears[owner].columns] if owner in linears else tensor, name)
