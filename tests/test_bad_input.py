@@ -88,8 +88,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "config of another kind": (lambda m: (m / "config.json").write_text("[]") and None, ["config.json"]),
     "config without a size": (edit_config(hidden_size=None), ["config.json", "hidden_size"]),
     "unknown architecture": (
-        edit_config(architectures=["GPT2LMHeadModel"]),
-        ["config.json", "GPT2LMHeadModel", "not supported"],
+        edit_config(architectures=["MadeUpForCausalLM"]),
+        ["config.json", "MadeUpForCausalLM", "not supported"],
     ),
     "no tokenizer": (remove("tokenizer.json"), ["tokenizer"]),
     "tokenizer cut short": (cut("tokenizer.json", 0.5), ["tokenizer.json"]),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,12 @@ from safetensors.numpy import save_file
 
 import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
+from exl2jax.calibration import CalibrationConfig
 from exl2jax.errors import Interrupted, ModelError
+from exl2jax.pipeline.asked import asked_record
+from exl2jax.pipeline.job import JobState, WorkDirectory
 from exl2jax.pipeline.progress import Control
+from exl2jax.pipeline.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 32
@@ -38,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
 
     def convert(config: ConversionConfig, control: Control) -> ConversionResult:
         found.append(config)
-        return ConversionResult(output="nowhere", bits=config.bits, preset=config.preset)
+        return ConversionResult(output="nowhere", bits=config.bits, preset=config.recipe.name)
 
     monkeypatch.setattr(command, "convert", convert)
     return found
@@ -102,6 +106,39 @@ def test_numbers_may_stand_right_after_a_short_flag(asked: list[ConversionConfig
     assert cli.main([*plain, "-b4.5"]) == 0
     assert cli.main([*plain, "--bits=4.5"]) == 0
     assert [config.bits for config in asked] == [4.5, 4.5]
+
+
+SOURCE = CalibrationConfig(source="rows.parquet", columns=("text", "title"), cal_dir=Path("sets"), noise_rows=2)
+
+
+@pytest.mark.parametrize("source", [None, "rows.safetensors", SOURCE], ids=["built-in", "named", "described"])
+@pytest.mark.parametrize("preset", ["stock", Recipe(name="mine", pricing="fisher", propagation=0.25)], ids=["a", "b"])
+def test_a_job_is_resumed_by_its_directory_alone(
+    tmp_path: Path, asked: list[ConversionConfig], source: str | CalibrationConfig | None, preset: str | Recipe
+) -> None:
+    """What was asked when it was begun stands in the job file; flags given now come on top of it."""
+    begun = ConversionConfig(
+        in_dir=tmp_path / "model",
+        out_dir=tmp_path / "work",
+        compile_full=tmp_path / "full",
+        bits=3.5,
+        head_bits=8,
+        cal_dataset=source,
+        measurement_rows=4,
+        shard_size=512,
+        preset=preset,
+        checkpoint_interval=0,
+    )
+    begun.out_dir.mkdir()
+    WorkDirectory(begun.out_dir).save(JobState(inputs={}, settings=asked_record(begun), stage="quantize"))
+    alone = ["convert", "-o", str(begun.out_dir)]
+    assert cli.main(alone) == 0
+    assert cli.main([*alone, "-b", "4.125", "-nr", "-cf", "elsewhere"]) == 0
+    assert cli.main([*alone, "-c", "wiki.txt", "--cal-split", "validation"]) == 0
+    same, changed, other = asked
+    assert same == begun
+    assert changed == replace(begun, bits=4.125, no_resume=True, compile_full=Path("elsewhere"))
+    assert other == replace(begun, cal_dataset=CalibrationConfig(source="wiki.txt", split="validation"))
 
 
 @pytest.mark.parametrize(

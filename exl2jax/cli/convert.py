@@ -1,7 +1,7 @@
 """`exl2jax convert`: the stock converter's flags, and ours."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,13 +11,16 @@ from exl2jax.calibration.records import STANDARD
 from exl2jax.calibration.source import KNOWN
 from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
 from exl2jax.cli.shared import deliver, set_up
-from exl2jax.errors import JobError
+from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.pipeline.recipe import DEFAULT_PRESET
 from exl2jax.report import conversion_table, make_progress
+
+CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
+"""Parameters that say more about the calibration source."""
 
 
 def convert_command(
@@ -83,28 +86,28 @@ def convert_command(
     del hidden_state_offload_layers
     console = Console(stderr=True)
     set_up(console)
-    config = ConversionConfig(
-        in_dir=in_dir or _source_of_job(out_dir),
-        out_dir=out_dir,
-        no_resume=no_resume,
-        compile_full=compile_full,
-        cal_dataset=_source(cal_dataset, cal_column, cal_dir, cal_split, cal_fill),
-        bits=bits,
-        shard_size=shard_size,
-        rope_scale=rope_scale,
-        rope_alpha=rope_alpha,
-        head_bits=head_bits,
-        output_measurement=output_measurement,
-        measurement=measurement,
-        dataset_rows=dataset_rows,
-        measurement_rows=measurement_rows,
-        length=length,
-        measurement_length=measurement_length,
-        seed=seed,
-        preset=preset,
-        allocation=allocation,
-        checkpoint_interval=checkpoint_interval,
-    )
+    asked = {
+        "in_dir": in_dir,
+        "no_resume": no_resume,
+        "compile_full": compile_full,
+        "cal_dataset": _source(cal_dataset, cal_column, cal_dir, cal_split, cal_fill),
+        "bits": bits,
+        "shard_size": shard_size,
+        "rope_scale": rope_scale,
+        "rope_alpha": rope_alpha,
+        "head_bits": head_bits,
+        "output_measurement": output_measurement,
+        "measurement": measurement,
+        "dataset_rows": dataset_rows,
+        "measurement_rows": measurement_rows,
+        "length": length,
+        "measurement_length": measurement_length,
+        "seed": seed,
+        "preset": preset,
+        "allocation": allocation,
+        "checkpoint_interval": checkpoint_interval,
+    }
+    config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
     control = Control(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())
     result = convert(config, control)
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
@@ -122,9 +125,9 @@ def _source(
     )
 
 
-def _source_of_job(out_dir: Path) -> Path:
-    """The source directory that the job in a work directory was begun with."""
-    source = WorkDirectory(out_dir).source()
-    if source is None:
-        raise JobError(f"{out_dir}: holds no job to resume; name the source model with -i/--in_dir")
-    return source
+def _resumed(context: typer.Context, out_dir: Path, asked: dict[str, Any]) -> ConversionConfig:
+    """The settings of the job in a work directory, and over them the flags that were given now."""
+    record = WorkDirectory(out_dir).settings()
+    flags = {n for n in context.params if (s := context.get_parameter_source(n)) and s.name != "DEFAULT"}
+    given = {n: v for n, v in asked.items() if n in flags or (n == "cal_dataset" and flags & CALIBRATION)}
+    return resumed_config(out_dir, record, given)

@@ -12,6 +12,7 @@ from pathlib import Path
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, StorageError
 from exl2jax.pipeline.allocate import Strategy, allocate
+from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.compile import compile_model, copy_source_files
 from exl2jax.pipeline.config import ConversionConfig
@@ -50,7 +51,7 @@ class _Conversion:
         self.config = context.config
         self.work = context.work
         self.rows = PassRows(context.config, context.model, context.tokenizer, context.work, context.control)
-        self.saved = JobState(inputs=context.inputs, in_dir=str(context.config.in_dir.resolve()), stage="")
+        self.saved = JobState(inputs=context.inputs, settings=asked_record(context.config), stage="")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""

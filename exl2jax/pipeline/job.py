@@ -35,10 +35,12 @@ STAGES = ("forward", "backward", "price", "measure", "quantize", "compile", "fin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """Where a conversion is: the fingerprint of its inputs, its stage, and the records of the stages done."""
+    """Where a conversion is: what its bytes depend on, everything that was asked, its stage, and the records of the
+    stages done.
+    """  # noqa: D205
 
     inputs: Mapping[str, Any]
-    in_dir: str
+    settings: Mapping[str, Any]
     stage: str
     records: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,13 +90,15 @@ class WorkDirectory:
         finally:
             lock.release()
 
-    def source(self) -> Path | None:
-        """The source model that the job here was begun with, or None where there is no job."""
+    def settings(self) -> dict[str, Any]:
+        """What was asked of the job here; `JobError` where there is none."""
         if not self.job_file.exists():
-            return None
+            raise JobError(f"{self.path}: holds no job to resume; name the source model with -i/--in_dir")
         record = read_json(self.job_file, JobError, "the job file")
-        found = record.get("in_dir") if isinstance(record, dict) else None
-        return Path(found) if isinstance(found, str) else None
+        found = record.get("settings") if isinstance(record, dict) else None
+        if not isinstance(found, dict) or record.get("format") != JOB_FORMAT:
+            raise JobError(f"{self.job_file}: does not say what was asked; name the source model with -i/--in_dir")
+        return found
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""

@@ -20,7 +20,7 @@ INPUTS = {"package version": "1", "model config": "c0ffee", "bits": 4.0}
 
 
 def state(**changes: Any) -> JobState:
-    return JobState(**{"inputs": INPUTS, "in_dir": "model", "stage": "measure", **changes})
+    return JobState(**{"inputs": INPUTS, "settings": {"in_dir": "model"}, "stage": "measure", **changes})
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_state_comes_back_as_saved(work: WorkDirectory) -> None:
     back = work.resume(state())
     assert back.stage == "quantize"
     assert back.records == {"seconds": {"measure": 1.5}, "list": [1, 2], "name": "Größe"}
-    assert work.source() == Path("model")
+    assert work.settings() == {"in_dir": "model"}
 
 
 @pytest.mark.parametrize("name", list(INPUTS))
@@ -53,7 +53,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bits": lambda r: r | {"inputs": {**r["inputs"], "bits": 5.0}},
     "records": lambda r: r | {"records": {"calibration": {}}},
     "checksum gone": lambda r: {k: v for k, v in r.items() if k != "sha256"},
-    "source": lambda r: r | {"in_dir": "/elsewhere"},
+    "source": lambda r: r | {"settings": {"in_dir": "/elsewhere"}},
 }
 
 
