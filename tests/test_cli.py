@@ -156,7 +156,6 @@ def test_a_job_is_resumed_by_its_directory_alone(
         (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-m", "old.json"], "-om/--output_measurement"),
         (["convert", "-i", "model", "-o", "model"], "-o/--out_dir"),
         (["convert", "-i", "model", "-o", "work", "-cf", "work"], "-cf/--compile_full"),
-        (["eval", "model"], "--text"),
         (["eval", "model", "--text", "a", "--tokens", "b"], "--text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
