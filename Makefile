@@ -1,17 +1,19 @@
 # Every target does its own set-up. Variables to change from the command line:
 #   PYTHON=...       the interpreter to make .venv with (3.12 or later)
 #   WORKERS=2        how many processes run the tests; 0 = in one process
+#   STAGES=...       which stages of the torture run: kills moments faults power corruption fuzz; all unless named
 #   PYTEST_ARGS=...  more arguments for pytest, for instance PYTEST_ARGS="-k packing"
 
 WORKERS ?= 2
 PYTEST_ARGS ?=
+STAGES ?=
 export PYTHON
 
 BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast lint format parity parity-write clean
+.PHONY: help setup demo demo-model test test-fast torture lint format parity parity-write clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ test: setup ## run all tests
 
 test-fast: setup ## run the tests that take seconds
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+torture: setup ## kill, refuse, corrupt and fuzz in full (a quarter of an hour); writes the figures of docs/reliability.md
+	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import accumulate_hessian, round_to_nearest
 from exl2jax.pipeline.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
 from exl2jax.pipeline.stream import row_chunks
+from exl2jax.pipeline.trouble import hessian_trouble, linear_trouble
 from exl2jax.qparams import QParams
 
 MAX_GPTQ_WEIGHTS = 10**9
@@ -19,14 +20,17 @@ MAX_GPTQ_WEIGHTS = 10**9
 
 def quantize_head(
     decoder: Decoder, spec: LinearSpec, params: Any, states: np.ndarray, mask: np.ndarray | None, qparams: QParams
-) -> tuple[PackedWeight, tuple[float, ...]]:
-    """Quantize the head on final `states [R, T, D]`: the packed weight and the damping applied (none if rounded)."""
+) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
+    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), trouble."""
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
         rows = jnp.arange(spec.rows)
-        return pack_checked(round_to_nearest(jnp.asarray(kernel), rows, qparams.groups(spec.rows)), spec, None), ()
-    factor = factor_hessian(head_hessian(decoder, params, states, mask), spec.key)
-    return pack_checked(quantize_linear(kernel, factor, qparams, spec), spec, None), (float(factor.damping),)
+        return pack_checked(round_to_nearest(jnp.asarray(kernel), rows, qparams.groups(spec.rows)), spec, None), {}, ()
+    hessian = head_hessian(decoder, params, states, mask)
+    factor = factor_hessian(hessian, spec.key)
+    linear = quantize_linear(kernel, factor, qparams, spec)
+    trouble = (*hessian_trouble(hessian, factor, (spec,)), *linear_trouble(spec, kernel, linear))
+    return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, trouble
 
 
 def head_hessian(decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray | None) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 from exl2jax.errors import FormatError, HessianError, NumericalError
 from exl2jax.models import LinearSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, factorize, gptq, pack_linear, unpack_linear
+from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.qparams import QParams, require_quantizable_rows
 
 
@@ -42,9 +43,18 @@ def quantize_linear(
 ) -> QuantizedLinear:
     """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
     require_quantizable_rows(spec.rows, spec.key)
+    largest = float(jnp.max(jnp.abs(kernel)))
+    if not largest <= HALF_MAX:
+        raise NumericalError(
+            f"{spec.key}: a weight of magnitude {largest:.4g}, EXL2 holds {HALF_MAX:g} at most; "
+            "the source model is damaged or cannot be converted"
+        )
     linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows))
     if not bool(jnp.all(jnp.isfinite(linear.weight))):
-        raise NumericalError(f"{spec.key}: quantization gave NaN or infinity; the weights are beyond half precision")
+        raise NumericalError(
+            f"{spec.key}: quantization gave NaN or infinity; the weights come too close to the end of half precision, "
+            "or the calibration data is degenerate: try other rows"
+        )
     return linear
 
 

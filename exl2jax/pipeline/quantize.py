@@ -1,7 +1,7 @@
 """The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
+from exl2jax.pipeline.trouble import clamp_bias, hessian_trouble, linear_trouble
 from exl2jax.qparams import QParams
 from exl2jax.storage import write_checked_tensors
 
@@ -30,20 +31,21 @@ REFERENCE = "ref"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleReport:
-    """What became of a module: bits on disk, error, damping by Hessian, and for the head the final check.
+    """What became of a module: bits on disk, error, damping, trouble, and for the head the final check.
 
     `rfn_error` is the relative Frobenius error of the module's output against the same module unquantized on the same
     input (stock's figure), `stream_error` that against the full-precision stream, everything before included; which of
     them there is depends on the recipe, and the head has none. The head has the perplexity of the quantized and of the
-    full-precision model on the rows of the final check.
+    full-precision model on the rows of the final check. `damping` is by linear; `trouble` says in words what was
+    damped, clamped or never active.
     """
 
     key: str
     bits: int
     rfn_error: float | None = None
     stream_error: float | None = None
-    damping: tuple[float, ...] = ()
-    attempts: int = 1
+    damping: Mapping[str, float] = field(default_factory=dict)
+    trouble: tuple[str, ...] = ()
     perplexity: float | None = None
     perplexity_full: float | None = None
 
@@ -54,7 +56,7 @@ class ModuleReport:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ModuleReport":
         """Read the record back."""
-        return cls(**{**record, "damping": tuple(record["damping"])})
+        return cls(**{**record, "trouble": tuple(record["trouble"])})
 
 
 class HeadBlock(NamedTuple):
@@ -101,12 +103,14 @@ class QuantizeStep:
         collected = collect(self.decoder, spec.kind, params, states, self.mask)
         factors = module_factors(spec, collected.first, collected.second)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
-        quantized, bits = self._linears(spec, spec.linears, params, kernels, factors)
+        quantized, bits, trouble = self._linears(spec, spec.linears, params, kernels, factors)
         reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
         error = relative_error(states, collected.states, self.mask)
-        used = (factors[spec.first[0].name], factors[spec.second.name])
-        return {STATES: states, REFERENCE: reference}, _report(spec, bits, used, rfn_error=error)
+        shared = hessian_trouble(collected.first, factors[spec.first[0].name], spec.first)
+        own = hessian_trouble(collected.second, factors[spec.second.name], (spec.second,))
+        report = _report(spec, bits, factors, [*shared, *own, *trouble], rfn_error=error)
+        return {STATES: states, REFERENCE: reference}, report
 
     def _propagated(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
@@ -114,17 +118,22 @@ class QuantizeStep:
         params = jax.device_put(block.params)
         terms = first_terms(self.decoder, spec.kind, params, states, reference, self.mask)
         first = factor_hessian(terms.hessian, " and ".join(linear.key for linear in spec.first))
+        said = hessian_trouble(terms.hessian, first, spec.first)
         targets = {x.name: self._target(params, x, first, terms) for x in spec.first}
-        quantized, bits = self._linears(spec, spec.first, params, targets, dict.fromkeys(targets, first))
+        factors = dict.fromkeys(targets, first)
+        quantized, bits, trouble = self._linears(spec, spec.first, params, targets, factors)
         terms, reference = second_terms(
             self.decoder, spec.kind, params, quantized, states, reference, self.mask, residual=self.recipe.residual > 0
         )
         second = factor_hessian(terms.hessian, spec.second.key)
+        said += [*trouble, *hessian_trouble(terms.hessian, second, (spec.second,))]
         target = {spec.second.name: self._target(params, spec.second, second, terms)}
-        quantized, more = self._linears(spec, (spec.second,), quantized, target, {spec.second.name: second})
+        factors[spec.second.name] = second
+        quantized, more, trouble = self._linears(spec, (spec.second,), quantized, target, factors)
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
         error = relative_error(states, reference, self.mask)
-        return {STATES: states, REFERENCE: reference}, _report(spec, bits + more, (first, second), stream_error=error)
+        report = _report(spec, bits + more, factors, [*said, *trouble], stream_error=error)
+        return {STATES: states, REFERENCE: reference}, report
 
     def _target(self, params: Any, linear: LinearSpec, factor: HessianFactor, terms: CrossTerms) -> jax.Array:
         kernel = jnp.asarray(params[linear.name]["kernel"])
@@ -137,22 +146,25 @@ class QuantizeStep:
         params: Any,
         targets: Mapping[str, Any],
         factors: Mapping[str, HessianFactor],
-    ) -> tuple[dict[str, Any], int]:
-        """Quantize, pack, check and store some linears: `params` with them replaced, and their bits on disk."""
+    ) -> tuple[dict[str, Any], int, list[str]]:
+        """Quantize, pack, check and store some linears: `params` with them replaced, bits on disk, and trouble."""
         settings = self.strategy[spec.key]
         tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x) for x in linears]
-        out, bits = dict(params), 0  # norms and the like stay
+        out, bits, trouble = dict(params), 0, list[str]()  # norms and the like stay
         for linear, result in zip(linears, quantize_many(tasks), strict=True):
-            bias = params[linear.name].get("bias")
-            packed = pack_checked(result, linear, None if bias is None else np.asarray(bias))
+            own = dict(params[linear.name])
+            trouble += linear_trouble(linear, own["kernel"], result)
+            bias, said = clamp_bias(linear, np.asarray(own["bias"]) if "bias" in own else None)
+            trouble += said
+            packed = pack_checked(result, linear, bias)
             self._store(linear, packed.packed)
-            out[linear.name] = dict(params[linear.name]) | {"kernel": packed.weight}
+            out[linear.name] = own | {"kernel": packed.weight} | ({} if bias is None else {"bias": bias})
             bits += packed.packed.bits
-        return out, bits
+        return out, bits, trouble
 
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
-        packed, damping = quantize_head(
+        packed, damping, trouble = quantize_head(
             self.decoder, block.spec, block.params, carry[STATES], self.mask, head_qparams(self.head_bits)
         )
         self._store(block.spec, packed.packed)
@@ -164,6 +176,7 @@ class QuantizeStep:
             key=block.spec.key,
             bits=packed.packed.bits,
             damping=damping,
+            trouble=trouble,
             perplexity=perplexity(score(self.decoder, params, carry[STATES][:rows], ids).nll, mask),
             perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE][:rows], ids).nll, mask),
         )
@@ -173,12 +186,9 @@ class QuantizeStep:
         write_checked_tensors(self.out_tensor / f"{spec.key}.safetensors", packed.tensors(spec.key))
 
 
-def _report(spec: ModuleSpec, bits: int, factors: tuple[HessianFactor, HessianFactor], **errors: float) -> ModuleReport:
-    """The report of a module whose stages used `factors`."""
-    return ModuleReport(
-        key=spec.key,
-        bits=bits,
-        damping=tuple(float(factor.damping) for factor in factors),
-        attempts=max(int(factor.attempts) for factor in factors),
-        **errors,
-    )
+def _report(
+    spec: ModuleSpec, bits: int, factors: Mapping[str, HessianFactor], trouble: Sequence[str], **errors: float
+) -> ModuleReport:
+    """The report of a module whose linears used `factors`."""
+    damping = {name: float(factor.damping) for name, factor in factors.items()}
+    return ModuleReport(key=spec.key, bits=bits, damping=damping, trouble=tuple(trouble), **errors)

@@ -31,7 +31,7 @@ def summarize(
     notes = [n for c in state.records.get("calibration", {}).values() for n in c.get("notes", [])]
     strategy = state.records["strategy"]
     weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing == "fisher" else []
-    damped = [f"{r.key}: damping raised {r.attempts - 1} times" for r in reports if r.attempts > 1]
+    trouble = [line for report in reports for line in report.trouble]
     return ConversionResult(
         output=str(target),
         bits=config.bits,
@@ -47,7 +47,7 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *damped, *notes),
+        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *trouble, *notes),
     )
 
 

@@ -126,9 +126,9 @@ def test_checkpoints_of_another_pass_or_job_are_not_taken(saved: WorkDirectory) 
 def _rewrite(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, str]], None]) -> None:
     tensors = load_file(path)
     with safe_open(path, framework="numpy") as handle:
-        metadata = dict(handle.metadata())
+        metadata = json.loads(handle.metadata()["exl2jax"])
     change(tensors, metadata)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {"exl2jax": json.dumps(metadata)})
 
 
 def _flip(path: Path, place: int) -> None:
