@@ -24,6 +24,7 @@ from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.pipeline.result import ConversionResult
 from exl2jax.pipeline.summary import WEAKER, quantization_config, strategy_record, summarize
+from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.storage import make_directory
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,12 @@ class _Conversion:
     def _with_calibration(self, state: JobState, name: str, rows: CalibrationRows) -> JobState:
         """The state with the pass's calibration on record; a resume under other rows is refused."""
         known = state.records.get("calibration", {})
+        tokens = rows.input_ids.size if rows.attention_mask is None else int(rows.attention_mask.sum())
+        shortage = calibration_shortage([linear for spec in self.context.specs for linear in spec.linears], tokens)
+        record = rows.record()
+        record["notes"] = [*record["notes"], *(f"{name} pass {line}" for line in shortage)]
         if name in known and known[name]["sha256"] != rows.sha256:
             raise JobError(f"{self.work.job_file}: the calibration data changed since the {name} pass began; use -nr")
-        state = replace(state, records={**state.records, "calibration": {**known, name: rows.record()}})
+        state = replace(state, records={**state.records, "calibration": {**known, name: record}})
         self._save(state)
         return state

@@ -21,6 +21,7 @@ from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.pipeline.measure import STATES, Block
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.stream import forward
+from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
 """Name of the gradients in the carry of the backward scan."""
@@ -33,12 +34,12 @@ class InputStack:
     """The input states of every module, `[modules, R, T, D]` float32 in a file that is mapped, not loaded."""
 
     def __init__(self, path: Path, specs: Sequence[ModuleSpec], shape: tuple[int, int, int]) -> None:
-        """Open the file, or make it."""
+        """Open the file, or make it with all its space reserved: `fresh` says which."""
         self._position = {spec.key: i for i, spec in enumerate(specs)}
         wanted = (len(specs) + 1, *shape)
-        size = int(np.prod(wanted, dtype=np.int64)) * 4
-        mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
-        self._states = np.memmap(path, np.float32, mode, shape=wanted)
+        self._path = path
+        self.fresh = reserve(path, int(np.prod(wanted, dtype=np.int64)) * 4)
+        self._states = np.memmap(path, np.float32, "r+", shape=wanted)
 
     def write(self, spec: ModuleSpec, states: np.ndarray, out: np.ndarray) -> None:
         """Keep a module's input, and its output as the input of the next one."""
@@ -55,7 +56,8 @@ class InputStack:
 
     def flush(self) -> None:
         """Bring everything to disk."""
-        self._states.flush()
+        with storing(self._path):
+            self._states.flush()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,10 @@ class ForwardStep:
         """Run a module on the full-precision states."""
         states = carry[STATES]
         out = forward(self.decoder, block.spec.kind, jax.device_put(block.params), states)
+        if not np.isfinite(out).all():
+            raise NumericalError(
+                f"{block.spec.key}: the full-precision output holds NaN or infinity on this calibration data"
+            )
         self.stack.write(block.spec, states, out)
         return {STATES: out}, None
 

@@ -38,17 +38,22 @@ def factor_hessian(hessian: jax.Array, name: str) -> HessianFactor:
     return factor
 
 
-def quantize_linear(
-    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec
-) -> QuantizedLinear:
-    """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
-    require_quantizable_rows(spec.rows, spec.key)
+def require_half_range(kernel: np.ndarray | jax.Array, spec: LinearSpec) -> None:
+    """Raise `NumericalError` where a weight is NaN or beyond what the format can hold."""
     largest = float(jnp.max(jnp.abs(kernel)))
     if not largest <= HALF_MAX:
         raise NumericalError(
             f"{spec.key}: a weight of magnitude {largest:.4g}, EXL2 holds {HALF_MAX:g} at most; "
             "the source model is damaged or cannot be converted"
         )
+
+
+def quantize_linear(
+    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec
+) -> QuantizedLinear:
+    """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
+    require_quantizable_rows(spec.rows, spec.key)
+    require_half_range(kernel, spec)
     linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows))
     if not bool(jnp.all(jnp.isfinite(linear.weight))):
         raise NumericalError(

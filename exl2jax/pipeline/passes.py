@@ -23,7 +23,7 @@ from exl2jax.pipeline.quantize import ModuleReport, QuantizeStep
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
 from exl2jax.pipeline.stream import embed
-from exl2jax.storage import TensorFiles, make_directory, read_json, write_json, write_tensors
+from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
 
 CHECK_ROWS = 16
 """Rows of the final check where `measurement_rows` says nothing; stock's default."""
@@ -35,6 +35,8 @@ def forward_pass(context: Context, rows: CalibrationRows) -> None:
     """Keep the full-precision input of every module on a few calibration rows."""
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, rows.input_ids[picked])
+    if stack.fresh:
+        remove(context.work.hidden_states)  # a checkpoint without the inputs before it is worth nothing
     context.scan(
         "forward",
         ForwardStep(decoder=context.decoder, stack=stack),
@@ -52,12 +54,15 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     picked = _fisher_rows(context, rows)
     mask = None if rows.attention_mask is None else rows.attention_mask[picked]
     stack = _input_stack(context, rows.input_ids[picked])
+    if stack.fresh:
+        raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with -nr")
     tokens = rows.input_ids[picked].size if mask is None else int(mask.sum())
     specs = context.specs[::-1]
 
     def write(outputs: Sequence[Columns]) -> None:
         pairs = zip(specs, outputs, strict=False)
-        write_tensors(context.work.fisher, {x.key: found[x.name] for spec, found in pairs for x in spec.linears})
+        columns = {x.key: found[x.name] for spec, found in pairs for x in spec.linears}
+        write_checked_tensors(context.work.fisher, columns)
 
     def read(count: int) -> list[Columns]:
         known = _read_fisher(context)
@@ -79,12 +84,12 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
         read=read,
     )
     write(outputs)
-    context.work.module_inputs.unlink(missing_ok=True)
 
 
 def price_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the measurement of what each linear's error costs."""
     fisher_rows = len(_fisher_rows(context, rows))
+    remove(context.work.module_inputs)  # the job file says by now that the backward pass is done
 
     def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
         linears = {key: costs for found in outputs for key, costs in found.items()}
@@ -185,8 +190,7 @@ def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
 
 
 def _read_fisher(context: Context) -> dict[str, np.ndarray]:
-    files = TensorFiles([context.work.fisher])
-    return {name: files.read(name) for name in files}
+    return read_checked_tensors(context.work.fisher)[0]
 
 
 def _price_range(found: Mapping[str, LinearCosts]) -> str:

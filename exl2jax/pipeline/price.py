@@ -12,7 +12,7 @@ import numpy as np
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import HessianFactor, gptq_tile_losses
-from exl2jax.pipeline.linear import in_threads
+from exl2jax.pipeline.linear import in_threads, require_half_range
 from exl2jax.pipeline.measure import STATES, Block, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
@@ -46,8 +46,15 @@ class PriceStep:
         def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:
             linear, setting = task
             weight = jnp.asarray(self.fisher[linear.key]) * scale
-            return _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight)
+            found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight)
+            if not np.isfinite(found).all():
+                raise NumericalError(
+                    f"{linear.key}: its costs hold NaN or infinity; the activations of this calibration data overflow"
+                )
+            return found
 
+        for linear in spec.linears:
+            require_half_range(params[linear.name]["kernel"], linear)
         tasks = [(linear, setting) for linear in spec.linears for setting in MEASURED]
         losses = iter(in_threads(run, tasks))
         costs = {

@@ -60,7 +60,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None 
     """Write a safetensors file atomically; the same tensors give the same bytes."""
     # safetensors writes memory as it lies: a transposed view would come back scrambled.
     ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ordered, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: _save(temporary, ordered, metadata))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,6 +97,20 @@ def make_directory(path: Path, what: str) -> None:
         ) from e
 
 
+def reserve(path: Path, size: int) -> bool:
+    """Make sure of a file of `size` bytes with all its space on disk; True where it had to be made, full of zeros.
+
+    A mapped file whose blocks are not there yet kills the process that touches them on a full disk.
+    """
+    with storing(path):
+        if path.exists() and path.stat().st_size == size:
+            return False
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return True
+
+
 def rename(path: Path, target: Path) -> None:
     """Give a finished file its final name; `sync` the directory when all have theirs."""
     with storing(target):
@@ -131,6 +145,20 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _save(path: Path, tensors: Tensors, metadata: dict[str, str] | None) -> None:
+    """Write a safetensors file; the library puts several metadata in an order that changes, so they are sorted."""
+    save_file(dict(tensors), path, metadata=metadata)
+    if metadata and len(metadata) > 1:
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+            if len(text) == length:
+                file.seek(8)
+                file.write(text)
 
 
 def _write_text(path: Path, text: str) -> None:

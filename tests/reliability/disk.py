@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
@@ -59,6 +60,8 @@ class Watch:
             self._replace(os, name, self._rename(getattr(os, name)))
         self._replace(os, "fsync", self._by_descriptor(os.fsync, "fsync"))
         self._replace(os, "sendfile", self._sendfile(os.sendfile))
+        self._replace(os, "posix_fallocate", self._by_descriptor(os.posix_fallocate, "write"))
+        self._replace(np.memmap, "flush", self._flush(np.memmap.flush))
         self._replace(os, "open", self._os_open(os.open))
         opener = self._file_open(io.open)
         self._replace(io, "open", opener)
@@ -110,11 +113,20 @@ class Watch:
         return call
 
     def _by_descriptor(self, real: Any, kind: str) -> Any:
-        def call(descriptor: int) -> Any:
+        def call(descriptor: int, *args: Any) -> Any:
             inside = self._inside(Path(f"/proc/self/fd/{descriptor}").readlink())
-            return real(descriptor) if inside is None else self._do(kind, inside, lambda: real(descriptor))
+            if inside is None:
+                return real(descriptor, *args)
+            return self._do(kind, inside, lambda: real(descriptor, *args))
 
         return call
+
+    def _flush(self, real: Any) -> Any:
+        def flush(mapped: Any) -> Any:
+            inside = self._inside(mapped.filename)
+            return real(mapped) if inside is None else self._do("fsync", inside, lambda: real(mapped))
+
+        return flush
 
     def _sendfile(self, real: Any) -> Any:
         def call(out: int, source: int, offset: Any, count: int) -> Any:
