@@ -1,5 +1,6 @@
 """The experiments: a conversion is killed, refused or loses power at a chosen moment, then resumed and compared."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exl2jax.errors import Exl2JaxError
-from tests.reliability.disk import REFUSED, Killed, Operation, Watch, freeze_at, kill_at, nothing, refuse_from
+from tests.reliability.disk import Killed, Operation, Watch, freeze_at, kill_at, nothing, refuse_from
 from tests.reliability.power import Image, PowerModel, restore
 from tests.reliability.scene import Scene, differences, fresh, outcome
 
@@ -31,14 +32,15 @@ class Reference:
         return [(o.index, o.kind == "write") for o in self.operations if o.kind in POINTS]
 
     def fault_points(self) -> list[tuple[int, int]]:
-        """Operation and error number of every refusal: each error at the first change of each file that it can hit."""
+        """Operation and error number of every refusal: each error once for every file that is written."""
+        first = {errno.ENOSPC: "write", errno.EACCES: "create", errno.EIO: "fsync", errno.EROFS: "rename"}
         points = []
-        for error, kinds in REFUSED.items():
-            before = Operation(-1, "", "")
+        for error, kind in first.items():
+            before = ""
             for operation in self.operations:
-                if operation.kind in kinds and (operation.path, operation.kind) != (before.path, before.kind):
+                if operation.kind == kind and operation.path != before and "." in operation.path:
                     points.append((operation.index, error))
-                before = operation
+                before = operation.path
         return points
 
 
