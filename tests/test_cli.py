@@ -1,5 +1,6 @@
 """The command: stock's flags and defaults, exit codes, and what goes to which stream."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
-from exl2jax.calibration import CalibrationConfig
+from exl2jax.calibration import CalibrationConfig, load_tokenizer
 from exl2jax.errors import Interrupted, ModelError
 from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.job import JobState, WorkDirectory
@@ -277,3 +278,47 @@ def test_public_names_are_there_and_documented() -> None:
         for name in module.__all__:
             assert name.startswith("__") or getattr(module, name).__doc__, name
     assert {"convert", "ConversionConfig", "load_exl2"} <= set(exl2jax.__all__)
+
+
+def test_calibrate_builds_shows_and_does_not_convert(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "rows.safetensors"
+    command = [
+        "calibrate",
+        "-i",
+        str(tiny_llama),
+        "-r",
+        "30",
+        "-l",
+        "32",
+        "--seed",
+        "4",
+        "--measure",
+        "--out",
+        str(out),
+    ]
+    assert cli.main([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    ids = load_file(out)["input_ids"]
+    assert ids.shape == (30, 32)
+    assert (shown["rows"], shown["length"], shown["source"]) == (30, 32, "standard")
+    assert sum(shown["composition"].values()) == 30
+    assert shown["sha256"] == hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
+    assert shown["coverage"] == len(np.unique(ids)) / 320
+    assert shown["first"] == load_tokenizer(tiny_llama).decode(ids[0])
+    assert cli.main(command) == 0
+    table = capsys.readouterr().out
+    for word in ("rows, wiki", "vocabulary", "duplicate rows", "first tokens", "last tokens"):
+        assert word in table
+
+
+def test_calibrate_refuses_in_one_line(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.safetensors"
+    command = ["calibrate", "-i", str(tiny_llama), "--out", str(out), "-c"]
+    assert cli.main([*command, "ptb"]) == 2
+    assert cli.main([*command, str(tmp_path / "none.parquet")]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "wikitext2, c4, c4-new" in first
+    assert "none.parquet: no such calibration file" in second
+    assert not out.exists()
