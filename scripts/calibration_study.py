@@ -46,23 +46,16 @@ class Judge:
         return {"nll": found.nll.mean(axis=1).tolist(), "kl": found.kl.mean(axis=1).tolist()}
 
 
-def folder(source: str, arguments: argparse.Namespace) -> Path:
-    """Where a source's conversion lies."""
-    return arguments.work / "".join(c if c.isalnum() else "-" for c in source)
-
-
 def study(source: str, arguments: argparse.Namespace, judge: Judge, console: Console) -> dict[str, Any]:
     """Convert with a source and judge the result."""
-    work = folder(source, arguments)
+    work = arguments.work / "".join(c if c.isalnum() else "-" for c in source)
     shutil.rmtree(work, ignore_errors=True)
-    first = (arguments.source or SOURCES)[0]
-    shared = arguments.one_measurement and source != first
     config = ConversionConfig(
         in_dir=arguments.model,
         out_dir=work / "job",
         compile_full=work / "exl2",
         cal_dataset=source,
-        measurement=folder(first, arguments) / "job" / "measurement.json" if shared else None,
+        measurement=arguments.measurement,
         bits=arguments.bits,
         dataset_rows=arguments.rows,
         measurement_rows=arguments.measurement_rows,
@@ -77,7 +70,6 @@ def study(source: str, arguments: argparse.Namespace, judge: Judge, console: Con
     return {
         "source": source,
         "preset": arguments.preset,
-        "measured on": first if shared else source,
         "bpw": result.bpw,
         "composition": result.calibration["quantize"]["composition"],
         "seconds": round(time.monotonic() - begun),
@@ -128,9 +120,7 @@ def main() -> int:
     parser.add_argument("-mr", "--measurement-rows", type=int, default=19, help="measurement rows")
     parser.add_argument("-l", "--length", type=int, default=512, help="tokens of a row")
     parser.add_argument(
-        "--one-measurement",
-        action="store_true",
-        help="take the bits of every conversion from the first one's measurement: only the quantization's rows differ",
+        "-m", "--measurement", type=Path, help="measurement for every conversion: then only the quantization differs"
     )
     parser.add_argument("--preset", default="best", help="recipe of the conversions")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
