@@ -41,8 +41,10 @@ VARIANTS: dict[str, Recipe] = {
     "fisher": PLAIN,
     "best": BEST,
     "fast": PRESETS["fast"],
-    "propagation 1": replace(BEST, propagation=1.0),
-    "residual 0.5": replace(BEST, residual=0.5),
+    "strength 1": replace(BEST, propagation=1.0, residual=1.0),
+    "without residual": replace(BEST, residual=0.0),
+    "scaled by divergence": replace(BEST, divergence_rows=2),
+    "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
 }
 EVERY_TARGET = ("stock", "fisher", "best")
@@ -65,7 +67,7 @@ class Trial:
         return f"{self.variant}-{self.bits:g}-{self.subset}".replace(" ", "_")
 
 
-def study(only: Sequence[str], targets: Sequence[float]) -> Iterator[Trial]:
+def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterator[Trial]:
     """The trials of the study, the most telling first."""
     for bits in targets:
         yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
@@ -73,7 +75,7 @@ def study(only: Sequence[str], targets: Sequence[float]) -> Iterator[Trial]:
         if variant not in EVERY_TARGET and (not only or variant in only):
             yield Trial(variant=variant, bits=3.0)
     if not only or "best" in only:
-        yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, SUBSETS))
+        yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))
 
 
 class Study:
@@ -126,7 +128,7 @@ class Study:
 
     def measurement(self, recipe: Recipe) -> Path:
         """The measurement that a recipe allocates by, shared by all trials that measure alike."""
-        name = "accuracy" if recipe.pricing == "accuracy" else f"fisher-{recipe.fisher_rows}"
+        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}"
         path = self.out / f"measurement-{name}.json"
         if not path.exists():
             begun = _cpu_seconds()
@@ -234,13 +236,14 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=40, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
     parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")
+    parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     jax.config.update("jax_compilation_cache_dir", str(arguments.out / "xla"))
     found = Study(arguments)
     records = []
-    for trial in study(arguments.only, arguments.bits):
+    for trial in study(arguments.only, arguments.bits, arguments.subsets):
         records.append(found.run(trial))
         print(table(records[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(records))

@@ -26,9 +26,9 @@ EXACT_NORM = 1.0
 class Strategy:
     """What was chosen: `qparams` by module key and linear name, the bits it costs, and how it was found.
 
-    `pricing` says what the bits were spent against. By `fisher`, `objective` is the expected KL divergence in nats per
-    token; by `accuracy` it is `sum error^norm`, and `max_error` the largest error of a module. `gap` is the proven
-    distance of the objective to its optimum, None where nothing is proven.
+    `pricing` says what the bits were spent against. By `fisher` or `divergence`, `objective` is the expected KL
+    divergence in nats per token; by `accuracy` it is `sum error^norm`, and `max_error` the largest error of a module.
+    `gap` is the proven distance of the objective to its optimum, None where nothing is proven.
     """
 
     qparams: Mapping[str, Mapping[str, QParams]]
@@ -71,7 +71,7 @@ _Choice = tuple[tuple[int, ...], float | None]
 
 def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing: Pricing) -> tuple[float, float]:
     """Least and greatest bits per weight that allocation by `pricing` can reach."""
-    if pricing == "fisher":
+    if pricing != "accuracy":
         linears = [linear for spec in specs for linear in spec.linears]
         costs = [[q.total_bits(x.rows, x.columns) for x in linears] for q in (NARROWEST, WIDEST)]
         low, high = (sum(row) for row in costs)
@@ -87,7 +87,8 @@ def allocate(
 ) -> Strategy:
     """Choose a setting per linear within `int(weights * bits)` bits.
 
-    By `fisher` every linear takes the mixture of widths that serves the whole best (`free_choice`). By `accuracy` every
+    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`). By
+    `accuracy` every
     module takes a row of its candidates; `solver` is then `exact` (the optimum of the sum of errors, proven) or
     `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by the smallest
     maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
@@ -97,20 +98,20 @@ def allocate(
     budget = int(weights * bits)
     if budget < round(low * weights):
         raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
-    if pricing == "fisher":
-        return _free_strategy(measurement, specs, budget)
+    if pricing != "accuracy":
+        return _free_strategy(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, solver=solver, seed=seed)
 
 
-def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int) -> Strategy:
-    assert measurement.sensitivity is not None  # pricing by fisher rests on it
+def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
+    assert measurement.sensitivity is not None  # the callers looked
     chosen = free_choice(measurement.sensitivity.linears, budget)
     return Strategy(
         qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in specs},
         total_bits=sum(mixture.total_bits for mixture in chosen.mixtures.values()),
         weights=sum(spec.weights for spec in specs),
         objective=sum(mixture.cost for mixture in chosen.mixtures.values()),
-        pricing="fisher",
+        pricing=pricing,
         solver="exact",
         gap=chosen.gap,
     )

@@ -19,7 +19,15 @@ from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context, digest
 from exl2jax.pipeline.job import JobState
 from exl2jax.pipeline.measurement import Measurement, read_measurement
-from exl2jax.pipeline.passes import accuracy_pass, backward_pass, forward_pass, price_pass, quantize_pass, read_reports
+from exl2jax.pipeline.passes import (
+    accuracy_pass,
+    backward_pass,
+    forward_pass,
+    perturb_pass,
+    price_pass,
+    quantize_pass,
+    read_reports,
+)
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.pipeline.result import ConversionResult
@@ -30,6 +38,15 @@ from exl2jax.storage import make_directory
 log = logging.getLogger(__name__)
 
 type Stage = Callable[[JobState], JobState]
+
+MEASURING_PASSES = {
+    "forward": forward_pass,
+    "backward": backward_pass,
+    "perturb": perturb_pass,
+    "price": price_pass,
+    "measure": accuracy_pass,
+}
+"""Passes of the measurement in order; a recipe takes some of them."""
 
 
 def convert(config: ConversionConfig, control: Control | None = None) -> ConversionResult:
@@ -75,17 +92,12 @@ class _Conversion:
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""
+        recipe = self.context.recipe
         measure = partial(self._with_rows, measure=True)
         if self.config.measurement is not None:
             stages: dict[str, Stage] = {}
-        elif self.context.recipe.pricing == "fisher":
-            stages = {
-                "forward": partial(measure, forward_pass),
-                "backward": partial(measure, backward_pass),
-                "price": partial(measure, price_pass),
-            }
         else:
-            stages = {"measure": partial(measure, accuracy_pass)}
+            stages = {name: partial(measure, run) for name, run in MEASURING_PASSES.items() if name in recipe.passes}
         return stages if self.config.output_measurement is not None else {**stages, "quantize": self._quantize}
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
@@ -149,18 +161,17 @@ class _Conversion:
             solver=self.config.allocation,
             seed=self.config.seed,
         )
-        figure = "expected KL" if strategy.pricing == "fisher" else "sum of errors"
+        figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
         return strategy
 
     def _pricing(self, measurement: Measurement) -> Pricing:
         """What the recipe asks for, or the other where the measurement does not have it."""
-        if self.context.recipe.pricing == "fisher" and measurement.sensitivity is None:
+        wanted = self.context.recipe.pricing
+        if wanted != "accuracy" and measurement.sensitivity is None:
             log.warning("allocation: %s", WEAKER)
             return "accuracy"
-        if self.context.recipe.pricing == "accuracy" and not measurement.modules:
-            return "fisher"
-        return self.context.recipe.pricing
+        return "fisher" if wanted == "accuracy" and not measurement.modules else wanted
 
     def _deliver_measurement(self, state: JobState) -> ConversionResult:
         target = self.config.output_measurement

@@ -46,6 +46,15 @@ class InputStack:
         i = self._position[spec.key]
         self._states[i], self._states[i + 1] = states, out
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[modules + 1, R, T, D]`: inputs of all modules and the output of the last."""
+        return self._states.shape
+
+    def position(self, spec: ModuleSpec) -> int:
+        """Place of a module in the order of the model."""
+        return self._position[spec.key]
+
     def read(self, spec: ModuleSpec) -> np.ndarray:
         """The input of a module."""
         return self._states[self._position[spec.key]]

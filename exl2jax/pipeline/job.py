@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 JOB_FORMAT = 2
 """Version of the job file and of the checkpoints; 1 had no checksums."""
-STAGES = ("forward", "backward", "price", "measure", "quantize", "compile", "finished")
+STAGES = ("forward", "backward", "perturb", "price", "measure", "quantize", "compile", "finished")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +62,17 @@ class WorkDirectory:
         self.hidden_states = path / "hidden_states.safetensors"
         self.module_inputs = path / "module_inputs.f32"
         self.fisher = path / "fisher.safetensors"
+        self.perturbations = path / "perturbations.safetensors"
+        self.scaled_fisher = path / "scaled_fisher.safetensors"
         self.measurement = path / "measurement.json"
         self.reports = path / "quantized.json"
         self.out_tensor = path / "out_tensor"
 
     def left_by(self, stage: str) -> Path | None:
         """The file in which a stage leaves its result for the later ones, whose checksum the job file keeps."""
-        found = {"backward": self.fisher, "price": self.measurement, "measure": self.measurement}
-        return {**found, "quantize": self.reports}.get(stage)
+        weights = {"backward": self.fisher, "perturb": self.scaled_fisher}
+        found = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports}
+        return (weights | found).get(stage)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,7 +106,7 @@ class WorkDirectory:
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
-        states = (*rows, self.hidden_states, self.module_inputs, self.fisher)
+        states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
         for path in (self.job_file, *states, self.measurement, self.reports, self.out_tensor):
             remove(path)
 

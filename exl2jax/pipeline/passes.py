@@ -1,25 +1,29 @@
 """The passes of a conversion over the modules of its model, each a checkpointed scan that leaves its result on disk.
 
-`forward` and `backward` find the Fisher information, `price` the costs that follow from it; `measure` is stock's exact
-measurement of every candidate; `quantize` writes the packed linears.
+`forward` and `backward` find the Fisher information, `perturb` scales it by measured divergences, `price` finds the
+costs that follow from it; `measure` is stock's exact measurement of every candidate; `quantize` writes the packed
+linears.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, NumericalError
-from exl2jax.models import head_spec
+from exl2jax.models import ModuleSpec, head_spec
 from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
 from exl2jax.pipeline.measure import STATES, measure_step
 from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement
+from exl2jax.pipeline.perturb import PERTURBED, Perturbation, PerturbStep, divergences, scaled
 from exl2jax.pipeline.price import PriceStep
 from exl2jax.pipeline.quantize import ModuleReport, QuantizeStep
+from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
 from exl2jax.pipeline.stream import embed
@@ -28,7 +32,8 @@ from exl2jax.storage import make_directory, read_checked_tensors, read_json, rem
 CHECK_ROWS = 16
 """Rows of the final check where `measurement_rows` says nothing; stock's default."""
 
-FISHER_METHOD = "Fisher information of output columns, labels sampled from the model"
+PREDICTED = "predicted"
+"""Tensor beside the columns' weights in the file of perturbations."""
 
 
 def forward_pass(context: Context, rows: CalibrationRows) -> None:
@@ -60,12 +65,10 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     specs = context.specs[::-1]
 
     def write(outputs: Sequence[Columns]) -> None:
-        pairs = zip(specs, outputs, strict=False)
-        columns = {x.key: found[x.name] for spec, found in pairs for x in spec.linears}
-        write_checked_tensors(context.work.fisher, columns)
+        write_checked_tensors(context.work.fisher, _by_key(specs, outputs))
 
     def read(count: int) -> list[Columns]:
-        known = _read_fisher(context)
+        known = _read_all(context.work.fisher)
         return [{x.name: known[x.key] for x in spec.linears} for spec in specs[:count]]
 
     def start() -> Carry:
@@ -86,14 +89,40 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     write(outputs)
 
 
+def perturb_pass(context: Context, rows: CalibrationRows) -> None:
+    """Scale what the backward pass left by the measured divergence of perturbing each module alone."""
+    picked = _fisher_rows(context, rows)
+    step = PerturbStep(
+        decoder=context.decoder,
+        stack=_input_stack(context, rows.input_ids[picked]),
+        rows=min(context.recipe.divergence_rows, len(picked)),
+        fisher=_read_all(context.work.fisher) if context.recipe.pricing == "fisher" else None,
+    )
+    mask = None if rows.attention_mask is None else rows.attention_mask[picked[: step.rows]]
+    carry, found = context.scan(
+        "perturb",
+        step,
+        lambda: step.start(len(context.specs)),
+        context.specs,
+        describe=lambda spec, found: f"{spec.key}: {found.predicted:.2e} nats predicted",
+        write=partial(_write_perturbations, context),
+        read=partial(_read_perturbations, context),
+    )
+    reference = step.stack.final()[: step.rows]
+    measured = divergences(context.decoder, context.model.head_params(), carry[PERTURBED], reference, mask)
+    write_checked_tensors(context.work.scaled_fisher, _by_key(context.specs, scaled(found, measured)))
+
+
 def price_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the measurement of what each linear's error costs."""
     fisher_rows = len(_fisher_rows(context, rows))
-    remove(context.work.module_inputs)  # the job file says by now that the backward pass is done
+    method = _method(context.recipe)
+    weights = context.work.scaled_fisher if context.recipe.divergence_rows else context.work.fisher
+    remove(context.work.module_inputs)  # the job file says by now that the passes which read it are done
 
     def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
         linears = {key: costs for found in outputs for key, costs in found.items()}
-        sensitivity = Sensitivity(method=FISHER_METHOD, rows=fisher_rows, linears=linears)
+        sensitivity = Sensitivity(method=method, rows=fisher_rows, linears=linears)
         Measurement(sensitivity=sensitivity).write(context.work.measurement, context.specs)
 
     def read(count: int) -> list[dict[str, LinearCosts]]:
@@ -104,7 +133,7 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
 
     _, outputs = context.scan(
         "price",
-        PriceStep(decoder=context.decoder, mask=rows.attention_mask, fisher=_read_fisher(context)),
+        PriceStep(decoder=context.decoder, mask=rows.attention_mask, fisher=_read_all(weights)),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,
         describe=lambda spec, found: f"{spec.key}: {_price_range(found)}",
@@ -189,8 +218,36 @@ def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
     return InputStack(context.work.module_inputs, context.specs, shape)
 
 
-def _read_fisher(context: Context) -> dict[str, np.ndarray]:
-    return read_checked_tensors(context.work.fisher)[0]
+def _by_key(specs: Sequence[ModuleSpec], outputs: Sequence[Columns]) -> dict[str, np.ndarray]:
+    """Columns of the first modules of `specs` by the keys of their linears."""
+    pairs = zip(specs, outputs, strict=False)
+    return {linear.key: found[linear.name] for spec, found in pairs for linear in spec.linears}
+
+
+def _read_all(path: Path) -> Mapping[str, np.ndarray]:
+    """Every tensor of a file."""
+    return read_checked_tensors(path)[0]
+
+
+def _write_perturbations(context: Context, found: Sequence[Perturbation]) -> None:
+    predicted = {PREDICTED: np.asarray([p.predicted for p in found])}
+    write_checked_tensors(context.work.perturbations, predicted | _by_key(context.specs, [p.columns for p in found]))
+
+
+def _read_perturbations(context: Context, count: int) -> list[Perturbation]:
+    known = _read_all(context.work.perturbations)
+    return [
+        Perturbation(columns={x.name: known[x.key] for x in spec.linears}, predicted=float(known[PREDICTED][i]))
+        for i, spec in enumerate(context.specs[:count])
+    ]
+
+
+def _method(recipe: Recipe) -> str:
+    """What the costs rest on, in words for the measurement file."""
+    if recipe.pricing == "divergence":
+        return "relative errors of linears, scaled by the measured divergence of perturbing each module alone"
+    scaled = ", scaled by the measured divergence of perturbing each module alone" if recipe.divergence_rows else ""
+    return f"Fisher information of output columns, labels sampled from the model{scaled}"
 
 
 def _price_range(found: Mapping[str, LinearCosts]) -> str:

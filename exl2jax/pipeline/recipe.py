@@ -5,7 +5,7 @@ from typing import Literal
 
 from exl2jax.errors import SettingsError
 
-type Pricing = Literal["fisher", "accuracy"]
+type Pricing = Literal["fisher", "divergence", "accuracy"]
 
 STRONGEST = 1.0
 
@@ -14,10 +14,12 @@ STRONGEST = 1.0
 class Recipe:
     """The choices of a conversion.
 
-    `pricing` is what bits are spent against: `fisher`, the expected KL divergence of the model's output by Fisher
-    information, every linear a slot of its own and every mixture of widths an option; or `accuracy`, stock's relative
-    error of a module's output, a module a slot and stock's table its options. `fisher_rows` are the rows of the
-    backward pass. `propagation` (0 to 1) is how far a linear's target is corrected for the inputs that the quantized
+    `pricing` is what bits are spent against. `fisher`: the expected KL divergence of the model's output by Fisher
+    information, every linear a slot of its own and every mixture of widths an option. `divergence`: the same, with
+    relative errors in place of gradients. `accuracy`: stock's relative error of a module's output, a module a slot and
+    stock's table its options. `fisher_rows` are the rows of the forward and backward passes, `divergence_rows` how many
+    of them measure what perturbing each module alone does, to scale its costs by (0: not at all; `divergence` rests on
+    it). `propagation` (0 to 1) is how far a linear's target is corrected for the inputs that the quantized
     model gives it, `residual` how far the linears that write to the residual stream correct the stream's own error; 0
     for both quantizes towards the source's weights, as stock does.
     """
@@ -25,6 +27,7 @@ class Recipe:
     name: str
     pricing: Pricing
     fisher_rows: int = 8
+    divergence_rows: int = 0
     propagation: float = 0.0
     residual: float = 0.0
 
@@ -35,6 +38,21 @@ class Recipe:
                 raise SettingsError(f"recipe {self.name}: {name} is {value}; it must lie between 0 and {STRONGEST:g}")
         if self.fisher_rows < 1:
             raise SettingsError(f"recipe {self.name}: fisher_rows is {self.fisher_rows}; it must be at least 1")
+        least = 1 if self.pricing == "divergence" else 0
+        if not least <= self.divergence_rows <= self.fisher_rows:
+            raise SettingsError(
+                f"recipe {self.name}: divergence_rows is {self.divergence_rows}; it must lie between {least} and "
+                f"fisher_rows, {self.fisher_rows}"
+            )
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The measuring passes that its pricing needs, in order."""
+        if self.pricing == "accuracy":
+            return ("measure",)
+        gradients = ("backward",) if self.pricing == "fisher" else ()
+        measured = ("perturb",) if self.divergence_rows else ()
+        return ("forward", *gradients, *measured, "price")
 
     @property
     def propagates(self) -> bool:
@@ -45,7 +63,7 @@ class Recipe:
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="best", pricing="fisher", propagation=0.5),
+        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5),
         Recipe(name="fast", pricing="fisher", fisher_rows=4),
         Recipe(name="stock", pricing="accuracy"),
     )

@@ -30,7 +30,7 @@ def summarize(
     weights = sum(spec.weights for spec in context.specs)
     notes = [n for c in state.records.get("calibration", {}).values() for n in c.get("notes", [])]
     strategy = state.records["strategy"]
-    weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing == "fisher" else []
+    weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing != "accuracy" else []
     trouble = [line for report in reports for line in report.trouble]
     return ConversionResult(
         output=str(target),

@@ -1,0 +1,142 @@
+"""What perturbing one module alone does to the predictions, measured, and what that makes of the Fisher information.
+
+Each module's linears are rounded to nearest at four bits, one module at a time, and the rest of the model runs on in
+full precision. All perturbed models go through one scan side by side: at every module those perturbed before move on,
+and the module's own perturbation joins them. At the head the KL divergence of each is measured; over what the Fisher
+information predicts for the same errors it gives one factor a module. Where there are no gradients, relative errors of
+the linears' outputs take the place of the prediction, and the factors alone say how much a module matters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.models import Decoder, LinearSpec, ModuleSpec
+from exl2jax.ops import round_to_nearest
+from exl2jax.pipeline.fisher import Columns, InputStack
+from exl2jax.pipeline.measure import Block
+from exl2jax.pipeline.scan import Carry
+from exl2jax.pipeline.stream import forward
+from exl2jax.qparams import q
+
+PERTURBED = "perturbed"
+"""Name, in the carry, of the states of the perturbed models, `[modules * k, T, D]`."""
+
+ROUNDING = q("4", "1", "128")
+"""Strong enough to stand out of float32 noise, weak enough for errors to stay small."""
+
+TOKEN_STRIDE = 4
+"""Every so many tokens are compared at the head: neighbours tell much the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Perturbation:
+    """A module's columns' weights as they were, and the divergence they predict for its perturbation, in nats."""
+
+    columns: Columns
+    predicted: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerturbStep:
+    """The step of the perturbation scan over the first `rows` rows of `stack`.
+
+    `fisher` holds the weight of each linear's columns by its key; None weighs every linear by its relative error.
+    """
+
+    decoder: Decoder
+    stack: InputStack
+    rows: int
+    fisher: Mapping[str, np.ndarray] | None
+
+    def start(self, modules: int) -> Carry:
+        """The carry before the first module: room for every perturbed model."""
+        _, _, length, width = self.stack.shape
+        return {PERTURBED: np.zeros((modules * self.rows, length, width), np.float32)}
+
+    def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Perturbation]:
+        """Move the models perturbed before on through a module, and add the one that is perturbed here."""
+        spec, params = block.spec, jax.device_put(block.params)
+        own = self.stack.position(spec) * self.rows
+        inputs = self.stack.read(spec)[: self.rows]
+        rounded = {linear.name: _rounded(params[linear.name]["kernel"], linear) for linear in spec.linears}
+        perturbed = params | {name: params[name] | {"kernel": kernel} for name, kernel in rounded.items()}
+        streams = carry[PERTURBED].copy()
+        if own:
+            streams[:own] = forward(self.decoder, spec.kind, params, streams[:own])
+        streams[own : own + self.rows] = forward(self.decoder, spec.kind, perturbed, inputs)
+        energy = _energies(self.decoder, spec.kind, params, rounded, jnp.asarray(inputs))
+        columns = self._columns(spec, {name: np.asarray(out, np.float64) for name, (_, out) in energy.items()})
+        predicted = sum(0.5 * float(np.asarray(e, np.float64) @ columns[name]) for name, (e, _) in energy.items())
+        return {PERTURBED: streams}, Perturbation(columns=columns, predicted=predicted)
+
+    def _columns(self, spec: ModuleSpec, outputs: Mapping[str, np.ndarray]) -> Columns:
+        if self.fisher is not None:
+            return {linear.name: self.fisher[linear.key] for linear in spec.linears}
+        return {name: np.full(e.shape, 1 / max(e.sum(), 1e-30), np.float32) for name, e in outputs.items()}
+
+
+def scaled(found: Sequence[Perturbation], divergence: np.ndarray) -> list[Columns]:
+    """Columns' weights of every module so scaled that they predict the measured `divergence [modules]`."""
+    factors = [measured / max(p.predicted, 1e-30) for p, measured in zip(found, divergence, strict=True)]
+    return [
+        {name: (factor * weight).astype(np.float32) for name, weight in p.columns.items()}
+        for p, factor in zip(found, factors, strict=True)
+    ]
+
+
+def divergences(
+    decoder: Decoder, params: Any, streams: np.ndarray, reference: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Mean KL divergence `[modules]` of final `streams [modules * k, T, D]` from `reference [k, T, D]`, in nats.
+
+    `mask [k, T]` leaves padding out; every `TOKEN_STRIDE`-th token is compared.
+    """
+    rows = len(reference)
+    weight = np.ones(reference.shape[:2]) if mask is None else mask.astype(np.float64)
+    weight = weight[:, ::TOKEN_STRIDE]
+    totals = np.zeros(len(streams) // rows)
+    for r in range(rows):
+        full = _log_probabilities(decoder, params, reference[r, ::TOKEN_STRIDE])
+        for m in range(len(totals)):
+            kl = _divergence(decoder, params, streams[m * rows + r, ::TOKEN_STRIDE], full)
+            totals[m] += np.asarray(kl, np.float64) @ weight[r]
+    return totals / weight.sum()
+
+
+def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
+    rows = jnp.arange(linear.rows)
+    return round_to_nearest(jnp.asarray(kernel, jnp.float32), rows, ROUNDING.groups(linear.rows)).weight
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _energies(
+    decoder: Decoder, kind: str, params: Any, rounded: Mapping[str, jax.Array], h: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Mean squares over tokens, by column, of each linear's error and of its output."""
+    trace = decoder.forward(kind, params, h)
+    first = decoder.first(kind, params, trace.first)
+
+    def squares(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel = params[name]["kernel"]
+        axes = tuple(range(x.ndim - 1))
+        error = x @ (rounded[name].astype(jnp.float32) - kernel)
+        return jnp.mean(jnp.square(error), axes), jnp.mean(jnp.square(x @ kernel.astype(jnp.float32)), axes)
+
+    return {name: squares(name, trace.first if name in first else trace.second) for name in rounded}
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(decoder.logits(params, h[None])[0], axis=-1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(decoder: Decoder, params: Any, h: jax.Array, full: jax.Array) -> jax.Array:
+    log_p = _log_probabilities(decoder, params, h)
+    return jnp.sum(jnp.exp(full) * (full - log_p), axis=-1)
