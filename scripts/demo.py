@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import resource
 import shutil
 import sys
 import time
@@ -42,6 +43,10 @@ def table(result: ConversionResult, before: Evaluation, after: Evaluation, secon
     out.add_row("held-out perplexity before", f"{before.perplexity:.3f} ({before.tokens} tokens)")
     out.add_row("held-out perplexity after", f"{after.perplexity:.3f}")
     out.add_row("KL divergence, top-1 agreement", f"{after.kl_divergence:.4f}, {after.top1_agreement:.3f}")
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    out.add_row("peak memory", f"{peak / 1e9:.2f} GB (conversion and evaluation)")
     for stage, spent in seconds.items():
         out.add_row(f"seconds, {stage}", f"{spent:.1f}")
     out.add_row("result", result.output)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -143,6 +144,16 @@ def test_a_model_that_is_quantized_already(model: Path, tokens: Path, capsys: An
     edit_config(quantization_config={"quant_method": "gptq"})(model)
     assert run(model, tokens) == 2
     assert "already quantized (gptq); take the original" in complaint(capsys)
+
+
+@pytest.mark.parametrize("preset", ["best", "stock"])
+def test_a_target_out_of_reach_is_refused_before_anything_is_measured(
+    preset: str, model: Path, tokens: Path, capsys: Any
+) -> None:
+    assert run(model, tokens, "-b", "2", "--preset", preset) == 1
+    message = complaint(capsys)
+    assert re.search(r"-b 2\.0: these candidates reach \d\.\d+ to 8\.\d+ bits per weight; raise -b", message), message
+    assert not (model.parent / "work").exists()
 
 
 CALIBRATION: dict[str, tuple[Callable[[Path], Any], list[str]]] = {

@@ -10,7 +10,7 @@ from exl2jax.models import ModuleSpec
 from exl2jax.pipeline.annealing import RUNS, anneal
 from exl2jax.pipeline.free import NARROWEST, WIDEST, free_choice
 from exl2jax.pipeline.knapsack import solve
-from exl2jax.pipeline.measurement import Candidate, Measurement
+from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.qparams import QParams
 
@@ -82,22 +82,38 @@ def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing:
     return low / weights, high / weights
 
 
-def allocate(
-    measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, pricing: Pricing, solver: str, seed: int
-) -> Strategy:
-    """Choose a setting per linear within `int(weights * bits)` bits.
+def require_reachable(specs: Sequence[ModuleSpec], bits: float, pricing: Pricing) -> None:
+    """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
+    tables = {
+        spec.key: tuple(
+            Candidate(qparams=row, total_bits=module_bits(spec, row), accuracy=1.0) for row in candidate_rows(spec)
+        )
+        for spec in specs
+    }
+    _reachable_budget(Measurement(modules=tables), specs, bits, pricing)
 
-    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`). By
-    `accuracy` every
-    module takes a row of its candidates; `solver` is then `exact` (the optimum of the sum of errors, proven) or
-    `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by the smallest
-    maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
-    """
+
+def _reachable_budget(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, pricing: Pricing) -> int:
+    """The budget in bits; `MeasurementError` with the feasible range when it is below the least."""
     low, high = feasible_bpw(measurement, specs, pricing)
     weights = sum(spec.weights for spec in specs)
     budget = int(weights * bits)
     if budget < round(low * weights):
         raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
+    return budget
+
+
+def allocate(
+    measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, pricing: Pricing, solver: str, seed: int
+) -> Strategy:
+    """Choose a setting per linear within `int(weights * bits)` bits.
+
+    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`).
+    By `accuracy` every module takes a row of its candidates; `solver` is then `exact` (the optimum of the sum of
+    errors, proven) or `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by
+    the smallest maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
+    """
+    budget = _reachable_budget(measurement, specs, bits, pricing)
     if pricing != "accuracy":
         return _free_strategy(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, solver=solver, seed=seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, StorageError
-from exl2jax.pipeline.allocate import Strategy, allocate
+from exl2jax.pipeline.allocate import Strategy, allocate, require_reachable
 from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.compile import compile_model, copy_source_files
@@ -55,6 +55,8 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
     context = Context.open(config, control or Control())
+    if config.measurement is None and config.output_measurement is None:
+        require_reachable(context.specs, config.bits, context.recipe.pricing)
     with context.work.locked():
         if config.no_resume:
             context.work.clear()
