@@ -13,7 +13,7 @@ BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast torture lint format parity parity-write clean
+.PHONY: help setup demo demo-model test test-fast torture quality lint format parity parity-write clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-fast: setup ## run the tests that take seconds
 
 torture: setup ## kill, refuse, corrupt and fuzz in full (a quarter of an hour); writes the figures of docs/reliability.md
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
+
+quality: demo-model ## measure what each choice of the algorithm is worth (most of an hour); the table of docs/quality.md
+	$(BIN)/python scripts/quality.py --plot build/quality/kl.png
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

@@ -76,6 +76,9 @@ def convert_command(
     preset: Annotated[
         str, typer.Option("--preset", help="best, fast, or stock, which reproduces ExLlamaV2's own algorithm.")
     ] = DEFAULT_PRESET,
+    with_accuracies: Annotated[
+        bool, typer.Option("--with-accuracies", help="Measure stock's accuracies too, for stock's tools to read.")
+    ] = False,
     allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
     checkpoint_interval: Annotated[
         float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
@@ -104,6 +107,7 @@ def convert_command(
         "measurement_length": measurement_length,
         "seed": seed,
         "preset": preset,
+        "with_accuracies": with_accuracies,
         "allocation": allocation,
         "checkpoint_interval": checkpoint_interval,
     }

@@ -20,9 +20,10 @@ class ConversionConfig:
     that can be said about a source (its rows, length, seed and pass stay unsaid: they are settings here); None takes
     the built-in set. `dataset_rows` and `measurement_rows` of None take what the source calls
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
-    2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`),
-    `allocation` the solver of the stock one, `exact` or `annealing`;
-    `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
+    2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`);
+    `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
+    `exact` or `annealing`; `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises
+    `SettingsError` on contradictions.
     """
 
     in_dir: Path
@@ -43,6 +44,7 @@ class ConversionConfig:
     no_resume: bool = False
     seed: int = 0
     preset: str | Recipe = DEFAULT_PRESET
+    with_accuracies: bool = False
     allocation: str = "exact"
     checkpoint_interval: float = 180.0
 
@@ -74,7 +76,8 @@ class ConversionConfig:
     @property
     def recipe(self) -> Recipe:
         """The algorithm's choices: those that the preset's name stands for, or the recipe given in its place."""
-        return find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
+        recipe = find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
+        return replace(recipe, accuracies=True) if self.with_accuracies else recipe
 
     def _check_directories(self) -> None:
         source = self.in_dir.resolve()

@@ -81,11 +81,10 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
     `partial` takes only that many modules from the front. Costs are counted anew from the shapes, so that a file of
     another model is noticed. Raises `MeasurementError` naming the file, the module and what is wrong.
     """
-    record = read_json(path, MeasurementError, "the measurement file")
+    record = _read(path)
     rows = record.get("measurement") if isinstance(record, dict) else None
-    ours = record.get(SECTION) if isinstance(record, dict) else None
     wanted = specs if partial is None else specs[:partial]
-    sensitivity = None if ours is None else Sensitivity.from_json(ours, wanted, path)
+    sensitivity = _sensitivity(path, record, wanted)
     if sensitivity is not None and not rows:
         return Measurement(sensitivity=sensitivity)
     if not isinstance(rows, dict) or not rows:
@@ -95,6 +94,20 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
         raise MeasurementError(f"{path}: module {extra[0]} is not in this model; the file belongs to another one")
     modules = {spec.key: _candidates(path, spec, rows.get(spec.key)) for spec in wanted}
     return Measurement(modules=modules, sensitivity=sensitivity)
+
+
+def read_sensitivity(path: Path, specs: Sequence[ModuleSpec]) -> Sensitivity | None:
+    """The costs in a measurement file, whatever stock's records beside them; None where it has none."""
+    return _sensitivity(path, _read(path), specs)
+
+
+def _read(path: Path) -> Any:
+    return read_json(path, MeasurementError, "the measurement file")
+
+
+def _sensitivity(path: Path, record: Any, specs: Sequence[ModuleSpec]) -> Sensitivity | None:
+    ours = record.get(SECTION) if isinstance(record, dict) else None
+    return None if ours is None else Sensitivity.from_json(ours, specs, path)
 
 
 def _candidates(path: Path, spec: ModuleSpec, records: Any) -> tuple[Candidate, ...]:

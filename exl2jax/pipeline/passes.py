@@ -19,7 +19,7 @@ from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
 from exl2jax.pipeline.measure import STATES, measure_step
-from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement
+from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement, read_sensitivity
 from exl2jax.pipeline.perturb import PERTURBED, Perturbation, PerturbStep, divergences, scaled
 from exl2jax.pipeline.price import PriceStep
 from exl2jax.pipeline.quantize import ModuleReport, QuantizeStep
@@ -144,14 +144,17 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
 
 
 def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
-    """Write stock's measurement: the accuracy of every candidate of every module."""
+    """Write stock's measurement: the accuracy of every candidate of every module, beside the costs if there are any."""
+    path = context.work.measurement
+    priced = context.recipe.pricing != "accuracy"
+    sensitivity = read_sensitivity(path, context.specs) if priced else None
 
     def write(outputs: Sequence[tuple[Candidate, ...]]) -> None:
-        keys = [spec.key for spec in context.specs]
-        Measurement(modules=dict(zip(keys, outputs, strict=False))).write(context.work.measurement, context.specs)
+        modules = dict(zip([spec.key for spec in context.specs], outputs, strict=False))
+        Measurement(modules=modules, sensitivity=sensitivity).write(path, context.specs)
 
     def read(count: int) -> list[tuple[Candidate, ...]]:
-        return list(read_measurement(context.work.measurement, context.specs, partial=count).modules.values())
+        return list(read_measurement(path, context.specs, partial=count).modules.values())
 
     _, outputs = context.scan(
         "measure",

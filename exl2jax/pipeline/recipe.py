@@ -19,15 +19,17 @@ class Recipe:
     relative errors in place of gradients. `accuracy`: stock's relative error of a module's output, a module a slot and
     stock's table its options. `fisher_rows` are the rows of the forward and backward passes, `divergence_rows` how many
     of them measure what perturbing each module alone does, to scale its costs by (0: not at all; `divergence` rests on
-    it). `propagation` (0 to 1) is how far a linear's target is corrected for the inputs that the quantized
-    model gives it, `residual` how far the linears that write to the residual stream correct the stream's own error; 0
-    for both quantizes towards the source's weights, as stock does.
+    it). `accuracies` measures stock's accuracies as well, for tools that read stock's files. `propagation` (0 to 1) is
+    how far a linear's target is corrected for the inputs that the quantized model gives it, `residual` how far the
+    linears that write to the residual stream correct the stream's own error; 0 for both quantizes towards the source's
+    weights, as stock does.
     """
 
     name: str
     pricing: Pricing
     fisher_rows: int = 8
     divergence_rows: int = 0
+    accuracies: bool = False
     propagation: float = 0.0
     residual: float = 0.0
 
@@ -52,7 +54,8 @@ class Recipe:
             return ("measure",)
         gradients = ("backward",) if self.pricing == "fisher" else ()
         measured = ("perturb",) if self.divergence_rows else ()
-        return ("forward", *gradients, *measured, "price")
+        exact = ("measure",) if self.accuracies else ()
+        return ("forward", *gradients, *measured, "price", *exact)
 
     @property
     def propagates(self) -> bool:

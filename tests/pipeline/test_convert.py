@@ -191,6 +191,17 @@ def test_stock_preset_and_its_measurement_under_another_preset(model: Path, toke
     assert verify(tmp_path / "b" / "exl2").faults == ()
 
 
+def test_both_measurements_in_one_file(converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path) -> None:
+    """Stock's tools find their records, and the costs beside them are those of a measurement without."""
+    file = tmp_path / "both.json"
+    only = settings(model, tokens, tmp_path, compile_full=None, output_measurement=file, with_accuracies=True)
+    convert(only)
+    both, ours = (json.loads(path.read_text()) for path in (file, converted.out_dir / "measurement.json"))
+    assert both["sensitivity"] == ours["sensitivity"] and not ours["measurement"]
+    assert both["last_module_idx"] == 2 * 3 + 2 and len(both["measurement"]) == 2 * 3 + 2
+    assert all(0 < record["accuracy"] <= 1 for record in both["measurement"]["model.layers.1.mlp"])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

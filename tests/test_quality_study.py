@@ -1,0 +1,65 @@
+"""The quality study in its short form: a tiny model, one target, every variant's door opened once."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from scripts.quality import VARIANTS, Study, Trial, plot, study, table
+from tests.support.tiny_model import write_tiny_llama
+
+ROWS, LENGTH = 4, 32
+
+
+@pytest.fixture(scope="module")
+def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    base = tmp_path_factory.mktemp("study")
+    ids = np.random.default_rng(1).integers(0, 300, (12, LENGTH))
+    for name, part in (("quantize", ids[:8]), ("measure", ids[:3]), ("heldout", ids[8:])):
+        save_file({"input_ids": part}, base / f"{name}.safetensors")
+    return Study(
+        argparse.Namespace(
+            model=write_tiny_llama(base / "model", num_layers=1),
+            out=base / "out",
+            rows=ROWS,
+            calibration=str(base / "quantize.safetensors"),
+            measuring=str(base / "measure.safetensors"),
+            heldout=str(base / "heldout.safetensors"),
+        )
+    )
+
+
+def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
+    records = [tiny_study.run(Trial(variant=v, bits=5.0)) for v in ("best", "stock")]
+    for record in records:
+        assert 4.5 < record["bpw"] <= 5.0 and record["cpu_seconds"] > 0
+        for found in record["domains"].values():
+            assert 0 < found["kl"] < 1 and 0 < found["top1"] <= 1 and found["kl_error"] >= 0
+    path = tiny_study.out / "best-5-0.json"
+    path.write_text(json.dumps(records[0] | {"bpw": 1.0}))
+    assert tiny_study.run(Trial(variant="best", bits=5.0))["bpw"] == 1.0
+    assert not list((tiny_study.out / "work").glob("best*"))
+    lines = table(records).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| best | ") and lines[3].startswith("| stock | ")
+    plot(records, tiny_study.out / "plot.png")
+    assert (tiny_study.out / "plot.png").stat().st_size > 5000
+
+
+def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> None:
+    best, plain = (tiny_study.measurement(VARIANTS[name]) for name in ("best", "fisher"))
+    assert best == plain != tiny_study.measurement(VARIANTS["stock"])
+
+
+def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study) -> None:
+    files = {tiny_study._calibration_rows(subset) for subset in range(3)}
+    assert len(files) == 3 and len({Path(f).read_bytes() for f in files}) == 3
+
+
+def test_study_holds_every_variant() -> None:
+    trials = list(study([], [2.5, 3.0], subsets=3))
+    assert {t.variant for t in trials} == set(VARIANTS)
+    assert len({t.key for t in trials}) == len(trials) == 2 * 3 + len(VARIANTS) - 3 + 2
+    assert {t.variant for t in study(["fast"], [3.0], subsets=3)} == {"fast"}
