@@ -31,7 +31,6 @@ from exl2jax.models import build_decoder, load_exl2, open_model
 from exl2jax.pipeline.recipe import PRESETS, Recipe
 from exl2jax.pipeline.scoring import perplexity, score
 
-LENGTH = 512
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
 PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0)
 
@@ -138,7 +137,6 @@ class Study:
                 output_measurement=path,
                 preset=recipe,
                 cal_dataset=self.measuring,
-                measurement_length=LENGTH,
             )
             convert(config)
             (self.out / f"{path.stem}-cpu.json").write_text(json.dumps(round(_cpu_seconds() - begun, 1)))
