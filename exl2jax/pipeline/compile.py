@@ -51,7 +51,7 @@ def _require_own(path: Path, directory: Path) -> None:
 
 def _require_no_strays(target: Path) -> None:
     work = WorkDirectory(target)
-    known = (work.cal_data, work.hidden_states, work.fisher) if work.job_file.exists() else ()
+    known = work.files if work.job_file.exists() else ()
     strays = sorted(p.name for p in target.glob("*.safetensors") if not is_shard(p.name) and p not in known)
     if strays:
         raise StorageError(f"{target / strays[0]}: not of this conversion, but its loader would read it; move it away")

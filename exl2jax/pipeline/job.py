@@ -68,6 +68,13 @@ class WorkDirectory:
         self.reports = path / "quantized.json"
         self.out_tensor = path / "out_tensor"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that a job leaves, the job file first: without it the rest is of no job."""
+        rows = (self.cal_data, self.measure_cal_data, self.self_rows)
+        states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
+        return (self.job_file, *states, self.measurement, self.reports, self.out_tensor)
+
     def left_by(self, stage: str) -> Path | None:
         """The file in which a stage leaves its result for the later ones, whose checksum the job file keeps."""
         weights = {"backward": self.fisher, "perturb": self.scaled_fisher}
@@ -105,9 +112,7 @@ class WorkDirectory:
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
-        rows = (self.cal_data, self.measure_cal_data, self.self_rows)
-        states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
-        for path in (self.job_file, *states, self.measurement, self.reports, self.out_tensor):
+        for path in self.files:
             remove(path)
 
     def resume(self, new: JobState) -> JobState:

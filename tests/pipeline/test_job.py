@@ -178,3 +178,10 @@ def test_a_second_holder_is_refused_even_in_the_same_process(work: WorkDirectory
         pass
     with work.locked():
         pass
+
+
+def test_every_file_of_a_job_is_known_as_one(work: WorkDirectory) -> None:
+    """`-nr` clears it, and no compilation into the work directory takes it for a stray."""
+    named = {path for name, path in vars(work).items() if name != "path"}
+    assert set(work.files) == named
+    assert work.files[0] == work.job_file
