@@ -142,6 +142,11 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     if (model_dir / "tokenizer.json").is_file():
         backend = _FastBackend(model_dir / "tokenizer.json")
     elif any((model_dir / name).is_file() for name in _SLOW_FILES):
+        if "auto_map" in _read_json(model_dir / "tokenizer_config.json"):
+            raise ModelError(
+                f"{model_dir / 'tokenizer_config.json'}: the tokenizer needs code of the model's own (auto_map), "
+                "which is never run; add a tokenizer.json"
+            )
         backend = _TransformersBackend(model_dir)
     else:
         raise ModelError(f"{model_dir}: no tokenizer found; tokenizer.json is missing, copy it from the model's source")

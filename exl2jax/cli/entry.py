@@ -18,6 +18,7 @@ from exl2jax.cli.convert import convert_command
 from exl2jax.cli.dequantize import dequantize_command
 from exl2jax.cli.evaluate import eval_command
 from exl2jax.cli.inspect import inspect_command
+from exl2jax.cli.plan import plan_command
 from exl2jax.cli.shared import say
 from exl2jax.cli.verify import verify_command
 from exl2jax.errors import Exl2JaxError, Interrupted
@@ -25,6 +26,7 @@ from exl2jax.pipeline.progress import StopFlag
 from exl2jax.version import VERSION
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "plan": plan_command,
     "convert": convert_command,
     "verify": verify_command,
     "eval": eval_command,

@@ -19,6 +19,10 @@ SPELLINGS = {
 """Other names of a key; a dot reaches into an object. The stock runtime reads all of them."""
 
 
+MAX_LAYERS, MAX_SIZE, MAX_NUMBER = 2**12, 2**26, 1e300
+"""Bounds of what a config says, far beyond any model: a hostile one must not keep the program planning for hours."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fields:
     """The keys of a config as an architecture reads them; those of a nested language model count like outer ones."""
@@ -53,6 +57,9 @@ class Fields:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise ModelError(f"{self.where}: {key} must be a positive integer, got {value!r:.40}")
+        limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+        if value > limit:
+            raise ModelError(f"{self.where}: {key} is {value!r:.40}, no model has more than {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float | None:
@@ -60,7 +67,7 @@ class Fields:
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
             raise ModelError(f"{self.where}: {key} must be a positive number, got {value!r:.40}")
         return float(value)
 

@@ -28,6 +28,7 @@ from exl2jax.pipeline.passes import (
     quantize_pass,
     read_reports,
 )
+from exl2jax.pipeline.plan import require_feasible
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.pipeline.result import ConversionResult
@@ -89,8 +90,9 @@ class _Conversion:
     def _check_calibration(self, state: JobState, stages: Iterable[str]) -> None:
         """Build the rows of every pass still to come: bad input is named before any weight is read."""
         coming = list(dropwhile(lambda name: name != state.stage, stages))
-        for measure in sorted({name != "quantize" for name in coming}, reverse=True):
-            self.rows.build(measure=measure)
+        passes = sorted({name != "quantize" for name in coming}, reverse=True)
+        built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
+        require_feasible(self.context, built)
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""

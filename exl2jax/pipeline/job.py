@@ -104,11 +104,7 @@ class WorkDirectory:
         """What was asked of the job here; `JobError` where there is none."""
         if not self.job_file.exists():
             raise JobError(f"{self.path}: holds no job to resume; name the source model with -i/--in_dir")
-        record = read_json(self.job_file, JobError, "the job file")
-        found = record.get("settings") if isinstance(record, dict) else None
-        if not isinstance(found, dict) or record.get("format") != JOB_FORMAT:
-            raise JobError(f"{self.job_file}: does not say what was asked; name the source model with -i/--in_dir")
-        return found
+        return self._read()["settings"]
 
     def clear(self) -> None:
         """Remove everything that a job leaves (`-nr`); other files stay."""
@@ -120,6 +116,12 @@ class WorkDirectory:
         if not self.job_file.exists():
             remove(self.hidden_states)
             return new
+        record = self._read()
+        self._require_same(record["inputs"], new.inputs)
+        return replace(new, stage=record["stage"], records=record["records"])
+
+    def _read(self) -> dict[str, Any]:
+        """The job file, proven to be what `save` wrote."""
         record = read_json(self.job_file, JobError, "the job file")
         advice = "start over with -nr or choose another -o"
         if not isinstance(record, dict) or not isinstance(record.get("format"), int):
@@ -131,8 +133,7 @@ class WorkDirectory:
             )
         if record.pop("sha256", None) != fingerprint(record) or record.get("stage") not in STAGES:
             raise JobError(f"{self.job_file}: edited by hand or damaged (its checksum does not fit); {advice}")
-        self._require_same(record.get("inputs"), new.inputs)
-        return replace(new, stage=record["stage"], records=record["records"])
+        return record
 
     def save(self, state: JobState) -> None:
         """Write the job file, last of all."""

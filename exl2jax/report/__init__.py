@@ -7,6 +7,7 @@ from exl2jax.report.tables import (
     evaluation_table,
     harness_table,
     inspection_table,
+    plan_table,
     verify_table,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "harness_table",
     "inspection_table",
     "make_progress",
+    "plan_table",
     "verify_table",
 ]

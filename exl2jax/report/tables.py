@@ -10,6 +10,7 @@ from exl2jax.calibration import CalibrationSummary
 from exl2jax.evaluate import Evaluation, Figures
 from exl2jax.evaluate.inspect import LinearInspection
 from exl2jax.evaluate.verify import VerifyReport
+from exl2jax.pipeline.plan import Plan
 from exl2jax.pipeline.result import ConversionResult
 
 MEGABYTE = 1e6
@@ -84,6 +85,24 @@ def inspection_table(linears: Sequence[LinearInspection]) -> Table:
         steps = f"{x.scale[0]:.2e} to {x.scale[2]:.2e}" + (f", {x.subnormal:.0%} subnormal" if x.subnormal else "")
         error = [f"{x.error:.4f}"] if x.error is not None else []
         table.add_row(x.key, f"{x.rows} × {x.columns}", widths, groups, f"{x.bpw:.3f}", steps, *error)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a conversion will take and give."""
+    table = _two_columns("Plan")
+    table.add_row("bits per weight", f"{plan.low_bpw:.4f} to {plan.high_bpw:.4f} can be reached, asked {plan.bits:g}")
+    table.add_row(
+        "output", f"at most {plan.output_size / MEGABYTE:.1f} MB (source {plan.source_size / MEGABYTE:.1f} MB)"
+    )
+    table.add_row("disk", f"{plan.disk / MEGABYTE:.1f} MB needed, {plan.disk_free / MEGABYTE:.1f} MB free")
+    table.add_row("memory", f"about {plan.memory / MEGABYTE:.0f} MB, {plan.memory_present / MEGABYTE:.0f} MB present")
+    for name, tokens in plan.calibration_tokens.items():
+        table.add_row(f"calibration, {name} pass", f"{tokens} tokens")
+    for warning in plan.warnings:
+        table.add_row("[yellow]warning[/yellow]", warning)
+    for refusal in plan.refused:
+        table.add_row("[red]would be refused[/red]", refusal)
     return table
 
 

@@ -95,12 +95,17 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: not a readable safetensors file ({e}); download it again") from e
 
 
+def _is_plain_name(name: str) -> bool:
+    """Whether a name stays in its directory, whatever the file system makes of it."""
+    return name == Path(name).name and name not in ("", "..") and name.isprintable()
+
+
 def _indexed_files(index: Path) -> list[Path]:
     """Files that an index names, which must lie in its own directory."""
     record = read_json(index, ModelError, "the weight index")
     weight_map = record.get("weight_map") if isinstance(record, dict) else None
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in names):
+    if not names or not all(isinstance(n, str) and _is_plain_name(n) for n in names):
         raise ModelError(f"{index}: weight_map must map tensors to files of the same directory")
     missing = sorted(n for n in set(names) if not (index.parent / n).exists())
     if missing:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from exl2jax.calibration.ready import read_ready
 from exl2jax.errors import Exl2JaxError
 from exl2jax.evaluate.verify import verify
 from exl2jax.models import module_specs, open_model, read_config
+from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.job import FileCheckpoint, JobState, WorkDirectory
 from exl2jax.pipeline.measurement import Measurement, read_measurement
 from exl2jax.storage import TensorFiles, write_checked_tensors
@@ -77,7 +79,7 @@ def edited(value: Any, edits: Any) -> Any:
             if not isinstance(below, dict | list) or not below:
                 break
             holder, key = below, list(below)[step % len(below)] if isinstance(below, dict) else step % len(below)
-        value = _apply(value, holder, key, action, new)
+        value = _apply(value, holder, key, action, deepcopy(new))
     return value
 
 
@@ -151,8 +153,9 @@ def _read_model(directory: Path) -> None:
 
 def _read_job(directory: Path) -> None:
     work = WorkDirectory(directory)
-    work.source()
-    work.resume(JobState(inputs={"bits": 4.0}, in_dir="model", stage="measure"))
+    asked = work.settings()
+    resumed_config(directory, asked, {})
+    work.resume(JobState(inputs={"bits": 4.0}, settings={"in_dir": "model"}, stage="measure"))
 
 
 def _read_checkpoint(directory: Path) -> None:
@@ -223,7 +226,11 @@ def targets(home: Path) -> list[Target]:
 def _sound_job(home: Path) -> Any:
     home.mkdir()
     work = WorkDirectory(home)
-    work.save(JobState(inputs={"bits": 4.0}, in_dir="model", stage="quantize", records={"seconds": {"measure": 1.0}}))
+    work.save(
+        JobState(
+            inputs={"bits": 4.0}, settings={"in_dir": "model"}, stage="quantize", records={"seconds": {"measure": 1.0}}
+        )
+    )
     return json.loads(work.job_file.read_text(encoding="utf-8"))
 
 
@@ -255,13 +262,14 @@ def limited(seconds: int = SECONDS_A_CASE) -> Any:
     def late(*_: Any) -> None:
         raise AssertionError(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    # Seconds of work, not of waiting on a busy machine; again each second, for an error can be lost in a callback.
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run_target(target: Target, home: Path, count: int, start: int = 0) -> int:

@@ -1,0 +1,52 @@
+"""`exl2jax plan`: what a conversion will take and give, before anything is computed."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exl2jax.cli.options import Json
+from exl2jax.cli.shared import deliver, set_up
+from exl2jax.pipeline.calibrate import PassRows
+from exl2jax.pipeline.config import ConversionConfig
+from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.plan import make_plan
+from exl2jax.pipeline.progress import Control
+from exl2jax.pipeline.recipe import DEFAULT_PRESET
+from exl2jax.report import plan_table
+
+
+def plan_command(
+    in_dir: Annotated[Path, typer.Argument(help="Source model directory.")],
+    bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
+    head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head.")] = 6,
+    out_dir: Annotated[Path | None, typer.Option("-o", "--out_dir", help="Where the work directory would be.")] = None,
+    cal_dataset: Annotated[str | None, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = None,
+    dataset_rows: Annotated[int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows.")] = None,
+    measurement_rows: Annotated[int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows.")] = None,
+    length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
+    preset: Annotated[str, typer.Option("--preset", help="best, fast or stock.")] = DEFAULT_PRESET,
+    as_json: Json = False,
+) -> int:
+    """Range of bits, size, disk, memory and calibration of a conversion; exit 1 when it would be refused."""
+    set_up(Console(stderr=True))
+    with tempfile.TemporaryDirectory() as nowhere:
+        config = ConversionConfig(
+            in_dir=in_dir,
+            out_dir=out_dir or Path(nowhere),
+            cal_dataset=cal_dataset,
+            bits=bits,
+            head_bits=head_bits,
+            dataset_rows=dataset_rows,
+            measurement_rows=measurement_rows,
+            length=length,
+            measurement_length=length,
+            preset=preset,
+        )
+        context = Context.open(config, Control())
+        built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
+        plan = make_plan(context, {"measure": built.build(measure=True), "quantize": built.build(measure=False)})
+    deliver(as_json, plan.to_json(), lambda: plan_table(plan))
+    return 1 if plan.refused else 0

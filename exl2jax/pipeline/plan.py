@@ -1,0 +1,189 @@
+"""What a conversion will take and give, and what would be refused, before anything is computed."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exl2jax.calibration import CalibrationRows
+from exl2jax.candidates import head_qparams
+from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
+from exl2jax.models import head_spec
+from exl2jax.models.modules import embedding_shapes, head_norm_spec
+from exl2jax.models.tensors import SourceTensors
+from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.free import NARROWEST, WIDEST
+from exl2jax.pipeline.measurement import candidate_rows, module_bits
+from exl2jax.pipeline.trouble import calibration_shortage
+from exl2jax.qparams import padded_columns
+
+FLOAT = 4
+HEADER = 160
+"""Bytes of a safetensors header per tensor, at most: name, dtype, shape and place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Sizes in bytes. `low_bpw` and `high_bpw` are what any allocation reaches, over the decoder's linears.
+
+    `output_size` is that of the compiled weights when the whole budget is spent, which is the most they can take;
+    `disk` what the work directory and the result take at their largest; `memory` an estimate of the host's.
+    `refused` says what a conversion would refuse, `warnings` what it would go on with.
+    """
+
+    bits: float
+    low_bpw: float
+    high_bpw: float
+    output_size: int
+    source_size: int
+    disk: int
+    disk_free: int
+    memory: int
+    memory_present: int
+    calibration_tokens: Mapping[str, int]
+    refused: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `--json`."""
+        return asdict(self)
+
+
+def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
+    """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing."""
+    low, high = _reach(context)
+    output, disk = _output_size(context, high), _disk(context, rows, high)
+    free = shutil.disk_usage(_existing(context.config.out_dir)).free
+    memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tokens = {name: _tokens(each) for name, each in rows.items()}
+    linears = [linear for spec in context.specs for linear in spec.linears]
+    short = [f"{name} pass {line}" for name, count in tokens.items() for line in calibration_shortage(linears, count)]
+    tight = [f"memory: about {memory / 1e9:.1f} GB are needed, this machine has {present / 1e9:.1f} GB"]
+    return Plan(
+        bits=context.config.bits,
+        low_bpw=low,
+        high_bpw=high,
+        output_size=output,
+        source_size=sum(path.stat().st_size for path in context.model.files.files),
+        disk=disk,
+        disk_free=free,
+        memory=memory,
+        memory_present=present,
+        calibration_tokens=tokens,
+        refused=tuple(str(e) for e in _refusals(context, low, high, disk, free)),
+        warnings=(*short, *(tight if memory > present else [])),
+    )
+
+
+def require_feasible(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
+    """Raise the first thing that a plan would refuse."""
+    low, high = _reach(context)
+    disk, free = _disk(context, rows, high), shutil.disk_usage(_existing(context.config.out_dir)).free
+    for error in _refusals(context, low, high, disk, free):
+        raise error
+
+
+def _refusals(context: Context, low: float, high: float, disk: int, free: int) -> list[Exl2JaxError]:
+    config, out = context.config, list[Exl2JaxError]()
+    weights = sum(spec.weights for spec in context.specs)
+    # A measurement that is given may hold other candidates: allocation judges it by its own.
+    if config.measurement is None and config.output_measurement is None and int(weights * config.bits) < low * weights:
+        text = f"-b {config.bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b"
+        out.append(MeasurementError(text))
+    missing = disk - _present(context) - free
+    if missing > 0:
+        out.append(
+            StorageError(
+                f"{config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
+                f"free {missing / 1e6:.0f} MB more or choose another -o"
+            )
+        )
+    return out
+
+
+def _reach(context: Context) -> tuple[float, float]:
+    """Least and greatest bits per weight of the recipe's candidates."""
+    weights = sum(spec.weights for spec in context.specs)
+    if context.recipe.pricing == "accuracy":
+        costs = [[module_bits(spec, row) for row in candidate_rows(spec)] for spec in context.specs]
+        return sum(map(min, costs)) / weights, sum(map(max, costs)) / weights
+    linears = [linear for spec in context.specs for linear in spec.linears]
+    low, high = (sum(q.total_bits(x.rows, x.columns) for x in linears) for q in (NARROWEST, WIDEST))
+    return low / weights, high / weights
+
+
+def _linears_size(context: Context, high: float) -> int:
+    """Bytes of the packed linears and the head, biases included, when the budget is spent."""
+    weights = sum(spec.weights for spec in context.specs)
+    head = head_spec(context.model.config)
+    linears = [*(linear for spec in context.specs for linear in spec.linears), head]
+    biases = sum(2 * padded_columns(linear.columns) for linear in linears if linear.bias)
+    bits = int(weights * min(context.config.bits, high))
+    return bits // 8 + head_qparams(context.config.head_bits).total_bits(head.rows, head.columns) // 8 + biases
+
+
+def _output_size(context: Context, high: float) -> int:
+    """Bytes of the compiled weights: packed linears, everything else as the source stores it, and headers."""
+    model = context.model
+    inner = [name for spec in context.specs for name in spec.plain]
+    outer = [*embedding_shapes(model.config), *head_norm_spec(model.config).tensors, *model.copied()]
+    tensors = sum(_stored(model.files, name) for name in (*inner, *outer))
+    linears = sum(len(spec.linears) for spec in context.specs) + 1
+    return _linears_size(context, high) + tensors + HEADER * (len(inner) + len(outer) + 6 * linears)
+
+
+def _stored(files: SourceTensors, name: str) -> int:
+    """Bytes of a tensor's data, from its header: F16, BF16, F32, F8_E4M3 and the like carry their bits."""
+    digits = "".join(c for c in files.dtype(name).partition("_")[0] if c.isdigit())
+    return math.prod(files.shape(name)) * int(digits or 8) // 8
+
+
+def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) -> int:
+    """Bytes of work directory and result at their largest: linears twice, states twice, and the forward pass's."""
+    passing = 2 * _states(context, rows) + _inputs(context, rows)
+    if context.config.output_measurement is not None:
+        return passing
+    return _linears_size(context, high) + _output_size(context, high) + passing
+
+
+def _states(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Bytes of the largest checkpoint's hidden states, the full-precision stream's among them."""
+    streams = 2 if context.recipe.propagates else 1
+    width = context.model.config.hidden_size
+    return max((streams * each.input_ids.size * width * FLOAT for each in rows.values()), default=0)
+
+
+def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Bytes of the module inputs that the forward pass keeps."""
+    if "forward" not in context.recipe.passes or "measure" not in rows:
+        return 0
+    ids = rows["measure"].input_ids
+    size = min(context.recipe.fisher_rows, len(ids)) * ids.shape[1] * context.model.config.hidden_size
+    return size * FLOAT * (len(context.specs) + 1)
+
+
+def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Estimate: states twice, and the largest block's weights and Hessian several times over, or the embedding."""
+    module = max(spec.weights for spec in context.specs)
+    widest = max(linear.rows for spec in context.specs for linear in spec.linears)
+    table = context.model.config.vocab_size * context.model.config.hidden_size
+    return 2 * _states(context, rows) + FLOAT * max(4 * module + 6 * widest**2, 3 * table) + 500 * 10**6
+
+
+def _tokens(rows: CalibrationRows) -> int:
+    return rows.input_ids.size if rows.attention_mask is None else int(rows.attention_mask.sum())
+
+
+def _present(context: Context) -> int:
+    """Bytes that an earlier run left in the work directory and the result: a resume needs so much less."""
+    folders = [context.work.path, *([context.config.compile_full] if context.config.compile_full else [])]
+    return sum(p.stat().st_size for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above a path that exists: where its space will come from."""
+    path = path.resolve()
+    return next(p for p in (path, *path.parents) if p.is_dir())

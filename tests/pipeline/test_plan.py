@@ -1,0 +1,71 @@
+"""`exl2jax plan` against what the conversion then does, and what both refuse before anything is computed."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from exl2jax import convert
+from exl2jax.cli import main
+from exl2jax.errors import MeasurementError, StorageError
+from tests.reliability.scene import Scene, make_scene
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+def planned(scene: Scene, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, object]]:
+    code = main(["plan", str(scene.model), "-c", str(scene.tokens), "-r", "4", "-mr", "2", "--json", *flags])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_plan_is_kept(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, plan = planned(scene, capsys, "-b", "4.5")
+    assert code == 0 and plan["refused"] == []
+    assert plan["calibration_tokens"] == {"measure": 64, "quantize": 128}
+    assert any("measure pass under-calibrated: 64 tokens" in str(line) for line in plan["warnings"])  # type: ignore[union-attr]
+    config = scene.config(tmp_path)
+    convert(config)
+    size = (tmp_path / "exl2" / "output.safetensors").stat().st_size
+    assert 0.85 * int(plan["output_size"]) < size <= int(plan["output_size"])  # type: ignore[call-overload]
+    used = sum(p.stat().st_size for p in (tmp_path / "work").rglob("*.safetensors")) + size
+    assert used < 1.3 * int(plan["disk"])  # type: ignore[call-overload]
+
+
+def test_bits_out_of_reach_are_refused_before_anything_is_computed(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, plan = planned(scene, capsys, "-b", "2")
+    assert code == 1
+    (line,) = plan["refused"]  # type: ignore[misc]
+    assert "these candidates reach" in line and float(plan["low_bpw"]) > 2  # type: ignore[arg-type]
+    with pytest.raises(MeasurementError, match="these candidates reach"):
+        convert(scene.config(tmp_path, bits=2.0))
+    assert not (tmp_path / "work" / "measurement.json").exists()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_computed(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    code, plan = planned(scene, capsys, "-b", "4.5")
+    assert code == 1 and "MB of disk are needed" in str(plan["refused"])
+    with pytest.raises(StorageError, match="MB of disk are needed"):
+        convert(scene.config(tmp_path))
+
+
+def test_the_plan_as_a_table(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(scene.model), "-c", str(scene.tokens), "-r", "4", "-mr", "2", "-b", "2"]) == 1
+    said = capsys.readouterr().out
+    assert "can be reached" in said and "would be refused" in said and "under-calibrated" in said
+
+
+def test_stock_candidates_have_a_range_of_their_own(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    _, ours = planned(scene, capsys)
+    _, stock = planned(scene, capsys, "--preset", "stock")
+    assert ours["low_bpw"] != stock["low_bpw"]
