@@ -1,6 +1,7 @@
 """JSON from strangers: bounded in size and depth, no NaN, no text that cannot be written back."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ content takes 25 times as much memory."""
 
 MAX_DEPTH = 64
 """Deepest nesting: the files that are read have less than ten levels."""
+
+
+LARGEST = sys.float_info.max
+"""Numbers must be less: JSON knows integers of any length, which no float holds."""
 
 
 def parse_json(path: Path) -> Any:
@@ -41,6 +46,6 @@ def _check(value: Any) -> None:
                 below += item
             elif isinstance(item, str):
                 item.encode("utf-8")  # a lone surrogate has no bytes: it could not be written back
-            elif isinstance(item, float) and item - item != 0:
+            elif isinstance(item, int | float) and not -LARGEST < item < LARGEST:
                 raise ValueError("a number is beyond double precision")
         level, depth = below, depth + 1

@@ -65,7 +65,7 @@ def test_a_job_file_edited_by_hand_is_refused(work: WorkDirectory, edit: Callabl
         work.resume(state())
 
 
-@pytest.mark.parametrize("number", [1, 3, -1, 10**400])
+@pytest.mark.parametrize("number", [1, 3, -1, 10**30])
 def test_a_job_file_of_another_format_is_refused(work: WorkDirectory, number: int) -> None:
     write_json(work.job_file, {"format": number, "inputs": INPUTS, "stage": "measure", "records": {}})
     with pytest.raises(JobError, match=r"job_new\.json: written in format .* by another version"):
