@@ -120,6 +120,16 @@ def _orion(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     return _as("LlamaForCausalLM", "llama", config), tensors
 
 
+def _gemmoe(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Gemma's norms add one to their weight, its embeddings are scaled by the root of the hidden size."""
+    out = {k: v + 1 if k.endswith("norm.weight") else v for k, v in tensors.items()}
+    scale = config["hidden_size"] ** 0.5
+    out["lm_head.weight"] = out["model.embed_tokens.weight"]
+    out["model.embed_tokens.weight"] = out["model.embed_tokens.weight"] * scale
+    changes = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False, "sliding_window": None}
+    return _as("MixtralForCausalLM", "mixtral", config, **changes), out
+
+
 def _layer_norms(model: Any) -> None:
     """LayerNorm in place of every norm of a Llama."""
 
@@ -136,5 +146,6 @@ STAND_INS = {
     "MiniCPMForCausalLM": StandIn(_minicpm),
     "IndexForCausalLM": StandIn(_index),
     "InternLM2ForCausalLM": StandIn(_internlm2),
+    "GemmoeForCausalLM": StandIn(_gemmoe),
     "OrionForCausalLM": StandIn(_orion, _layer_norms),
 }

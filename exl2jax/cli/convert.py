@@ -80,6 +80,9 @@ def convert_command(
         bool, typer.Option("--with-accuracies", help="Measure stock's accuracies too, for stock's tools to read.")
     ] = False,
     allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
+    moe_calibration: Annotated[
+        str, typer.Option("--moe-calibration", help="Tokens to calibrate experts on: routed, or all.")
+    ] = "routed",
     checkpoint_interval: Annotated[
         float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
     ] = 180,
@@ -110,6 +113,7 @@ def convert_command(
         "with_accuracies": with_accuracies,
         "allocation": allocation,
         "checkpoint_interval": checkpoint_interval,
+        "moe_calibration": moe_calibration,
     }
     config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
     control = Control(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())

@@ -9,6 +9,7 @@ from exl2jax.models.modules import (
     head_norm_spec,
     head_spec,
     module_specs,
+    slots_of,
 )
 from exl2jax.models.source import Exl2Model, HFModel, Model, load_exl2, open_model
 
@@ -28,4 +29,5 @@ __all__ = [
     "module_specs",
     "open_model",
     "read_config",
+    "slots_of",
 ]

@@ -44,6 +44,8 @@ class ModelConfig:
     window: int | None = None
     sliding: tuple[bool, ...] = ()
     head_norm: str | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
     scales: Scales = NEUTRAL_SCALES
     bos_token_id: int | None = None
 
@@ -98,10 +100,11 @@ def _parse(fields: Fields, arch: Architecture) -> ModelConfig:
     layers = fields.positive("num_hidden_layers")
     rope = read_rope(fields.record, max_position, fields.where, head_dim=head_dim) if arch.rotary else None
     sliding, window = fields.windows(layers)
+    experts, chosen = _experts(fields)
     return ModelConfig(
         architecture=arch.name,
         hidden_size=hidden,
-        intermediate_size=fields.positive("intermediate_size", default=arch.inner_multiple * hidden or None),
+        intermediate_size=fields.positive(arch.inner_key, default=arch.inner_multiple * hidden or None),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -119,9 +122,21 @@ def _parse(fields: Fields, arch: Architecture) -> ModelConfig:
         window=window,
         sliding=sliding,
         head_norm=arch.head_norm if fields.switch(arch.head_norm_switch) else None,
+        num_experts=experts,
+        experts_per_token=chosen,
         scales=read_scales(fields, layers, hidden, head_dim),
         bos_token_id=fields.token("bos_token_id"),
     )
+
+
+def _experts(fields: Fields) -> tuple[int, int]:
+    """How many experts there are, and how many a token goes to; none in a dense architecture."""
+    if fields.arch.router is None:
+        return 0, 0
+    experts, chosen = fields.positive("num_experts"), fields.positive("num_experts_per_tok")
+    if chosen > experts or experts < 2:
+        raise ModelError(f"{fields.where}: num_experts_per_tok is {chosen}, num_experts {experts}")
+    return experts, chosen
 
 
 def _local_rope(fields: Fields, max_position: int) -> RopeConfig:

@@ -1,9 +1,9 @@
 """Flax modules of the decoder. One module is resident at a time; parameters are arguments, never closures.
 
-A sublayer computes in three steps, so that a stage's linears can be swapped, stacked or measured between them:
-`first_input(h)` is what the first stage reads, `second_input(outputs)` what the second reads, `residual(h, y)` the new
-hidden state. Parameters are `{"norm": {"weight", "bias"?}, NAME: {"kernel" [K, N], "bias" [N]?}}` and further norms,
-float32 or float16.
+A module computes in stages, so that its linears can be swapped, stacked or measured between them: `inputs(stage, ...)`
+is what the groups of linears of a stage read, given the outputs of the stages before, `output(...)` the new hidden
+state. The linears themselves are applied from outside. Parameters are `{"norm": {"weight", "bias"?}, NAME: {"kernel"
+[K, N], "bias" [N]?}}` and further norms, float32 or float16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,119 +15,174 @@ import jax.numpy as jnp
 
 from exl2jax.models.attention import attend
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.layers import ACTIVATIONS, Linear, Norm, soft_cap
-from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND, SLIDING_KIND
+from exl2jax.models.layers import ACTIVATIONS, Linear, Norm, apply_linear, soft_cap
+from exl2jax.models.modules import (
+    ATTENTION_KIND,
+    BRANCH_ATTENTION_KINDS,
+    BRANCH_MLP_KIND,
+    MLP_KIND,
+    MOE_KIND,
+    PARALLEL_KINDS,
+    SLIDING_KINDS,
+    stage_names,
+)
 
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
+type Inputs = tuple[jax.Array, ...]
+"""What each group of linears of a stage reads, `[B, T, K]`."""
 
 
 def _norm(config: ModelConfig) -> Norm:
     return Norm(config.arch.norm, (config.hidden_size,), config.norm_eps, config.arch.norm_bias)
 
 
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * factor
+
+
+def _gated(config: ModelConfig, outputs: Outputs) -> jax.Array:
+    """What down reads: the activated gate times up, or up activated where there is no gate."""
+    act, up = ACTIVATIONS[config.activation], outputs["up_proj"]
+    return act(outputs["gate_proj"]) * up if config.arch.mlp[0] else act(up)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with its positions, norms and residual included."""
+    """Causal grouped-query self-attention with its positions and norms; q, k, v first, then o.
+
+    `branch` leaves the residual out: the attention of a parallel block by itself.
+    """
 
     config: ModelConfig
     sliding: bool = False
+    branch: bool = False
 
     def setup(self) -> None:
-        """Declare the parameters."""
+        """Declare the norms."""
         c = self.config
         self.norm = _norm(c)
-        self.q_proj = Linear(c.num_heads * c.head_dim, c.qkv_bias)
-        self.k_proj = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.v_proj = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(c.hidden_size, c.o_bias)
         if c.arch.norms.attention_post:
             self.post_norm = _norm(c)
         if c.head_norm:
             self.q_norm = Norm(c.head_norm, c.head_norm_shape(c.num_heads), c.norm_eps)
             self.k_norm = Norm(c.head_norm, c.head_norm_shape(c.num_kv_heads), c.norm_eps)
 
-    def first_input(self, h: jax.Array) -> jax.Array:
-        """What q, k, v read: `[B, T, D]`."""
-        return self.norm(h)
-
-    def first(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Outputs of q, k, v."""
-        return {"q_proj": self.q_proj(x), "k_proj": self.k_proj(x), "v_proj": self.v_proj(x)}
-
     def heads(self, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values by head, `[B, T, heads, head_dim]`, normalised where the architecture does it."""
         c = self.config
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
         q, k, v = (outputs[name].reshape(*outputs[name].shape[:2], count, -1) for name, count in heads.items())
+        if c.scales.clip:
+            q, k, v = (jnp.clip(x, -c.scales.clip, c.scales.clip) for x in (q, k, v))
         if c.head_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def second_input(self, outputs: Outputs) -> jax.Array:
-        """What o reads: the attention result `[B, T, heads * head_dim]`."""
-        return attend(self.config, *self.heads(outputs), sliding=self.sliding)
+    def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
+        """What q, k, v read, then what o reads."""
+        if stage == 0:
+            return (self.norm(h),)
+        return (attend(self.config, *self.heads(outputs), sliding=self.sliding),)
 
-    def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """`second_input` for several outputs of v: the weights of the values are computed once."""
+    def last_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """What o reads for several outputs of v: the weights of the values are computed once."""
         batch, length, _ = last[0].shape
         heads = [v.reshape(batch, length, self.config.num_kv_heads, 1, -1) for v in last]
         wide = jnp.concatenate(heads, axis=3).reshape(batch, length, -1)
-        out = self.second_input({**outputs, "v_proj": wide})
+        (out,) = self.inputs(1, wide, {**outputs, "v_proj": wide})
         out = out.reshape(batch, length, self.config.num_heads, len(last), -1)
         return [out[:, :, :, i].reshape(batch, length, -1) for i in range(len(last))]
 
-    def second(self, x: jax.Array) -> jax.Array:
-        """Output of o."""
-        return self.o_proj(x)
-
-    def residual(self, h: jax.Array, y: jax.Array) -> jax.Array:
+    def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
         """The new hidden state."""
-        y = self.post_norm(y) if self.config.arch.norms.attention_post else y
-        return h + _scaled(y, self.config.scales.residual)
+        y = outputs["o_proj"]
+        y = _scaled(self.post_norm(y) if self.config.arch.norms.attention_post else y, self.config.scales.residual)
+        return y if self.branch else h + y
 
 
 class MLP(nn.Module):
-    """MLP, gated or not, norms and residual included."""
+    """MLP with its norms; gate (where there is one) and up first, then down. `branch` as in `Attention`."""
+
+    config: ModelConfig
+    branch: bool = False
+
+    def setup(self) -> None:
+        """Declare the norms."""
+        self.norm = _norm(self.config)
+        if self.config.arch.norms.mlp_post:
+            self.post_norm = _norm(self.config)
+
+    def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
+        """What gate and up read, then what down reads."""
+        return (self.norm(h) if stage == 0 else _gated(self.config, outputs),)
+
+    def last_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """What down reads for several outputs of up."""
+        return [_gated(self.config, {**outputs, "up_proj": up}) for up in last]
+
+    def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
+        """The new hidden state."""
+        y = outputs["down_proj"]
+        y = _scaled(self.post_norm(y) if self.config.arch.norms.mlp_post else y, self.config.scales.residual)
+        return y if self.branch else h + y
+
+
+class Parallel(Attention):
+    """Attention and MLP side by side on one norm: q, k, v, gate, up first, then o and down, each with its input."""
+
+    def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
+        """What all of the first stage reads, then what o and what down read."""
+        first = super().inputs(stage, h, outputs)
+        return first if stage == 0 else (*first, _gated(self.config, outputs))
+
+    def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
+        """The new hidden state."""
+        return h + _scaled(outputs["o_proj"] + outputs["down_proj"], self.config.scales.residual)
+
+
+class Router(nn.Module):
+    """Chances of the experts for each token, of which the best few count, brought to a sum of one."""
+
+    experts: int
+    chosen: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Weights `[B, T, experts]` of normed states, zero for experts that a token does not go to."""
+        weight = self.param("weight", nn.initializers.lecun_normal(), (self.experts, x.shape[-1]))
+        chances = jax.nn.softmax(x @ weight.T, axis=-1)
+        best, index = jax.lax.top_k(chances, self.chosen)
+        best = best / jnp.sum(best, axis=-1, keepdims=True)
+        return jnp.sum(jax.nn.one_hot(index, self.experts) * best[..., None], axis=-2)
+
+
+class SparseMoe(nn.Module):
+    """Experts that a router picks for each token: w1 and w3 of every expert first, then w2 of every expert."""
 
     config: ModelConfig
 
     def setup(self) -> None:
-        """Declare the parameters."""
-        c = self.config
-        self.norm = _norm(c)
-        if c.arch.mlp[0]:
-            self.gate_proj = Linear(c.intermediate_size, c.mlp_bias)
-        self.up_proj = Linear(c.intermediate_size, c.mlp_bias)
-        self.down_proj = Linear(c.hidden_size, c.mlp_bias)
-        if c.arch.norms.mlp_post:
-            self.post_norm = _norm(c)
+        """Declare the norm and the router, which both stay unquantized."""
+        self.norm = _norm(self.config)
+        self.router = Router(self.config.num_experts, self.config.experts_per_token)
 
-    def first_input(self, h: jax.Array) -> jax.Array:
-        """What gate and up read: `[B, T, D]`."""
-        return self.norm(h)
+    def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
+        """What each expert's w1 and w3 read, then what its w2 reads."""
+        experts = range(self.config.num_experts)
+        if stage == 0:
+            return (self.norm(h),) * self.config.num_experts
+        act = ACTIVATIONS[self.config.activation]
+        return tuple(act(outputs[f"w1.{e}"]) * outputs[f"w3.{e}"] for e in experts)
 
-    def first(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Outputs of gate, where there is one, and up."""
-        gate = {"gate_proj": self.gate_proj(x)} if self.config.arch.mlp[0] else {}
-        return gate | {"up_proj": self.up_proj(x)}
+    def routing(self, h: jax.Array) -> jax.Array:
+        """Weights of the experts, `[B, T, experts]`."""
+        return self.router(self.norm(h))
 
-    def second_input(self, outputs: Outputs) -> jax.Array:
-        """What down reads: `[B, T, intermediate]`."""
-        act, up = ACTIVATIONS[self.config.activation], outputs["up_proj"]
-        return act(outputs["gate_proj"]) * up if self.config.arch.mlp[0] else act(up)
-
-    def second_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """`second_input` for several outputs of up."""
-        return [self.second_input({**outputs, "up_proj": up}) for up in last]
-
-    def second(self, x: jax.Array) -> jax.Array:
-        """Output of down."""
-        return self.down_proj(x)
-
-    def residual(self, h: jax.Array, y: jax.Array) -> jax.Array:
+    def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
         """The new hidden state."""
-        y = self.post_norm(y) if self.config.arch.norms.mlp_post else y
-        return h + _scaled(y, self.config.scales.residual)
+        weights = self.routing(h)
+        y = sum(weights[..., e, None] * outputs[f"w2.{e}"] for e in range(self.config.num_experts))
+        return h + _scaled(jnp.asarray(y), self.config.scales.residual)
 
 
 class Head(nn.Module):
@@ -150,16 +205,11 @@ class Head(nn.Module):
         return soft_cap(_scaled(self.lm_head(self.norm(h)), scales.logits), scales.logits_cap)
 
 
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1 else x * factor
-
-
 class Trace(NamedTuple):
-    """A sublayer's forward pass: the new hidden state and what each stage of linears read."""
+    """A module's forward pass: the new hidden state and what each group of linears read, stage by stage."""
 
     hidden: jax.Array
-    first: jax.Array
-    second: jax.Array
+    inputs: tuple[Inputs, ...]
 
 
 class Decoder(NamedTuple):
@@ -167,47 +217,66 @@ class Decoder(NamedTuple):
 
     config: ModelConfig
 
-    def module(self, kind: str) -> Attention | MLP:
+    def module(self, kind: str) -> Attention | MLP | SparseMoe:
         """The Flax module of a kind."""
-        if kind == MLP_KIND:
-            return MLP(self.config)
-        return Attention(self.config, sliding={ATTENTION_KIND: False, SLIDING_KIND: True}[kind])
+        sliding = kind in SLIDING_KINDS
+        if kind in PARALLEL_KINDS:
+            return Parallel(self.config, sliding)
+        if kind in (MLP_KIND, BRANCH_MLP_KIND):
+            return MLP(self.config, branch=kind == BRANCH_MLP_KIND)
+        if kind == MOE_KIND:
+            return SparseMoe(self.config)
+        if kind == ATTENTION_KIND or sliding or kind in BRANCH_ATTENTION_KINDS:
+            return Attention(self.config, sliding, branch=kind in BRANCH_ATTENTION_KINDS)
+        raise ValueError(f"no module of kind {kind}")
 
-    def first_input(self, kind: str, params: Params, h: jax.Array) -> jax.Array:
-        """What the first stage reads."""
-        return self._apply(kind, params, "first_input", h)
+    def stages(self, kind: str) -> int:
+        """How many stages the linears of a module come in."""
+        return len(stage_names(self.config, kind))
 
-    def first(self, kind: str, params: Params, x: jax.Array) -> dict[str, jax.Array]:
-        """Outputs of the first stage."""
-        return self._apply(kind, params, "first", x)
+    def inputs(self, kind: str, stage: int, params: Params, h: jax.Array, outputs: Outputs) -> Inputs:
+        """What each group of linears of a stage reads, given the outputs of the stages before by linear name."""
+        return self._apply(kind, params, "inputs", stage, h, outputs)
+
+    def last_inputs(self, kind: str, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """What the last stage of attention or MLP reads for several outputs of the first stage's last linear."""
+        return self._apply(kind, params, "last_inputs", outputs, last)
 
     def heads(self, kind: str, params: Params, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of an attention module by head."""
         return self._apply(kind, params, "heads", outputs)
 
-    def second_input(self, kind: str, params: Params, outputs: Outputs) -> jax.Array:
-        """What the second stage reads."""
-        return self._apply(kind, params, "second_input", outputs)
+    def linears(self, kind: str, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
+        """Outputs of a stage's linears; those of experts, which are of one shape, in one batched product."""
+        groups = stage_names(self.config, kind)[stage]
+        if kind != MOE_KIND:
+            return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
+        out: dict[str, jax.Array] = {}
+        for names in zip(*groups, strict=True):
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+            ys = jax.vmap(apply_linear)(stacked, jnp.stack(inputs))
+            out |= {name: ys[e] for e, name in enumerate(names)}
+        return out
 
-    def second_inputs(self, kind: str, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """What the second stage reads for each of several outputs of the last linear of the first stage, `outputs`
-        being those of the others; what they have in common is computed once.
-        """  # noqa: D205
-        return self._apply(kind, params, "second_inputs", outputs, last)
+    def output(self, kind: str, params: Params, h: jax.Array, outputs: Outputs) -> jax.Array:
+        """The new hidden state, from the outputs of all linears."""
+        return self._apply(kind, params, "output", h, outputs)
 
-    def second(self, kind: str, params: Params, x: jax.Array) -> jax.Array:
-        """Output of the second stage."""
-        return self._apply(kind, params, "second", x)
+    def routed(self, kind: str, params: Params, h: jax.Array) -> jax.Array | None:
+        """Which tokens go to each expert, `[B, T, experts]` of 0 and 1; None where there are no experts."""
+        if kind != MOE_KIND:
+            return None
+        return (self._apply(kind, params, "routing", h) > 0).astype(jnp.float32)
 
-    def residual(self, kind: str, params: Params, h: jax.Array, y: jax.Array) -> jax.Array:
-        """The new hidden state."""
-        return self._apply(kind, params, "residual", h, y)
-
-    def forward(self, kind: str, params: Params, h: jax.Array) -> Trace:
-        """Run a sublayer on `h [B, T, D]`."""
-        first = self.first_input(kind, params, h)
-        second = self.second_input(kind, params, self.first(kind, params, first))
-        return Trace(self.residual(kind, params, h, self.second(kind, params, second)), first, second)
+    def forward(self, kind: str, params: Params, h: jax.Array, probes: Outputs | None = None) -> Trace:
+        """Run a module on `h [B, T, D]`; `probes` are added to the outputs of the linears that they name."""
+        outputs: dict[str, jax.Array] = {}
+        inputs = []
+        for stage in range(self.stages(kind)):
+            inputs.append(self.inputs(kind, stage, params, h, outputs))
+            for name, y in self.linears(kind, stage, params, inputs[-1]).items():
+                outputs[name] = y if probes is None else y + probes[name]
+        return Trace(self.output(kind, params, h, outputs), tuple(inputs))
 
     def head_input(self, params: Params, h: jax.Array) -> jax.Array:
         """What the head reads."""

@@ -1,7 +1,7 @@
 """Reading the keys of a `config.json`: their several spellings, defaults and types, one message for each fault."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exl2jax.errors import ModelError, UnsupportedModelError
@@ -14,6 +14,9 @@ SPELLINGS = {
     "num_attention_heads": ("num_attention_heads", "n_heads", "n_head"),
     "num_key_value_heads": ("num_key_value_heads", "attn_config.kv_n_heads"),
     "intermediate_size": ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner"),
+    "num_experts": ("num_local_experts", "num_experts", "ffn_config.moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "ffn_config.moe_top_k"),
+    "rope_theta": ("rope_theta", "attn_config.rope_theta"),
     "max_position_embeddings": ("max_position_embeddings", "max_seq_len", "n_positions"),
 }
 """Other names of a key; a dot reaches into an object. The stock runtime reads all of them."""
@@ -39,7 +42,8 @@ class Fields:
         if not isinstance(inner, dict | None):
             raise ModelError(f"{where}: {TEXT_SECTION} must be an object, got {inner!r:.40}")
         outer = {k: v for k, v in raw.items() if v is not None}
-        return cls(record={**dict(arch.stock_defaults), **(inner or {}), **outer}, arch=arch, where=where)
+        fields = cls(record={**dict(arch.stock_defaults), **(inner or {}), **outer}, arch=arch, where=where)
+        return replace(fields, record={**fields.record, "rope_theta": fields.get("rope_theta")})
 
     def get(self, key: str) -> Any:
         """The value of a key under any of its spellings, None where there is none."""
@@ -102,8 +106,9 @@ class Fields:
     def activation(self) -> str:
         """The activation function of the MLP, one of those the architecture is published with."""
         keys = self.arch.activation_keys
-        key = next((k for k in keys if self.record.get(k) is not None), keys[-1])
-        name = self.record.get(key, self.arch.activations[0])
+        key = next((k for k in keys if self.get(k) is not None), keys[-1])
+        name = self.get(key)
+        name = self.arch.activations[0] if name is None else name
         if isinstance(name, dict):
             name = name.get("name")
         if name not in self.arch.activations:
@@ -115,6 +120,11 @@ class Fields:
 
     def check_taken_for_granted(self) -> None:
         """Refuse values that the stock runtime would silently take for others."""
+        for key, value in self.arch.demanded:
+            if self.get(key) != value:
+                raise UnsupportedModelError(
+                    f"{self.where}: {key} is {self.get(key)!r:.40}; {self.arch.name} runs with {value!r} only"
+                )
         for key, value in self.arch.taken_for_granted:
             given = self.get(key)
             if given is not None and given != value:
@@ -136,8 +146,8 @@ class Fields:
         return (sliding, self.positive("sliding_window")) if any(sliding) else ((), None)
 
     def _sliding(self, layers: int) -> tuple[bool, ...]:
-        if self.arch.window == "all":
-            return (True,) * layers
+        if self.arch.window in ("all", "switched"):
+            return (self.arch.window == "all" or self.flag("use_sliding_window"),) * layers
         if self.arch.window == "upper":
             first = self.record.get("max_window_layers", layers) if self.flag("use_sliding_window") else layers
             if not isinstance(first, int):
@@ -148,7 +158,7 @@ class Fields:
 
     def _layer_types(self, layers: int) -> list[str] | None:
         types = self.record.get("layer_types")
-        if types is None or self.arch.window == "all":
+        if types is None or self.arch.window in ("all", "switched"):
             return None
         known = ("sliding_attention", "full_attention")
         if not isinstance(types, list) or len(types) != layers or not all(t in known for t in types):

@@ -9,7 +9,7 @@ from exl2jax.models.attention import rotate, score_scale, tables
 from exl2jax.models.config import ModelConfig
 from exl2jax.models.decoder import Decoder
 from exl2jax.models.layers import soft_cap
-from exl2jax.models.modules import SLIDING_KIND
+from exl2jax.models.modules import SLIDING_KINDS
 
 
 class KeyValues(NamedTuple):
@@ -38,10 +38,12 @@ def next_hidden(
 
     Gives what `Decoder.forward` gives at that position of the whole row, and the cache with the token added.
     """
-    outputs = decoder.first(kind, params, decoder.first_input(kind, params, h))
+    outputs = decoder.linears(kind, 0, params, decoder.inputs(kind, 0, params, h, {}))
     heads = decoder.heads(kind, params, outputs)
-    x, cache = _attend(decoder.config, *heads, cache, position, length, sliding=kind == SLIDING_KIND)
-    return decoder.residual(kind, params, h, decoder.second(kind, params, x)), cache
+    x, cache = _attend(decoder.config, *heads, cache, position, length, sliding=kind in SLIDING_KINDS)
+    _, *others = decoder.inputs(kind, 1, params, h, outputs)
+    outputs |= decoder.linears(kind, 1, params, (x, *others))
+    return decoder.output(kind, params, h, outputs), cache
 
 
 def _attend(

@@ -1,5 +1,6 @@
 """The small Flax modules that sublayers are made of: norms, linears, activation functions."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import flax.linen as nn
@@ -49,6 +50,12 @@ class Linear(nn.Module):
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.columns,))
         return y
+
+
+def apply_linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """`x W + b` of `{"kernel" [K, N], "bias" [N]?}`, computed in float32 whatever the stored dtype."""
+    y = x @ params["kernel"].astype(jnp.float32)
+    return y + params["bias"] if "bias" in params else y
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

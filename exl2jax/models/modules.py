@@ -1,19 +1,29 @@
 """The modules of a model in the order a pass walks them, with the linears and norms each holds.
 
-A module is one residual sublayer: attention (with its norm) or MLP. Its linears come in two stages: the first reads
-the normed hidden state (q, k, v or gate, up), the second reads what the first produced (o or down). Linears of one
-stage share their input, and so their Hessian.
+A module adds to the hidden state: attention (with its norm), MLP, a mixture of experts, or attention and MLP side by
+side. Its linears come in stages: the first reads the normed hidden state (q, k, v or gate, up), the next what the first
+produced (o or down). Linears of one group read the same input, and so share a Hessian.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from exl2jax.models.config import ModelConfig
 
 ATTENTION_KIND = "self_attn"
 SLIDING_KIND = "sliding_attn"
 MLP_KIND = "mlp"
-ATTENTION_KINDS = (ATTENTION_KIND, SLIDING_KIND)
+MOE_KIND = "block_sparse_moe"
+PARALLEL_KINDS = ("parallel_decoder", "sliding_parallel_decoder")
+BRANCH_ATTENTION_KINDS = ("branch_attn", "sliding_branch_attn")
+BRANCH_MLP_KIND = "branch_mlp"
+SLIDING_KINDS = (SLIDING_KIND, PARALLEL_KINDS[1], BRANCH_ATTENTION_KINDS[1])
+ATTENTION_KINDS = (ATTENTION_KIND, SLIDING_KIND, *PARALLEL_KINDS)
+"""Modules with attention in them."""
+
 HEAD_KEY = "lm_head"
+
+_QKV, _O, _DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("down_proj",)
 
 type Shapes = dict[str, tuple[int, ...]]
 """Shapes of tensors by name."""
@@ -34,15 +44,27 @@ class LinearSpec:
         """Number of weights, which bits per weight is counted over."""
         return self.rows * self.columns
 
+    @property
+    def role(self) -> str:
+        """Its name in a candidate: that of all experts' linears of a sort is one."""
+        return self.name.partition(".")[0]
+
+
+type Group = tuple[LinearSpec, ...]
+"""Linears that read one input."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormSpec:
-    """A norm: `name` among the parameters of its module, tensor `key`, shape of its weight, whether it has a bias."""
+    """A norm or a router: `name` among its module's parameters, tensor `key`, shape of its weight, whether it has a
+    bias, and the `offset` that is added to its weight.
+    """  # noqa: D205
 
     name: str
     key: str
     shape: tuple[int, ...]
     bias: bool = False
+    offset: float = 0.0
 
     @property
     def tensors(self) -> Shapes:
@@ -52,19 +74,34 @@ class NormSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleSpec:
-    """A residual sublayer: its measurement `key`, its kind, its norms (that of its input first), its linears."""
+    """A module: its measurement `key`, its kind, what stays unquantized, and its linears by stage and group.
+
+    `index` is its place as stock counts modules, from the embedding at 0.
+    `slots` are the parts whose candidates are measured apart: the module itself, but for a parallel block.
+    """
 
     key: str
     kind: str
     layer: int
+    index: int = 0
     norms: tuple[NormSpec, ...]
-    first: tuple[LinearSpec, ...]
-    second: LinearSpec
+    stages: tuple[tuple[Group, ...], ...]
+    branches: tuple["ModuleSpec", ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups, stage after stage."""
+        return tuple(group for stage in self.stages for group in stage)
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every linear, in the order of a candidate row."""
-        return (*self.first, self.second)
+        return tuple(linear for group in self.groups for linear in group)
+
+    @property
+    def slots(self) -> tuple["ModuleSpec", ...]:
+        """The parts that are measured apart."""
+        return self.branches or (self,)
 
     @property
     def plain(self) -> Shapes:
@@ -77,9 +114,29 @@ class ModuleSpec:
         return sum(linear.weights for linear in self.linears)
 
 
+def stage_names(config: ModelConfig, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Names of the linears of a module by stage and group."""
+    up = ("gate_proj", "up_proj") if config.arch.mlp[0] else ("up_proj",)
+    if kind in (MLP_KIND, BRANCH_MLP_KIND):
+        return (up,), (_DOWN,)
+    if kind in PARALLEL_KINDS:
+        return ((*_QKV, *up),), (_O, _DOWN)
+    if kind == MOE_KIND:
+        experts = range(config.num_experts)
+        return tuple((f"w1.{e}", f"w3.{e}") for e in experts), tuple((f"w2.{e}",) for e in experts)
+    return (_QKV,), (_O,)
+
+
 def module_specs(config: ModelConfig) -> tuple[ModuleSpec, ...]:
-    """Every module of the decoder in order: attention and MLP of each layer."""
-    return tuple(spec for i in range(config.num_layers) for spec in (_attention(config, i), _mlp(config, i)))
+    """Every module of the decoder in order."""
+    first = 2 if config.arch.positions else 1
+    specs = (spec for i in range(config.num_layers) for spec in _layer_specs(config, i))
+    return tuple(replace(spec, index=index) for index, spec in enumerate(specs, first))
+
+
+def slots_of(specs: Iterable[ModuleSpec]) -> tuple[ModuleSpec, ...]:
+    """The parts of modules that are measured apart."""
+    return tuple(slot for spec in specs for slot in spec.slots)
 
 
 def head_spec(config: ModelConfig) -> LinearSpec:
@@ -106,64 +163,76 @@ def embedding_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def last_module_index(config: ModelConfig) -> int:
-    """Index of the head as stock counts modules: embedding, positions if learned, two per layer, norm, head."""
-    return 2 * config.num_layers + 2 + bool(config.arch.positions)
+def _layer_specs(config: ModelConfig, i: int) -> Iterator[ModuleSpec]:
+    layer, sliding = f"{config.arch.prefix}model.layers.{i}", config.is_sliding(i)
+    names = config.arch.norms
+    norms = _norms(config, layer, names.attention, names.attention_post) + _head_norms(config, layer)
+    if config.arch.parallel:
+        kind = PARALLEL_KINDS[sliding]
+        whole = _module(config, i, f"{layer}.parallel_decoder", kind, norms)
+        kinds = {"attn": BRANCH_ATTENTION_KINDS[sliding], "mlp": BRANCH_MLP_KIND}
+        branches = tuple(_module(config, i, f"{whole.key}.{part}", kind, norms) for part, kind in kinds.items())
+        yield replace(whole, branches=branches)
+        return
+    yield _module(config, i, f"{layer}.self_attn", SLIDING_KIND if sliding else ATTENTION_KIND, norms)
+    norms = _norms(config, layer, names.mlp, names.mlp_post)
+    if config.num_experts:
+        shape = (config.num_experts, config.hidden_size)
+        norms += (NormSpec(name="router", key=f"{layer}.{config.arch.router}", shape=shape),)
+        yield _module(config, i, f"{layer}.{MOE_KIND}", MOE_KIND, norms)
+    else:
+        yield _module(config, i, f"{layer}.mlp", MLP_KIND, norms)
 
 
-def _layer(config: ModelConfig, i: int) -> str:
-    return f"{config.arch.prefix}model.layers.{i}"
+def _module(config: ModelConfig, i: int, key: str, kind: str, norms: tuple[NormSpec, ...]) -> ModuleSpec:
+    stages = tuple(
+        tuple(tuple(_linear(config, i, name) for name in names) for names in groups)
+        for groups in stage_names(config, kind)
+    )
+    return ModuleSpec(key=key, kind=kind, layer=i, norms=norms, stages=stages)
+
+
+def _linear(config: ModelConfig, i: int, name: str) -> LinearSpec:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    role, _, expert = name.partition(".")
+    gate, up, down = (key or "" for key in config.arch.mlp)
+    key, rows, columns, bias = {
+        "q_proj": ("self_attn.q_proj", hidden, wide, config.qkv_bias),
+        "k_proj": ("self_attn.k_proj", hidden, narrow, config.qkv_bias),
+        "v_proj": ("self_attn.v_proj", hidden, narrow, config.qkv_bias),
+        "o_proj": ("self_attn.o_proj", wide, hidden, config.o_bias),
+        "gate_proj": (gate, hidden, inner, config.mlp_bias),
+        "up_proj": (up, hidden, inner, config.mlp_bias),
+        "down_proj": (down, inner, hidden, config.mlp_bias),
+        "w1": (gate, hidden, inner, False),
+        "w3": (up, hidden, inner, False),
+        "w2": (down, inner, hidden, False),
+    }[role]
+    layer = f"{config.arch.prefix}model.layers.{i}"
+    return LinearSpec(name=name, key=f"{layer}.{key.replace('*', expert)}", rows=rows, columns=columns, bias=bias)
 
 
 def _norm(config: ModelConfig, name: str, key: str) -> NormSpec:
-    return NormSpec(name=name, key=key, shape=(config.hidden_size,), bias=config.arch.norm_bias)
+    arch = config.arch
+    return NormSpec(name=name, key=key, shape=(config.hidden_size,), bias=arch.norm_bias, offset=arch.norm_offset)
 
 
-def _norms(config: ModelConfig, i: int, before: str, after: str | None) -> tuple[NormSpec, ...]:
+def _norms(config: ModelConfig, layer: str, before: str, after: str | None) -> tuple[NormSpec, ...]:
     names = {"norm": before} | ({"post_norm": after} if after else {})
-    return tuple(_norm(config, name, f"{_layer(config, i)}.{key}") for name, key in names.items())
+    return tuple(_norm(config, name, f"{layer}.{key}") for name, key in names.items())
 
 
-def _attention(config: ModelConfig, i: int) -> ModuleSpec:
-    key, hidden = f"{_layer(config, i)}.self_attn", config.hidden_size
-    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    norms = _norms(config, i, config.arch.norms.attention, config.arch.norms.attention_post)
-    if config.head_norm:
-        heads = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
-        norms += tuple(
-            NormSpec(name=n, key=f"{key}.{n}", shape=config.head_norm_shape(count)) for n, count in heads.items()
+def _head_norms(config: ModelConfig, layer: str) -> tuple[NormSpec, ...]:
+    if not config.head_norm:
+        return ()
+    heads = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
+    return tuple(
+        NormSpec(
+            name=name,
+            key=f"{layer}.self_attn.{name}",
+            shape=config.head_norm_shape(count),
+            offset=config.arch.norm_offset,
         )
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> LinearSpec:
-        return LinearSpec(name=name, key=f"{key}.{name}", rows=rows, columns=columns, bias=bias)
-
-    return ModuleSpec(
-        key=key,
-        kind=SLIDING_KIND if config.is_sliding(i) else ATTENTION_KIND,
-        layer=i,
-        norms=norms,
-        first=(
-            linear("q_proj", hidden, wide, config.qkv_bias),
-            linear("k_proj", hidden, narrow, config.qkv_bias),
-            linear("v_proj", hidden, narrow, config.qkv_bias),
-        ),
-        second=linear("o_proj", wide, hidden, config.o_bias),
-    )
-
-
-def _mlp(config: ModelConfig, i: int) -> ModuleSpec:
-    layer, hidden, inner = _layer(config, i), config.hidden_size, config.intermediate_size
-    gate, up, down = config.arch.mlp
-
-    def linear(name: str, key: str, rows: int, columns: int) -> LinearSpec:
-        return LinearSpec(name=name, key=f"{layer}.{key}", rows=rows, columns=columns, bias=config.mlp_bias)
-
-    first = (linear("up_proj", up, hidden, inner),)
-    return ModuleSpec(
-        key=f"{layer}.mlp",
-        kind=MLP_KIND,
-        layer=i,
-        norms=_norms(config, i, config.arch.norms.mlp, config.arch.norms.mlp_post),
-        first=(linear("gate_proj", gate, hidden, inner), *first) if gate else first,
-        second=linear("down_proj", down, inner, hidden),
+        for name, count in heads.items()
     )

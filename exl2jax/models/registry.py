@@ -18,12 +18,15 @@ type Switch = bool | str
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fused:
     """A source tensor that holds several linears: output rows stacked in order of `parts`, or, when `interleaved`,
-    grouped by key/value head (the queries of a group, its key, its value).
+    grouped by key/value head (the queries of a group, its key, its value). `experts`: one linear of every expert below
+    each other, `[in, out]` each where `transposed`.
     """  # noqa: D205
 
     source: str
     parts: tuple[str, ...]
     interleaved: bool = False
+    experts: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,22 +52,25 @@ class Architecture:
 
     Norms: `norm` is `rms` or `layer`, `norm_bias` whether it has a bias, `norm_offset` what is added to its weight,
     `eps_keys` where `config.json` holds its epsilon (stock's key first; none: 1e-5). `head_norm` normalises queries and
-    keys per head where `head_norm_switch` is on.
+    keys per head where `head_norm_switch` is on; `clip_key` bounds queries, keys and values.
 
     Attention: `rotary` turns `half` (pairs half a head apart) or `pairs` (neighbours), None learns `positions` instead.
-    `window` says which layers slide: `none`, `all`, `upper` (from `max_window_layers` on, if `use_sliding_window`) or
+    `window` says which layers slide: `none`, `all`, `switched` (all, if
+    `use_sliding_window`), `upper` (from `max_window_layers` on, likewise) or
     `pattern` (all but each `pattern`-th; `stock_pattern` is what the stock runtime assumes where no key says it).
     `local_theta`: the rotary base of sliding layers, where it is another.
     `nope`: full layers have no rotary positions. `multi_query`: one key/value head, always.
+    `parallel` puts attention and MLP side by side on one norm. `router` names the router of a mixture of experts, whose
+    `mlp` names have a star for the expert, and `inner_key` the key of an MLP's or expert's width;
     `inner_multiple` times the hidden size is the default width of an MLP.
 
     Scales: `scales` are the `config.json` keys with multipliers and caps that the architecture knows; the stock
     runtime applies them to every model, so others are refused. `scaled_embeddings`: by the root of the hidden size.
 
     `defaults` stand in for keys that `config.json` leaves out, `stock_defaults` too, and the stock runtime knows these
-    by itself. `taken_for_granted` are values that the stock runtime
-    takes without looking, so that any other is refused. `tied` is the default of `tie_word_embeddings`. `proof` names
-    the model of `transformers` that the logits are compared with.
+    by itself. `taken_for_granted` are values that the stock runtime takes without looking, so that any other is
+    refused; `demanded` ones must be there as well. `tied` is the default of `tie_word_embeddings`. `proof` names the
+    model of `transformers` that the logits are compared with.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Architecture:
     eps_keys: tuple[str, ...] = ("rms_norm_eps",)
     head_norm: str | None = None
     head_norm_switch: Switch = True
+    clip_key: str | None = None
     rotary: str | None = "half"
     positions: str | None = None
     window: str = "none"
@@ -93,6 +100,9 @@ class Architecture:
     local_theta: str | None = None
     nope: bool = False
     multi_query: bool = False
+    parallel: bool = False
+    router: str | None = None
+    inner_key: str = "intermediate_size"
     inner_multiple: int = 0
     activation_keys: tuple[str, ...] = ("hidden_act",)
     activations: tuple[str, ...] = ("silu",)
@@ -101,6 +111,7 @@ class Architecture:
     tied: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
     stock_defaults: tuple[tuple[str, Any], ...] = ()
+    demanded: tuple[tuple[str, Any], ...] = ()
     taken_for_granted: tuple[tuple[str, Any], ...] = ()
     noise_rows: bool = False
 

@@ -30,7 +30,7 @@ NEUTRAL = {
 class Scales:
     """`embedding` multiplies the embeddings, `residual` what a sublayer adds, `logits` the logits; `attention` is the
     scale of the scores (None: root of the head size), the caps bound scores and logits by `cap * tanh(x / cap)`.
-    `norm_head`: the rows of the head are brought to length one.
+    `norm_head`: the rows of the head are brought to length one. `clip` bounds queries, keys and values.
     """  # noqa: D205
 
     embedding: float = 1.0
@@ -40,6 +40,7 @@ class Scales:
     attention_cap: float | None = None
     logits_cap: float | None = None
     norm_head: bool = False
+    clip: float | None = None
 
 
 NEUTRAL_SCALES = Scales()
@@ -61,6 +62,7 @@ def read_scales(fields: Fields, layers: int, hidden: int, head_dim: int) -> Scal
         attention_cap=fields.number("attn_logit_softcapping"),
         logits_cap=fields.number("final_logit_softcapping"),
         norm_head=fields.flag("norm_head"),
+        clip=fields.number(fields.arch.clip_key) if fields.arch.clip_key else None,
     )
 
 

@@ -93,10 +93,9 @@ class Model:
         return self._float(f"{spec.key}.bias", (spec.columns,))
 
     def _norm(self, spec: NormSpec) -> dict[str, np.ndarray]:
-        """Weight, with what the architecture adds to it, and bias of a norm."""
+        """Weight, with its offset added, and bias of a norm or router."""
         params = {name.rpartition(".")[2]: self._float(name, shape) for name, shape in spec.tensors.items()}
-        offset = np.float32(self.config.arch.norm_offset)
-        return params | {"weight": params["weight"] + offset} if offset else params
+        return params | {"weight": params["weight"] + np.float32(spec.offset)} if spec.offset else params
 
     def _float(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float tensor of a known shape as float32, refused when it holds NaN or infinity."""

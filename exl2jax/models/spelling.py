@@ -56,7 +56,7 @@ def _set_pattern(out: dict[str, Any], text: Mapping[str, Any], arch: Architectur
         pattern = types.index("full_attention") + 1
     if pattern is None:
         pattern = arch.pattern
-    if pattern != arch.stock_pattern:
+    if pattern != arch.stock_pattern or pattern != arch.pattern:
         out.setdefault("sliding_window_pattern", pattern)
 
 

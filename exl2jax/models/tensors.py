@@ -59,6 +59,9 @@ class SourceTensors:
                 f"{self._files.file(source)}: {source} has shape {list(self._files.shape(source))}, "
                 f"config.json implies {sum(rows)} outputs for {', '.join(fused.parts)}"
             )
+        if fused.experts:
+            shape = (rows[0], shape[1])
+            return shape[::-1] if fused.transposed else shape
         return (rows[fused.parts.index(_module_name(name))], *shape[1:])
 
     def dtype(self, name: str) -> str:
@@ -79,7 +82,10 @@ class SourceTensors:
             value = rescale(value, self._files.read(source + SCALE_SUFFIX), self._block, source)
         if value.ndim == 2 and self._is_transposed(name):
             value = value.T
-        return value if fused is None else value[_part_rows(fused, _module_name(name), self._config)]
+        if fused is None:
+            return value
+        value = value[_part_rows(fused, name, self._config)]
+        return value.T if fused.transposed else value
 
     def _find(self, name: str) -> tuple[str, Fused | None]:
         """The source's name of a tensor, and how it is fused with others, if it is."""
@@ -134,6 +140,8 @@ def _fused_name(name: str, fused: Fused) -> str:
 
 def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
     """Output rows of each part."""
+    if fused.experts:
+        return [config.intermediate_size] * config.num_experts
     sizes = {
         "q_proj": config.num_heads * config.head_dim,
         "k_proj": config.num_kv_heads * config.head_dim,
@@ -144,9 +152,10 @@ def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
     return [sizes[part] for part in fused.parts]
 
 
-def _part_rows(fused: Fused, part: str, config: ModelConfig) -> np.ndarray | slice:
-    """Which rows of the fused tensor are a part's."""
-    sizes, index = _part_sizes(fused, config), fused.parts.index(part)
+def _part_rows(fused: Fused, name: str, config: ModelConfig) -> np.ndarray | slice:
+    """Which rows of the fused tensor are those of a part, the linear that the tensor `name` belongs to."""
+    sizes = _part_sizes(fused, config)
+    index = int(name.split(".")[-3]) if fused.experts else fused.parts.index(_module_name(name))
     start = sum(sizes[:index])
     if not fused.interleaved:
         return slice(start, start + sizes[index])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exl2jax.errors import MeasurementError
-from exl2jax.models import ModuleSpec
+from exl2jax.models import ModuleSpec, slots_of
 from exl2jax.pipeline.annealing import RUNS, anneal
 from exl2jax.pipeline.free import NARROWEST, WIDEST, free_choice
 from exl2jax.pipeline.knapsack import solve
@@ -123,7 +123,7 @@ def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget
     assert measurement.sensitivity is not None  # the callers looked
     chosen = free_choice(measurement.sensitivity.linears, budget)
     return Strategy(
-        qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in specs},
+        qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in slots_of(specs)},
         total_bits=sum(mixture.total_bits for mixture in chosen.mixtures.values()),
         weights=sum(spec.weights for spec in specs),
         objective=sum(mixture.cost for mixture in chosen.mixtures.values()),
@@ -137,7 +137,8 @@ def _row_strategy(
     measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, *, solver: str, seed: int
 ) -> Strategy:
     weights = sum(spec.weights for spec in specs)
-    rows = [measurement.modules[spec.key] for spec in specs]
+    slots = slots_of(specs)
+    rows = [measurement.modules[slot.key] for slot in slots]
     problem = _Problem(
         costs=[np.asarray([c.total_bits for c in row], np.int64) for row in rows],
         errors=[np.asarray([c.error for c in row]) for row in rows],
@@ -146,7 +147,7 @@ def _row_strategy(
     norm, (choice, gap) = (
         _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
     )
-    return _strategy(problem, specs, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
+    return _strategy(problem, slots, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
 
 
 def _strategy(

@@ -11,6 +11,8 @@ from exl2jax.qparams import FORMAT_BITS
 
 SOLVERS = ("exact", "annealing")
 
+MOE_CALIBRATIONS = ("routed", "all")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionConfig:
@@ -22,7 +24,8 @@ class ConversionConfig:
     for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
     2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`);
     `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
-    `exact` or `annealing`; `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises
+    `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
+    `all`; `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises
     `SettingsError` on contradictions.
     """
 
@@ -47,6 +50,7 @@ class ConversionConfig:
     with_accuracies: bool = False
     allocation: str = "exact"
     checkpoint_interval: float = 180.0
+    moe_calibration: str = "routed"
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without reading a file."""
@@ -61,6 +65,9 @@ class ConversionConfig:
             raise SettingsError("-om/--output_measurement makes a measurement; -m/--measurement already is one")
         if self.allocation not in SOLVERS:
             raise SettingsError(f"--allocation is {self.allocation!r}; it must be one of {', '.join(SOLVERS)}")
+        if self.moe_calibration not in MOE_CALIBRATIONS:
+            choices = ", ".join(MOE_CALIBRATIONS)
+            raise SettingsError(f"--moe-calibration is {self.moe_calibration!r}; it must be one of {choices}")
         for flag, value in (("-rs/--rope_scale", self.rope_scale), ("-ra/--rope_alpha", self.rope_alpha)):
             if value is not None and not 0 < value < float("inf"):
                 raise SettingsError(f"{flag} is {value}; it must be positive")
@@ -86,6 +93,11 @@ class ConversionConfig:
                 raise SettingsError(f"{flag} is the source model's own directory; choose another")
         if self.compile_full is not None and self.compile_full.resolve() == self.out_dir.resolve():
             raise SettingsError("-cf/--compile_full and -o/--out_dir must be different directories")
+
+    @property
+    def routed_only(self) -> bool:
+        """Whether experts are calibrated on the tokens routed to them only."""
+        return self.moe_calibration == "routed"
 
     def calibration(self, *, measure: bool) -> CalibrationConfig:
         """The calibration rows of a pass."""

@@ -19,7 +19,15 @@ from exl2jax.pipeline.scan import Carry, scan
 from exl2jax.qparams import require_quantizable_rows
 from exl2jax.version import VERSION
 
-MEASURING = ("cal_name", "rope_scale", "rope_alpha", "measurement_rows", "measurement_length", "seed")
+MEASURING = (
+    "cal_name",
+    "rope_scale",
+    "rope_alpha",
+    "measurement_rows",
+    "measurement_length",
+    "seed",
+    "moe_calibration",
+)
 QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation")
 """Settings that decide the measurement, and those that decide the quantization after it."""
 

@@ -146,12 +146,9 @@ def _row_backward(
     params: Any, h: jax.Array, gradient: jax.Array, *, decoder: Decoder, kind: str, columns: tuple[tuple[str, int], ...]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Pull a row's gradient back through a module; zero probes at the linears' outputs collect theirs."""
-    second = columns[-1][0]
 
     def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
-        outputs = decoder.first(kind, params, decoder.first_input(kind, params, h))
-        between = decoder.second_input(kind, params, {name: y + probes[name] for name, y in outputs.items()})
-        return decoder.residual(kind, params, h, decoder.second(kind, params, between) + probes[second])
+        return decoder.forward(kind, params, h, probes).hidden
 
     probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
     _, pull = jax.vjp(run, h, probes)

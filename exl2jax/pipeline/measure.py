@@ -12,7 +12,7 @@ from exl2jax.ops import HessianFactor
 from exl2jax.pipeline.linear import Task, factor_hessian, quantize_many
 from exl2jax.pipeline.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import collect
+from exl2jax.pipeline.stream import collect, forward
 from exl2jax.pipeline.trials import Stack, candidate_errors
 from exl2jax.qparams import QParams
 
@@ -28,33 +28,39 @@ class Block(NamedTuple):
 
 
 def measure_step(
-    carry: Carry, block: Block, *, decoder: Decoder, mask: np.ndarray | None
-) -> tuple[Carry, tuple[Candidate, ...]]:
-    """Measure one module and move on with its unquantized outputs.
+    carry: Carry, block: Block, *, decoder: Decoder, mask: np.ndarray | None, routed_only: bool = True
+) -> tuple[Carry, dict[str, tuple[Candidate, ...]]]:
+    """Measure one module and move on with its unquantized outputs: the candidates of each of its slots by key.
 
     Settings that several candidates share are quantized once. Accuracy is `1 - mean over rows of
-    ||out - ref|| / ||ref||` with the residual included.
+    ||out - ref|| / ||ref||` with the residual included, but for the branches of a parallel block.
     """
     spec, states = block.spec, carry[STATES]
     params = jax.device_put(block.params)
-    collected = collect(decoder, spec.kind, params, states, mask)
+    collected = collect(decoder, spec, params, states, mask, routed_only=routed_only)
     if not np.isfinite(collected.states).all():
         raise NumericalError(f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data")
-    rows = candidate_rows(spec)
-    factors = module_factors(spec, collected.first, collected.second)
-    stacks = _quantize_candidates(spec, rows, params, factors)
-    errors = candidate_errors(decoder, spec, params, stacks, states, collected.states, mask)
-    candidates = tuple(
-        Candidate(qparams=row, total_bits=module_bits(spec, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
-        for row, error in zip(rows, errors, strict=True)
-    )
-    return {STATES: collected.states}, candidates
+    factors = module_factors(spec, collected.hessians)
+    found = {}
+    for slot in spec.slots:
+        rows = candidate_rows(slot)
+        stacks = _quantize_candidates(slot, rows, params, factors)
+        reference = collected.states if slot is spec else forward(decoder, slot.kind, params, states)
+        errors = candidate_errors(decoder, slot, params, stacks, states, reference, mask)
+        found[slot.key] = tuple(
+            Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
+            for row, error in zip(rows, errors, strict=True)
+        )
+    return {STATES: collected.states}, found
 
 
-def module_factors(spec: ModuleSpec, first: jax.Array, second: jax.Array) -> dict[str, HessianFactor]:
-    """Factored Hessians by linear name; linears of the first stage share one."""
-    shared = factor_hessian(first, " and ".join(linear.key for linear in spec.first))
-    return {linear.name: shared for linear in spec.first} | {spec.second.name: factor_hessian(second, spec.second.key)}
+def module_factors(spec: ModuleSpec, hessians: Sequence[jax.Array]) -> dict[str, HessianFactor]:
+    """Factored Hessians by linear name; linears of a group share one."""
+    factors = {}
+    for group, hessian in zip(spec.groups, hessians, strict=True):
+        factor = factor_hessian(hessian, " and ".join(linear.key for linear in group))
+        factors |= {linear.name: factor for linear in group}
+    return factors
 
 
 def _quantize_candidates(

@@ -5,19 +5,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exl2jax.candidates import ATTENTION, MLP
+from exl2jax.candidates import ATTENTION, MLP, Row
 from exl2jax.errors import MeasurementError
-from exl2jax.models import ModuleSpec
-from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND, SLIDING_KIND
+from exl2jax.models import ModuleSpec, slots_of
+from exl2jax.models.modules import (
+    ATTENTION_KIND,
+    BRANCH_ATTENTION_KINDS,
+    BRANCH_MLP_KIND,
+    MLP_KIND,
+    MOE_KIND,
+    SLIDING_KIND,
+)
 from exl2jax.pipeline.sensitivity import SECTION, Sensitivity
 from exl2jax.qparams import QParams
 from exl2jax.storage import read_json, write_json
 
-TABLES = {ATTENTION_KIND: ATTENTION, SLIDING_KIND: ATTENTION, MLP_KIND: MLP}
+TABLES: dict[str, tuple[Row, ...]] = {
+    **dict.fromkeys((ATTENTION_KIND, SLIDING_KIND, *BRANCH_ATTENTION_KINDS), ATTENTION),
+    **dict.fromkeys((MLP_KIND, BRANCH_MLP_KIND, MOE_KIND), MLP),
+}
 
 MIN_ERROR = 0.0
 MIN_ACCURACY = 1e-6
 """Floor of an accuracy in the file, as stock writes it."""
+
+PARALLEL = ".parallel_decoder."
+"""Stock keeps attention and MLP of a parallel block as `attn` and `mlp` under one key."""
 
 CLOSING_KEYS = ("model.norm.norm", "lm_head.linear")
 """Modules that stock lists with `null`: they are not measured."""
@@ -39,7 +52,7 @@ class Candidate:
     def to_json(self) -> dict[str, Any]:
         """The stock record."""
         head = {"accuracy": self.accuracy, "total_bits": self.total_bits}
-        return head | {name: qp.to_json() for name, qp in self.qparams.items()}
+        return head | {name.partition(".")[0]: qp.to_json() for name, qp in self.qparams.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,16 +64,21 @@ class Measurement:
 
     def to_json(self, last_module_idx: int) -> dict[str, Any]:
         """The stock file, and our section beside; complete when `last_module_idx` is the head's index."""
-        records: dict[str, Any] = {key: [c.to_json() for c in rows] for key, rows in self.modules.items()}
+        records: dict[str, Any] = {}
+        for key, rows in self.modules.items():
+            outer, branch = _split(key)
+            found = [c.to_json() for c in rows]
+            records[outer] = records.get(outer, {}) | {branch: found} if branch else found
         ours = {} if self.sensitivity is None else {SECTION: self.sensitivity.to_json()}
         return {"measurement": records, "last_module_idx": last_module_idx, **ours}
 
     def write(self, path: Path, specs: Sequence[ModuleSpec]) -> None:
         """Write the file; a complete measurement closes with the unmeasured norm and head."""
-        record = self.to_json(len(self.modules))
-        if self.modules and len(self.modules) == len(specs):
-            record["measurement"] |= dict.fromkeys(CLOSING_KEYS)
-            record["last_module_idx"] = len(specs) + len(CLOSING_KEYS)
+        done = [spec.index for spec in specs if all(slot.key in self.modules for slot in spec.slots)]
+        record = self.to_json(done[-1] if done else 0)
+        if len(done) == len(specs):
+            record["measurement"] |= dict.fromkeys(_closing_keys(specs))
+            record["last_module_idx"] += len(CLOSING_KEYS)
         write_json(path, record)
 
 
@@ -70,9 +88,13 @@ def module_bits(spec: ModuleSpec, qparams: Mapping[str, QParams]) -> int:
 
 
 def candidate_rows(spec: ModuleSpec) -> tuple[dict[str, QParams], ...]:
-    """The stock candidates of a module, one mapping per row of its table; an MLP without a gate has none for it."""
-    names = [linear.name for linear in spec.linears]
-    return tuple(dict(zip(names, row[-len(names) :], strict=True)) for row in TABLES[spec.kind])
+    """The stock candidates of a slot, one mapping per row of its table; an MLP without a gate has none for it.
+
+    All experts of a mixture take the same setting.
+    """
+    roles = list(dict.fromkeys(linear.role for linear in spec.linears))
+    rows = [dict(zip(roles, row[-len(roles) :], strict=True)) for row in TABLES[spec.kind]]
+    return tuple({linear.name: row[linear.role] for linear in spec.linears} for row in rows)
 
 
 def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | None = None) -> Measurement:
@@ -89,10 +111,11 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
         return Measurement(sensitivity=sensitivity)
     if not isinstance(rows, dict) or not rows:
         raise MeasurementError(f"{path}: holds no measurement; run the measurement pass again")
-    extra = [k for k in rows if k not in {s.key for s in specs} | set(CLOSING_KEYS)]
+    known = {spec.key for spec in specs}
+    extra = [key for key, found in rows.items() if key not in known and found is not None]
     if extra and partial is None:
         raise MeasurementError(f"{path}: module {extra[0]} is not in this model; the file belongs to another one")
-    modules = {spec.key: _candidates(path, spec, rows.get(spec.key)) for spec in wanted}
+    modules = {slot.key: _candidates(path, slot, _records(rows, slot.key)) for slot in slots_of(wanted)}
     return Measurement(modules=modules, sensitivity=sensitivity)
 
 
@@ -110,6 +133,23 @@ def _sensitivity(path: Path, record: Any, specs: Sequence[ModuleSpec]) -> Sensit
     return None if ours is None else Sensitivity.from_json(ours, specs, path)
 
 
+def _split(key: str) -> tuple[str, str]:
+    """The key of a file's record, and the branch of a parallel block within it; no branch for other modules."""
+    outer, mark, branch = key.rpartition(PARALLEL)
+    return (outer + PARALLEL[:-1], branch) if mark else (key, "")
+
+
+def _records(rows: Mapping[str, Any], key: str) -> Any:
+    outer, branch = _split(key)
+    found = rows.get(outer)
+    return found.get(branch) if branch and isinstance(found, dict) else found
+
+
+def _closing_keys(specs: Sequence[ModuleSpec]) -> list[str]:
+    prefix = specs[0].key.partition("model.layers.")[0]
+    return [prefix + key for key in CLOSING_KEYS]
+
+
 def _candidates(path: Path, spec: ModuleSpec, records: Any) -> tuple[Candidate, ...]:
     if not isinstance(records, list) or not records:
         raise MeasurementError(f"{path}: no candidates for {spec.key}; the file is incomplete or of another model")
@@ -117,13 +157,14 @@ def _candidates(path: Path, spec: ModuleSpec, records: Any) -> tuple[Candidate, 
 
 
 def _candidate(where: str, spec: ModuleSpec, record: Any) -> Candidate:
-    names = [linear.name for linear in spec.linears]
-    if not isinstance(record, dict) or not all(name in record for name in names):
-        raise MeasurementError(f"{where}: must hold accuracy, total_bits and {', '.join(names)}")
+    roles = dict.fromkeys(linear.role for linear in spec.linears)
+    if not isinstance(record, dict) or not all(role in record for role in roles):
+        raise MeasurementError(f"{where}: must hold accuracy, total_bits and {', '.join(roles)}")
     accuracy = record.get("accuracy")
     if not isinstance(accuracy, int | float) or not 0 < accuracy <= 1:
         raise MeasurementError(f"{where}: accuracy must lie in (0, 1], got {accuracy!r:.40}")
-    qparams = {name: QParams.from_json(record[name], f"{where}.{name}") for name in names}
+    settings = {role: QParams.from_json(record[role], f"{where}.{role}") for role in roles}
+    qparams = {linear.name: settings[linear.role] for linear in spec.linears}
     bits = module_bits(spec, qparams)
     if not any(linear.bias for linear in spec.linears) and record.get("total_bits") != bits:
         raise MeasurementError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, NumericalError
-from exl2jax.models import ModuleSpec, head_spec
+from exl2jax.models import LinearSpec, ModuleSpec, head_spec
 from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
@@ -28,6 +28,9 @@ from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
 from exl2jax.pipeline.stream import embed
 from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
+
+LINEARS_SHOWN = 8
+"""Linears of a module whose widths the progress shows; a mixture of experts has hundreds."""
 
 CHECK_ROWS = 16
 """Rows of the final check where `measurement_rows` says nothing; stock's default."""
@@ -133,7 +136,12 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
 
     _, outputs = context.scan(
         "price",
-        PriceStep(decoder=context.decoder, mask=rows.attention_mask, fisher=_read_all(weights)),
+        PriceStep(
+            decoder=context.decoder,
+            mask=rows.attention_mask,
+            fisher=_read_all(weights),
+            routed_only=context.config.routed_only,
+        ),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,
         describe=lambda spec, found: f"{spec.key}: {_price_range(found)}",
@@ -149,19 +157,22 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
     priced = context.recipe.pricing != "accuracy"
     sensitivity = read_sensitivity(path, context.specs) if priced else None
 
-    def write(outputs: Sequence[tuple[Candidate, ...]]) -> None:
-        modules = dict(zip([spec.key for spec in context.specs], outputs, strict=False))
+    def write(outputs: Sequence[dict[str, tuple[Candidate, ...]]]) -> None:
+        modules = {key: rows for found in outputs for key, rows in found.items()}
         Measurement(modules=modules, sensitivity=sensitivity).write(path, context.specs)
 
-    def read(count: int) -> list[tuple[Candidate, ...]]:
-        return list(read_measurement(path, context.specs, partial=count).modules.values())
+    def read(count: int) -> list[dict[str, tuple[Candidate, ...]]]:
+        known = read_measurement(path, context.specs, partial=count).modules
+        return [{slot.key: known[slot.key] for slot in spec.slots} for spec in context.specs[:count]]
 
     _, outputs = context.scan(
         "measure",
-        partial(measure_step, decoder=context.decoder, mask=rows.attention_mask),
+        partial(
+            measure_step, decoder=context.decoder, mask=rows.attention_mask, routed_only=context.config.routed_only
+        ),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,
-        describe=lambda spec, found: f"{spec.key}: error {found[0].error:.4f} to {found[-1].error:.4f}",
+        describe=lambda spec, found: f"{spec.key}: {_error_range(found)}",
         write=write,
         read=read,
     )
@@ -180,6 +191,7 @@ def quantize_pass(context: Context, rows: CalibrationRows, strategy: Strategy) -
         mask=rows.attention_mask,
         out_tensor=context.work.out_tensor,
         check_rows=context.config.measurement_rows or CHECK_ROWS,
+        routed_only=context.config.routed_only,
     )
     write = partial(_write_reports, context)
     _, reports = context.scan(
@@ -187,7 +199,7 @@ def quantize_pass(context: Context, rows: CalibrationRows, strategy: Strategy) -
         step,
         lambda: step.start(embed(context.model, rows.input_ids, context.config.seed)),
         (*context.specs, head_spec(context.model.config)),
-        describe=lambda spec, report: _describe(report, strategy),
+        describe=lambda spec, report: _describe(spec, report, strategy),
         write=write,
         read=partial(read_reports, context),
     )
@@ -208,6 +220,11 @@ def read_reports(context: Context, count: int | None = None) -> list[ModuleRepor
 
 def _write_reports(context: Context, reports: Sequence[ModuleReport]) -> None:
     write_json(context.work.reports, [report.to_json() for report in reports])
+
+
+def _error_range(found: Mapping[str, Sequence[Candidate]]) -> str:
+    errors = [candidate.error for rows in found.values() for candidate in rows]
+    return f"error {min(errors):.4f} to {max(errors):.4f}"
 
 
 def _fisher_rows(context: Context, rows: CalibrationRows) -> np.ndarray:
@@ -259,8 +276,8 @@ def _price_range(found: Mapping[str, LinearCosts]) -> str:
     return f"{wide:.2e} nats at 4 bits, {narrow:.2e} at 2"
 
 
-def _describe(report: ModuleReport, strategy: Strategy) -> str:
-    if report.perplexity is not None:
+def _describe(spec: ModuleSpec | LinearSpec, report: ModuleReport, strategy: Strategy) -> str:
+    if isinstance(spec, LinearSpec):
         full = f"full precision {report.perplexity_full:.3f}"
         return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
     error = (
@@ -268,5 +285,6 @@ def _describe(report: ModuleReport, strategy: Strategy) -> str:
         if report.rfn_error is not None
         else f"stream error {report.stream_error:.5f}"
     )
-    widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in strategy.qparams[report.key].items())
+    settings = {name: q for slot in spec.slots for name, q in strategy.qparams[slot.key].items()}
+    widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in list(settings.items())[:LINEARS_SHOWN])
     return f"{report.key}: {error} ({widths})"

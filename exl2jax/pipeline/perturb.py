@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
+from exl2jax.models.modules import stage_names
 from exl2jax.ops import round_to_nearest
 from exl2jax.pipeline.fisher import Columns, InputStack
 from exl2jax.pipeline.measure import Block
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import forward
+from exl2jax.pipeline.stream import forward, group_weights
 from exl2jax.qparams import q
 
 PERTURBED = "perturbed"
@@ -118,17 +119,20 @@ def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
 def _energies(
     decoder: Decoder, kind: str, params: Any, rounded: Mapping[str, jax.Array], h: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Mean squares over tokens, by column, of each linear's error and of its output."""
-    trace = decoder.forward(kind, params, h)
-    first = decoder.first(kind, params, trace.first)
+    """Mean squares over a linear's tokens, by column, of its error and of its output."""
+    inputs = [x for stage in decoder.forward(kind, params, h).inputs for x in stage]
+    weights = group_weights(decoder.routed(kind, params, h), len(inputs), jnp.ones(h.shape[:2]))
+    names = [group for stage in stage_names(decoder.config, kind) for group in stage]
 
-    def squares(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def squares(name: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = params[name]["kernel"]
-        axes = tuple(range(x.ndim - 1))
         error = x @ (rounded[name].astype(jnp.float32) - kernel)
-        return jnp.mean(jnp.square(error), axes), jnp.mean(jnp.square(x @ kernel.astype(jnp.float32)), axes)
+        share = weight[..., None] / jnp.maximum(jnp.sum(weight), 1)
+        means = (jnp.sum(jnp.square(y) * share, (0, 1)) for y in (error, x @ kernel.astype(jnp.float32)))
+        return tuple(means)  # type: ignore[return-value]
 
-    return {name: squares(name, trace.first if name in first else trace.second) for name in rounded}
+    found = zip(names, inputs, weights, strict=True)
+    return {name: squares(name, x, weight) for group, x, weight in found for name in group}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -26,26 +26,28 @@ class PriceStep:
     decoder: Decoder
     mask: np.ndarray | None
     fisher: Mapping[str, np.ndarray]
+    routed_only: bool = True
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, LinearCosts]]:
         """Price the linears of a module and move on with its unquantized outputs.
 
-        With `H` the mean of `x^T x` over tokens, an error `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token.
+        With `H` the mean of `x^T x` over the tokens that reach a linear, an error `E` costs
+        `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert is asked.
         """
         spec, states = block.spec, carry[STATES]
         params = jax.device_put(block.params)
-        collected = collect(self.decoder, spec.kind, params, states, self.mask)
+        collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
         if not np.isfinite(collected.states).all():
             raise NumericalError(
                 f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
             )
-        factors = module_factors(spec, collected.first, collected.second)
-        tokens = states.shape[0] * states.shape[1] if self.mask is None else int(self.mask.sum())
-        scale = 0.5 * states.shape[0] / tokens  # the Hessian is a sum over tokens divided by rows
+        factors = module_factors(spec, collected.hessians)
+        tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}
 
         def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:
             linear, setting = task
-            weight = jnp.asarray(self.fisher[linear.key]) * scale
+            # The Hessian is a sum over its tokens divided by rows.
+            weight = jnp.asarray(self.fisher[linear.key]) * (0.5 * states.shape[0] / max(tokens[linear.name], 1))
             found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight)
             if not np.isfinite(found).all():
                 raise NumericalError(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from exl2jax.models import Decoder
+from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor
-from exl2jax.pipeline.stream import row_chunks
+from exl2jax.pipeline.stream import group_weights, or_identity, row_chunks
 
 
 class CrossTerms(NamedTuple):
@@ -49,42 +49,47 @@ def _solve(factor: HessianFactor, b: jax.Array) -> jax.Array:
         return (factor.u.T @ (factor.u @ b[factor.perm]))[factor.inv_perm]
 
 
-def first_terms(
-    decoder: Decoder, kind: str, params: Any, states: np.ndarray, reference: np.ndarray, mask: np.ndarray | None
-) -> CrossTerms:
-    """Cross terms of the first stage, which reads the normed states of both streams."""
-    terms = None
-    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
-    for chunk in row_chunks(states):
-        arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        terms = _first_chunk(decoder, kind, params, *arrays, terms)
-    assert terms is not None  # there is at least one row
-    return terms.scaled(1 / len(states))
+class StageTerms(NamedTuple):
+    """Cross terms of each group of a stage, the tokens that went into them, and the next full-precision states: after
+    the last stage the module's output, before it still its input.
+    """  # noqa: D205
+
+    terms: list[CrossTerms]
+    tokens: list[int]
+    reference: np.ndarray
 
 
-def second_terms(
+def stage_terms(
     decoder: Decoder,
-    kind: str,
+    spec: ModuleSpec,
+    stage: int,
     params: Any,
     quantized: Any,
     states: np.ndarray,
     reference: np.ndarray,
     mask: np.ndarray | None,
     *,
-    residual: bool,
-) -> tuple[CrossTerms, np.ndarray]:
-    """Cross terms of the second stage, whose inputs come through the quantized first stage, and the next reference.
+    residual: bool = False,
+    routed_only: bool = True,
+) -> StageTerms:
+    """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
-    `residual` asks for the products with the stream's own error as well.
+    `residual` asks for the products with the stream's own error as well. An expert's tokens are those that the
+    quantized model routes to it, unless not `routed_only`; without any its Hessian is the identity.
     """
-    terms, out = None, np.empty_like(reference)
+    last = stage == len(spec.stages) - 1
+    sums, out = None, np.empty_like(reference) if last else reference
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        terms, hidden = _second_chunk(decoder, kind, params, quantized, *arrays, terms, residual)
-        chunk.put(out, hidden)
-    assert terms is not None  # there is at least one row
-    return terms.scaled(1 / len(states)), out
+        hidden, sums = _chunk(decoder, spec.kind, stage, residual, routed_only, params, quantized, *arrays, sums)
+        if last:
+            chunk.put(out, hidden)
+    assert sums is not None  # there is at least one row
+    tokens = [round(float(n)) for n in sums[1]]
+    terms = [term.scaled(1 / len(states)) for term in sums[0]]
+    terms = [term._replace(hessian=or_identity(term.hessian, n)) for term, n in zip(terms, tokens, strict=True)]
+    return StageTerms(terms, tokens, out)
 
 
 def _add(terms: CrossTerms | None, x: jax.Array, y: jax.Array, residual: jax.Array | None) -> CrossTerms:
@@ -97,31 +102,44 @@ def _add(terms: CrossTerms | None, x: jax.Array, y: jax.Array, residual: jax.Arr
     return new if terms is None else jax.tree.map(jnp.add, terms, new)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _first_chunk(
-    decoder: Decoder, kind: str, params: Any, h: jax.Array, ref: jax.Array, mask: jax.Array, terms: CrossTerms | None
-) -> CrossTerms:
-    weight = mask[:, :, None]
-    x, y = (decoder.first_input(kind, params, s) * weight for s in (h, ref))
-    return _add(terms, x, y, None)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=7)
-def _second_chunk(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=10)
+def _chunk(
     decoder: Decoder,
     kind: str,
+    stage: int,
+    residual: bool,
+    routed_only: bool,
     params: Any,
     quantized: Any,
     h: jax.Array,
     ref: jax.Array,
     mask: jax.Array,
-    terms: CrossTerms | None,
-    residual: bool,
-) -> tuple[CrossTerms, jax.Array]:
-    def between(p: Any, s: jax.Array) -> jax.Array:
-        return decoder.second_input(kind, p, decoder.first(kind, p, decoder.first_input(kind, p, s)))
+    sums: tuple[list[CrossTerms], list[jax.Array]] | None,
+) -> tuple[jax.Array, tuple[list[CrossTerms], list[jax.Array]]]:
+    """The full-precision output of a chunk (in the last stage), and the sums with its products added."""
+    xs, _ = _run(decoder, kind, stage, quantized, h)
+    ys, hidden = _run(decoder, kind, stage, params, ref)
+    weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
+    terms, tokens = (None, None) if sums is None else sums
+    new = [
+        _add(
+            terms[g] if terms else None,
+            x * w[:, :, None],
+            y * w[:, :, None],
+            (ref - h) * w[:, :, None] if residual else None,
+        )
+        for g, (x, y, w) in enumerate(zip(xs, ys, weights, strict=True))
+    ]
+    counts = [jnp.sum(w) + (tokens[g] if tokens else 0) for g, w in enumerate(weights)]
+    return hidden, (new, counts)
 
-    weight = mask[:, :, None]
-    x, y = between(quantized, h), between(params, ref)
-    hidden = decoder.residual(kind, params, ref, decoder.second(kind, params, y))
-    return _add(terms, x * weight, y * weight, (ref - h) * weight if residual else None), hidden
+
+def _run(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """What a stage reads, and the module's output if it is the last one (else `h`); later linears are not touched."""
+    outputs: dict[str, jax.Array] = {}
+    for before in range(stage):
+        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
+    inputs = decoder.inputs(kind, stage, params, h, outputs)
+    if stage < decoder.stages(kind) - 1:
+        return inputs, h
+    return inputs, decoder.output(kind, params, h, outputs | decoder.linears(kind, stage, params, inputs))

@@ -16,12 +16,12 @@ from exl2jax.ops import HessianFactor, PackedLinear
 from exl2jax.pipeline.head import quantize_head
 from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, Block, module_factors
-from exl2jax.pipeline.propagate import CrossTerms, corrected_target, first_terms, second_terms
+from exl2jax.pipeline.propagate import CrossTerms, corrected_target, stage_terms
 from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
-from exl2jax.pipeline.trouble import clamp_bias, hessian_trouble, linear_trouble
+from exl2jax.pipeline.trouble import clamp_bias, hessian_trouble, linear_trouble, starved_experts
 from exl2jax.qparams import QParams
 from exl2jax.storage import write_checked_tensors
 
@@ -82,6 +82,7 @@ class QuantizeStep:
     mask: np.ndarray | None
     out_tensor: Path
     check_rows: int
+    routed_only: bool = True
 
     def start(self, states: np.ndarray) -> Carry:
         """The carry before the first module, from the embedded rows."""
@@ -100,40 +101,54 @@ class QuantizeStep:
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
         spec, states = block.spec, carry[STATES]
         params = jax.device_put(block.params)
-        collected = collect(self.decoder, spec.kind, params, states, self.mask)
-        factors = module_factors(spec, collected.first, collected.second)
+        collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
+        factors = module_factors(spec, collected.hessians)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         quantized, bits, trouble = self._linears(spec, spec.linears, params, kernels, factors)
         reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
         error = relative_error(states, collected.states, self.mask)
-        shared = hessian_trouble(collected.first, factors[spec.first[0].name], spec.first)
-        own = hessian_trouble(collected.second, factors[spec.second.name], (spec.second,))
-        report = _report(spec, bits, factors, [*shared, *own, *trouble], rfn_error=error)
+        trouble += [
+            line
+            for g, h in zip(spec.groups, collected.hessians, strict=True)
+            for line in hessian_trouble(h, factors[g[0].name], g)
+        ]
+        trouble += starved_experts(spec, collected.tokens)
+        report = _report(spec, bits, factors, trouble, rfn_error=error)
         return {STATES: states, REFERENCE: reference}, report
 
     def _propagated(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
         spec, states, reference = block.spec, carry[STATES], carry[REFERENCE]
         params = jax.device_put(block.params)
-        terms = first_terms(self.decoder, spec.kind, params, states, reference, self.mask)
-        first = factor_hessian(terms.hessian, " and ".join(linear.key for linear in spec.first))
-        said = hessian_trouble(terms.hessian, first, spec.first)
-        targets = {x.name: self._target(params, x, first, terms) for x in spec.first}
-        factors = dict.fromkeys(targets, first)
-        quantized, bits, trouble = self._linears(spec, spec.first, params, targets, factors)
-        terms, reference = second_terms(
-            self.decoder, spec.kind, params, quantized, states, reference, self.mask, residual=self.recipe.residual > 0
-        )
-        second = factor_hessian(terms.hessian, spec.second.key)
-        said += [*trouble, *hessian_trouble(terms.hessian, second, (spec.second,))]
-        target = {spec.second.name: self._target(params, spec.second, second, terms)}
-        factors[spec.second.name] = second
-        quantized, more, trouble = self._linears(spec, (spec.second,), quantized, target, factors)
+        quantized, bits, said, tokens, following = params, 0, list[str](), list[int](), reference
+        factors: dict[str, HessianFactor] = {}
+        for stage, groups in enumerate(spec.stages):
+            found = stage_terms(
+                self.decoder,
+                spec,
+                stage,
+                params,
+                quantized,
+                states,
+                reference,
+                self.mask,
+                residual=stage == len(spec.stages) - 1 and self.recipe.residual > 0,
+                routed_only=self.routed_only,
+            )
+            targets = {}
+            for group, terms in zip(groups, found.terms, strict=True):
+                factor = factor_hessian(terms.hessian, " and ".join(linear.key for linear in group))
+                said += hessian_trouble(terms.hessian, factor, group)
+                factors |= {x.name: factor for x in group}
+                targets |= {x.name: self._target(params, x, factor, terms) for x in group}
+            linears = [x for group in groups for x in group]
+            quantized, more, trouble = self._linears(spec, linears, quantized, targets, factors)
+            bits, said, tokens, following = bits + more, said + trouble, tokens + found.tokens, found.reference
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
-        error = relative_error(states, reference, self.mask)
-        report = _report(spec, bits + more, factors, [*said, *trouble], stream_error=error)
-        return {STATES: states, REFERENCE: reference}, report
+        error = relative_error(states, following, self.mask)
+        said += starved_experts(spec, tokens)
+        return {STATES: states, REFERENCE: following}, _report(spec, bits, factors, said, stream_error=error)
 
     def _target(self, params: Any, linear: LinearSpec, factor: HessianFactor, terms: CrossTerms) -> jax.Array:
         kernel = jnp.asarray(params[linear.name]["kernel"])
@@ -148,7 +163,7 @@ class QuantizeStep:
         factors: Mapping[str, HessianFactor],
     ) -> tuple[dict[str, Any], int, list[str]]:
         """Quantize, pack, check and store some linears: `params` with them replaced, bits on disk, and trouble."""
-        settings = self.strategy[spec.key]
+        settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
         tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x) for x in linears]
         out, bits, trouble = dict(params), 0, list[str]()  # norms and the like stay
         for linear, result in zip(linears, quantize_many(tasks), strict=True):

@@ -4,7 +4,7 @@ States are `[R, T, D]` float32 in host memory; a chunk is a few rows, padded to 
 compilation serves a whole run. Padded rows carry a zero mask and never reach a Hessian or an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models import Decoder, Model
+from exl2jax.models import Decoder, Model, ModuleSpec
 from exl2jax.ops import accumulate_hessian, relative_frobenius
 
 CHUNK_TOKENS = 2048
@@ -68,30 +68,108 @@ def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 class Collected(NamedTuple):
-    """Result of a pass over all rows: new states and the Hessian sums of both stages."""
+    """Result of a pass over all rows: new states, and for each group of linears its Hessian `X^T X / R` and the number
+    of tokens that went into it.
+    """  # noqa: D205
 
     states: np.ndarray
-    first: jax.Array
-    second: jax.Array
+    hessians: list[jax.Array]
+    tokens: list[int]
 
 
-def collect(decoder: Decoder, kind: str, params: Any, states: np.ndarray, mask: np.ndarray | None) -> Collected:
-    """Run a module over all rows, accumulating `X^T X / R` of both stages.
+def collect(
+    decoder: Decoder,
+    spec: ModuleSpec,
+    params: Any,
+    states: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    routed_only: bool = True,
+) -> Collected:
+    """Run a module over all rows, accumulating the Hessians of all its groups of linears.
 
-    `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians.
+    `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians. Those of an expert come
+    from the tokens routed to it, or from all unless `routed_only`; an expert that no token reached gets the identity.
+    Where the Hessians are larger together than `HESSIAN_BYTES` they take several passes.
     """
-    rows = states.shape[0]
     mask = full_mask(states, mask)
     out = np.empty_like(states)
-    first = second = None
-    for chunk in row_chunks(states):
-        h, m = chunk.take(states), chunk.take(mask)
-        if first is None or second is None:
-            first, second = _empty_hessians(decoder, kind, params, h)
-        hidden, first, second = _collect_chunk(decoder, kind, params, h, m, first, second)
-        chunk.put(out, hidden)
-    assert first is not None and second is not None  # chunks of a non-empty array are never empty
-    return Collected(out, first / rows, second / rows)
+    hessians: list[jax.Array] = []
+    tokens: list[int] = []
+    for part in _parts([group[0].rows for group in spec.groups]):
+        sums: Sums | None = None
+        for chunk in row_chunks(states):
+            h, m = chunk.take(states), chunk.take(mask)
+            sums = _zeros(spec, part) if sums is None else sums
+            hidden, sums = _collect_chunk(decoder, spec.kind, part, routed_only, params, h, m, sums)
+            chunk.put(out, hidden)
+        assert sums is not None  # chunks of a non-empty array are never empty
+        found = [round(float(n)) for n in sums.tokens]
+        tokens += found
+        hessians += [or_identity(h / len(states), n) for h, n in zip(sums.hessians, found, strict=True)]
+    return Collected(out, hessians, tokens)
+
+
+HESSIAN_BYTES = 4 << 30
+"""Hessians accumulated in one pass over the states; more of them, of many experts, take several passes."""
+
+
+class Sums(NamedTuple):
+    """Sums over the rows so far: `X^T X` and the number of tokens, for each group of a part."""
+
+    hessians: list[jax.Array]
+    tokens: list[jax.Array]
+
+
+def or_identity(hessian: jax.Array, tokens: int) -> jax.Array:
+    """The Hessian, or the identity where no token went into it."""
+    return hessian if tokens else jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+
+
+def group_weights(routed: jax.Array | None, groups: int, mask: jax.Array) -> list[jax.Array]:
+    """The weight of each token for each group, `[B, T]`: groups are experts in order, once per stage."""
+    if routed is None:
+        return [mask] * groups
+    experts = routed.shape[-1]
+    return [mask * routed[..., g % experts] for g in range(groups)]
+
+
+def _parts(sizes: Sequence[int]) -> list[range]:
+    """Cut the groups into runs whose Hessians fit."""
+    parts, start, room = [], 0, HESSIAN_BYTES
+    for g, size in enumerate(sizes):
+        room -= 4 * size * size
+        if room < 0 and g > start:
+            parts.append(range(start, g))
+            start, room = g, HESSIAN_BYTES - 4 * size * size
+    return [*parts, range(start, len(sizes))]
+
+
+def _zeros(spec: ModuleSpec, part: range) -> Sums:
+    sizes = [spec.groups[g][0].rows for g in part]
+    return Sums([jnp.zeros((k, k), jnp.float32) for k in sizes], [jnp.float32(0) for _ in sizes])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
+def _collect_chunk(
+    decoder: Decoder,
+    kind: str,
+    part: range,
+    routed_only: bool,
+    params: Any,
+    h: jax.Array,
+    mask: jax.Array,
+    sums: Sums,
+) -> tuple[jax.Array, Sums]:
+    trace = decoder.forward(kind, params, h)
+    inputs = [x for stage in trace.inputs for x in stage]
+    weights = group_weights(decoder.routed(kind, params, h) if routed_only else None, len(inputs), mask)
+    hessians = [
+        accumulate_hessian(total, inputs[g] * weights[g][:, :, None])
+        for total, g in zip(sums.hessians, part, strict=True)
+    ]
+    tokens = [total + jnp.sum(weights[g]) for total, g in zip(sums.tokens, part, strict=True)]
+    return trace.hidden, Sums(hessians, tokens)
 
 
 def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -110,26 +188,6 @@ def relative_error(out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None) ->
         weight = mask[c.start : c.stop, :, None]
         errors.append(np.asarray(_row_errors(out[c.start : c.stop] * weight, ref[c.start : c.stop] * weight)))
     return float(np.mean(np.concatenate(errors), dtype=np.float64))
-
-
-def _empty_hessians(decoder: Decoder, kind: str, params: Any, h: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    trace = jax.eval_shape(partial(decoder.forward, kind), params, h)
-    sizes = (trace.first.shape[-1], trace.second.shape[-1])
-    first, second = (jnp.zeros((k, k), jnp.float32) for k in sizes)
-    return first, second
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
-def _collect_chunk(
-    decoder: Decoder, kind: str, params: Any, h: jax.Array, mask: jax.Array, first: jax.Array, second: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    trace = decoder.forward(kind, params, h)
-    weight = mask[:, :, None]
-    return (
-        trace.hidden,
-        accumulate_hessian(first, trace.first * weight),
-        accumulate_hessian(second, trace.second * weight),
-    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models.layers import apply_linear
+from exl2jax.models.modules import MOE_KIND
 from exl2jax.ops import relative_frobenius
 from exl2jax.pipeline.stream import full_mask, row_chunks
 
@@ -57,17 +58,35 @@ def candidate_errors(
 ) -> np.ndarray:
     """Mean over rows of `||out - ref|| / ||ref||` for each candidate, residual included: `[candidates]` float64."""
     mask = full_mask(states, mask)
+    outputs = _expert_outputs if spec.kind == MOE_KIND else _outputs
     parts = []
     for chunk in row_chunks(states):
         h, ref, weight = jax.device_put((chunk.take(states), chunk.take(reference), chunk.take(mask)))
         errors: dict[int, jax.Array] = {}
-        for candidate, between in _second_inputs(decoder, spec, params, stacks, h):
-            linear = _with_kernel(params[spec.second.name], stacks[spec.second.name], candidate)
-            known = _apart(spec, params) | {spec.second.name: linear}
-            errors[candidate] = _row_errors(decoder, spec.kind, known, between, h, ref, weight)
+        for candidate, out in outputs(decoder, spec, params, stacks, h):
+            errors[candidate] = _row_errors(out, ref, weight)
         rows = np.stack([np.asarray(errors[i]) for i in range(len(errors))])
         parts.append(rows[:, : chunk.stop - chunk.start])
     return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
+
+
+def _expert_outputs(
+    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
+) -> Iterator[tuple[int, jax.Array]]:
+    """The output of a mixture of experts under each candidate, which sets all experts alike."""
+    for candidate in range(len(stacks[spec.linears[0].name].picks)):
+        trial = {name: _with_kernel(params[name], stack, candidate) for name, stack in stacks.items()}
+        yield candidate, _forward(decoder, spec.kind, _apart(spec, params) | trial, h)
+
+
+def _outputs(
+    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
+) -> Iterator[tuple[int, jax.Array]]:
+    """The module's output under each candidate, in the order of sharing."""
+    (last,) = spec.groups[-1]
+    for candidate, between in _second_inputs(decoder, spec, params, stacks, h):
+        linear = _with_kernel(params[last.name], stacks[last.name], candidate)
+        yield candidate, _output(decoder, spec.kind, last.name, _apart(spec, params), linear, between, h)
 
 
 def _second_inputs(
@@ -77,7 +96,7 @@ def _second_inputs(
 
     Outputs of the first stage are computed when first needed and dropped after their last use.
     """
-    names = [linear.name for linear in spec.first]
+    names = [linear.name for linear in spec.groups[0]]
     groups = plan([stacks[name].picks for name in names])
     rest = _apart(spec, params)
     x = _first_input(decoder, spec.kind, rest, h)
@@ -116,26 +135,34 @@ def _apart(spec: ModuleSpec, params: Mapping[str, Any]) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _first_input(decoder: Decoder, kind: str, rest: Any, h: jax.Array) -> jax.Array:
-    return decoder.first_input(kind, rest, h)
+    return decoder.inputs(kind, 0, rest, h, {})[0]
 
 
 @jax.jit
 def _linear(x: jax.Array, linear: Any) -> jax.Array:
-    y = x @ linear["kernel"].astype(jnp.float32)
-    return y + linear["bias"] if "bias" in linear else y
+    return apply_linear(linear, x)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _betweens(
     decoder: Decoder, kind: str, rest: Any, first: dict[str, jax.Array], last: tuple[jax.Array, ...]
 ) -> list[jax.Array]:
-    return decoder.second_inputs(kind, rest, first, last)
+    return decoder.last_inputs(kind, rest, first, last)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _output(
+    decoder: Decoder, kind: str, last: str, rest: Any, linear: Any, between: jax.Array, h: jax.Array
+) -> jax.Array:
+    return decoder.output(kind, rest, h, {last: apply_linear(linear, between)})
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _row_errors(
-    decoder: Decoder, kind: str, params: Any, between: jax.Array, h: jax.Array, ref: jax.Array, weight: jax.Array
-) -> jax.Array:
+def _forward(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
+    return decoder.forward(kind, params, h).hidden
+
+
+@jax.jit
+def _row_errors(out: jax.Array, ref: jax.Array, weight: jax.Array) -> jax.Array:
     """Relative error of each row `[R]`, padding apart."""
-    out = decoder.residual(kind, params, h, decoder.second(kind, params, between))
     return relative_frobenius(out * weight[:, :, None], ref * weight[:, :, None])

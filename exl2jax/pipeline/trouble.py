@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models import LinearSpec
+from exl2jax.models import LinearSpec, ModuleSpec
+from exl2jax.models.modules import MOE_KIND
 from exl2jax.ops import HessianFactor, QuantizedLinear
 from exl2jax.ops.rounding import HALF_MAX
+
+STARVED = 0.1
+"""An expert that gets less than this part of an even share of the tokens is reported."""
 
 
 def hessian_trouble(hessian: jax.Array, factor: HessianFactor, linears: Sequence[LinearSpec]) -> list[str]:
@@ -51,4 +55,18 @@ def calibration_shortage(linears: Sequence[LinearSpec], tokens: int) -> list[str
     return [
         f"under-calibrated: {tokens} tokens for {len(short)} of {len(linears)} linears with more inputs "
         f"(up to {widest.rows}, {widest.key}); damping fills the missing rank, more rows would serve better"
+    ]
+
+
+def starved_experts(spec: ModuleSpec, tokens: Sequence[int]) -> list[str]:
+    """A line for each expert that got fewer than a tenth of an even share of the tokens, by tokens of each group."""
+    if spec.kind != MOE_KIND:
+        return []
+    routed = tokens[-len(spec.stages[-1]) :]
+    share = sum(routed) / len(routed)
+    return [
+        f"{spec.key}: expert {expert} saw {count} calibration tokens, under a tenth of an even share of {share:.0f}; "
+        "use more calibration rows, or --moe-calibration all"
+        for expert, count in enumerate(routed)
+        if count < STARVED * share
     ]

@@ -10,7 +10,6 @@ import pytest
 
 from exl2jax.errors import ModelError, UnsupportedModelError
 from exl2jax.models import ModelConfig, head_spec, module_specs, read_config
-from exl2jax.models.modules import last_module_index
 
 GOOD: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,8 +170,9 @@ def test_the_modules_a_config_implies(tmp_path: Path) -> None:
         1,
     )
     assert (mlp.kind, mlp.norms[0].key) == ("mlp", "model.layers.1.post_attention_layernorm")
-    assert mlp.second.key == "model.layers.1.mlp.down_proj"
+    assert [[x.name for x in group] for group in mlp.groups] == [["gate_proj", "up_proj"], ["down_proj"]]
+    assert mlp.linears[-1].key == "model.layers.1.mlp.down_proj"
     assert (attention.weights, mlp.weights) == (96 * (192 + 64 + 64) + 192 * 96, 3 * 96 * 256)
     assert (head_spec(config).key, head_spec(config).rows, head_spec(config).columns) == ("lm_head", 96, 300)
-    # Embedding 0, two modules for each of three layers 1 to 6, norm 7, head 8.
-    assert last_module_index(config) == 8
+    # Embedding 0, two modules for each of three layers 1 to 6.
+    assert [spec.index for spec in specs] == [1, 2, 3, 4, 5, 6]

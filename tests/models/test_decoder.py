@@ -69,8 +69,8 @@ def test_attention(decoder: Decoder, rows: int, length: int) -> None:
     for row in range(rows):
         hidden, first, second = oracle.attention_block(params, h[row], 4, 2, 1e-5, FREQUENCIES)
         close(trace.hidden[row], hidden)
-        close(trace.first[row], first)
-        close(trace.second[row], second)
+        close(trace.inputs[0][0][row], first)
+        close(trace.inputs[1][0][row], second)
 
 
 def test_mlp(decoder: Decoder) -> None:
@@ -78,8 +78,8 @@ def test_mlp(decoder: Decoder) -> None:
     trace = forward(decoder, "mlp", params, h)
     hidden, first, second = oracle.mlp_block(params, h, 1e-5)
     close(trace.hidden, hidden)
-    close(trace.first, first)
-    close(trace.second, second)
+    close(trace.inputs[0][0], first)
+    close(trace.inputs[1][0], second)
 
 
 def test_head(decoder: Decoder) -> None:
@@ -109,12 +109,12 @@ def test_the_steps_make_up_the_whole(decoder: Decoder, kind: str) -> None:
     """Measurement swaps linears between the steps: they must give what `forward` gives."""
     params, h = params_of(kind), jnp.asarray(states_of(2, 20))
     trace = forward(decoder, kind, params, h)
-    first = decoder.first_input(kind, params, h)
-    outputs = decoder.first(kind, params, first)
+    outputs = decoder.linears(kind, 0, params, decoder.inputs(kind, 0, params, h, {}))
     assert set(outputs) == set(SIZES[kind]) - {"o_proj", "down_proj"}
-    second = decoder.second_input(kind, params, outputs)
-    close(second, np.asarray(trace.second))
-    close(decoder.residual(kind, params, h, decoder.second(kind, params, second)), np.asarray(trace.hidden))
+    second = decoder.inputs(kind, 1, params, h, outputs)
+    close(second[0], np.asarray(trace.inputs[1][0]))
+    outputs |= decoder.linears(kind, 1, params, second)
+    close(decoder.output(kind, params, h, outputs), np.asarray(trace.hidden))
 
 
 def test_later_tokens_do_not_reach_earlier_ones(decoder: Decoder) -> None:

@@ -202,7 +202,7 @@ def test_an_exl2_directory_gives_dequantized_weights_without_padding(tmp_path: P
     directory = exl2(tiny_llama, tmp_path)
     model = open_model(directory)
     assert isinstance(model, Exl2Model)
-    spec = specs_of(directory)[0].first[0]
+    spec = specs_of(directory)[0].linears[0]
     params = model.linear_params(spec)
     expected = np.load(directory / "expected.npz")
     assert params["kernel"].dtype == np.float16
@@ -223,7 +223,7 @@ def test_a_damaged_exl2_linear_is_named(tmp_path: Path, tiny_llama: Path) -> Non
     path = directory / "output.safetensors"
     tensors = load_file(path)
     save_file(tensors | {f"{Q_PROJ}.q_groups": np.asarray([6, 0, 6, 13], np.int16)}, path)
-    spec = specs_of(directory)[0].first[0]
+    spec = specs_of(directory)[0].linears[0]
     with pytest.raises(FormatError, match=rf"{directory}: {Q_PROJ}: q_groups"):
         open_model(directory).kernel(spec)
     save_file(without(f"{Q_PROJ}.q_scale")(tensors), path)

@@ -10,7 +10,7 @@ import pytest
 from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import factorize
 from exl2jax.pipeline import stream
-from exl2jax.pipeline.propagate import CrossTerms, corrected_target, first_terms, second_terms
+from exl2jax.pipeline.propagate import CrossTerms, corrected_target, stage_terms
 from tests.oracles import llama
 
 ROWS, LENGTH = 5, 12
@@ -92,13 +92,14 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
     spec, params = specs[index], all_params[index]
     rng = np.random.default_rng(4)
     quantized = dict(params)
-    for linear in spec.first:
+    for linear in spec.groups[0]:
         kernel = params[linear.name]["kernel"]
         noise = 0.05 * rng.standard_normal(kernel.shape).astype(np.float32)
         quantized[linear.name] = params[linear.name] | {"kernel": kernel + noise}
     kept = np.ones((ROWS, LENGTH), np.int32) if mask is None else mask
 
-    first = first_terms(decoder, spec.kind, params, states, reference, mask)
+    (first,), (tokens,), _ = stage_terms(decoder, spec, 0, params, params, states, reference, mask)
+    assert tokens == kept.sum()
     _, x_q, _ = block(spec.kind, params, states)
     expected_hidden, x_f, y_f = block(spec.kind, params, reference)
     close(first.hessian, product(x_q, x_q, kept))
@@ -106,7 +107,9 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
     assert first.residual is None
 
     for residual in (True, False):
-        second, hidden = second_terms(decoder, spec.kind, params, quantized, states, reference, mask, residual=residual)
+        (second,), _, hidden = stage_terms(
+            decoder, spec, 1, params, quantized, states, reference, mask, residual=residual
+        )
         _, _, y_q = block(spec.kind, quantized, states)
         close(second.hessian, product(y_q, y_q, kept))
         close(second.cross, product(y_q, y_f - y_q, kept))

@@ -26,6 +26,11 @@ def both(*norms: str) -> tuple[str, ...]:
     return tuple(f"{norm}.{part}" for norm in norms for part in ("weight", "bias"))
 
 
+def experts(place: str, *names: str) -> tuple[str, ...]:
+    """Linears of the four experts of the tiny models."""
+    return tuple(f"{place}.{e}.{name}" for e in range(4) for name in names)
+
+
 LLAMA_NORMS = weights("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*LLAMA_NORMS, *weights("pre_feedforward_layernorm", "post_feedforward_layernorm"))
 
@@ -91,6 +96,32 @@ STOCK: dict[str, StockNames] = {
         plain=both("ln_1", "ln_2"),
         outer=(*LAYER_NORM_OUTER, "model.wpe.weight"),
     ),
+    "MixtralForCausalLM": StockNames(
+        quantized=(*ATTENTION, *experts("block_sparse_moe.experts", "w1", "w3", "w2")),
+        plain=(*LLAMA_NORMS, "block_sparse_moe.gate.weight"),
+    ),
+    "Qwen3MoeForCausalLM": StockNames(
+        quantized=(*ATTENTION, *experts("mlp.experts", "gate_proj", "up_proj", "down_proj")),
+        plain=(*LLAMA_NORMS, *HEAD_NORMS, "mlp.gate.weight"),
+    ),
+    "DbrxForCausalLM": StockNames(
+        quantized=(*ATTENTION, *experts("block_sparse_moe.experts", "w1", "v1", "w2")),
+        plain=(*LLAMA_NORMS, "block_sparse_moe.gate.weight"),
+    ),
+    "GemmoeForCausalLM": StockNames(
+        quantized=(*ATTENTION, *experts("block_sparse_moe.experts", "w1", "w3", "w2")),
+        plain=(*LLAMA_NORMS, "block_sparse_moe.gate.weight"),
+    ),
+    "CohereForCausalLM": StockNames(biased=ATTENTION, plain=(*weights("input_layernorm"), *HEAD_NORMS)),
+    "Cohere2ForCausalLM": StockNames(plain=weights("input_layernorm")),
+    "LlavaForConditionalGeneration": StockNames(
+        prefix="language_model.", copied=("vision_tower.", "multi_modal_projector.")
+    ),
+    "Mistral3ForConditionalGeneration": StockNames(
+        prefix="language_model.", copied=("vision_tower.", "multi_modal_projector.")
+    ),
+    "Qwen2VLForConditionalGeneration": StockNames(biased=QKV, copied=("visual.",)),
+    "Qwen2_5_VLForConditionalGeneration": StockNames(biased=QKV, copied=("visual.",)),
     "Starcoder2ForCausalLM": StockNames(
         quantized=(*ATTENTION, *C_MLP),
         biased=(*ATTENTION, *C_MLP),

@@ -41,6 +41,13 @@ QKVO: Shapes = {
     "self_attn.v_proj": (KV_HEADS * WIDTH, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HEADS * WIDTH),
 }
+NARROW: Shapes = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (32, HIDDEN),
+    "self_attn.v_proj": (32, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+}
+"""Two heads and one key/value head of hidden over heads, where a config has no `head_dim`."""
 GATED: Shapes = {
     "mlp.gate_proj": (INNER, HIDDEN),
     "mlp.up_proj": (INNER, HIDDEN),
@@ -56,9 +63,9 @@ HEAD_NORMS: Shapes = {"self_attn.q_norm": (WIDTH,), "self_attn.k_norm": (WIDTH,)
 class TinyArchitecture:
     """A config, and what the source's tensors are called.
 
-    `linears` and `norms` of a layer by name within it, `biased` those linears that have a bias, `layer` the prefix of
-    layers with `{}` for the number, `outer` further tensors by full name. `offset` is where norm weights lie
-    around; `transposed` weights are `[in, out]`.
+    `linears`, `norms` and other `plain` weights of a layer by name within it, `biased` those linears that have a bias,
+    `layer` the prefix of layers with `{}` for the number, `outer` further tensors by full name. `offset` is where norm
+    weights lie around; `transposed` weights are `[in, out]`.
     """
 
     architecture: str
@@ -67,6 +74,7 @@ class TinyArchitecture:
     biased: tuple[str, ...] = ()
     norms: Shapes = field(default_factory=lambda: dict.fromkeys(TWO_NORMS, (HIDDEN,)))
     norm_bias: bool = False
+    plain: Shapes = field(default_factory=dict)
     offset: float = 1.0
     layer: str = "model.layers.{}"
     embedding: str = "model.embed_tokens"
@@ -87,6 +95,7 @@ class TinyArchitecture:
                 shapes[f"{prefix}.{name}.weight"] = shape[::-1] if self.transposed else shape
                 if name in self.biased:
                     shapes[f"{prefix}.{name}.bias"] = shape[:1]
+            shapes |= {f"{prefix}.{name}.weight": shape for name, shape in self.plain.items()}
             for name, shape in self.norms.items():
                 shapes |= self._norm(f"{prefix}.{name}", shape)
         shapes |= self._norm(self.final, (HIDDEN,))
@@ -120,7 +129,7 @@ def tiny_tensors(tiny: TinyArchitecture) -> dict[str, np.ndarray]:
         elif name.startswith((tiny.embedding, "wpe", "transformer.wpe")):
             value *= 0.25 if tiny.offset else 0.1  # Gemma's norms lie around zero and its embeddings are scaled up
         else:
-            value *= (2.0 if name.startswith("lm_head") else 1.2) * shape[0 if tiny.transposed else -1] ** -0.5
+            value *= (2.0 if "lm_head" in name else 1.2) * shape[0 if tiny.transposed else -1] ** -0.5
         out[name] = value.astype(DTYPES[tiny.dtype])
     return out
 
@@ -132,6 +141,60 @@ def write_tiny(path: Path, tiny: TinyArchitecture) -> Path:
 
 
 ATTENTION = tuple(QKVO)
+EXPERTS = 4
+
+
+def experts(place: str, names: tuple[str, str, str]) -> Shapes:
+    """Linears of all experts: gate, up, down under their names."""
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    return {f"{place.format(e)}.{n}": s for e in range(EXPERTS) for n, s in zip(names, shapes, strict=True)}
+
+
+def vision_language(model_type: str, tower: str, vision: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a language model beside a vision tower."""
+    return {
+        "model_type": model_type,
+        "image_token_index": 299,
+        "vision_config": {"model_type": tower, **vision},
+        "text_config": dict(text),
+        **{key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")},
+    }
+
+
+PIXTRAL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "rope_theta": 10000.0,
+}
+PIXTRAL_TOWER: Shapes = {
+    "vision_tower.patch_conv.weight": (32, 3, 14, 14),
+    "vision_tower.ln_pre.weight": (32,),
+    **{f"vision_tower.transformer.layers.0.attention.{n}_proj.weight": (32, 32) for n in "qkvo"},
+    "vision_tower.transformer.layers.0.feed_forward.gate_proj.weight": (48, 32),
+    "vision_tower.transformer.layers.0.feed_forward.up_proj.weight": (48, 32),
+    "vision_tower.transformer.layers.0.feed_forward.down_proj.weight": (32, 48),
+    "vision_tower.transformer.layers.0.attention_norm.weight": (32,),
+    "vision_tower.transformer.layers.0.ffn_norm.weight": (32,),
+}
+QWEN_TOWER: Shapes = {
+    "visual.patch_embed.proj.weight": (32, 3, 2, 14, 14),
+    "visual.blocks.0.norm1.weight": (32,),
+    "visual.blocks.0.norm2.weight": (32,),
+    "visual.blocks.0.attn.qkv.weight": (96, 32),
+    "visual.blocks.0.attn.qkv.bias": (96,),
+    "visual.blocks.0.attn.proj.weight": (32, 32),
+    "visual.blocks.0.attn.proj.bias": (32,),
+    "visual.merger.ln_q.weight": (32,),
+    "visual.merger.mlp.0.weight": (128, 128),
+    "visual.merger.mlp.0.bias": (128,),
+    "visual.merger.mlp.2.weight": (HIDDEN, 128),
+    "visual.merger.mlp.2.bias": (HIDDEN,),
+}
 
 TINY: dict[str, TinyArchitecture] = {
     "mistral": TinyArchitecture(
@@ -398,16 +461,228 @@ TINY: dict[str, TinyArchitecture] = {
             "use_bias": True,
             "sliding_window": WINDOW,
         },
-        linears={
-            "self_attn.q_proj": (HIDDEN, HIDDEN),
-            "self_attn.k_proj": (32, HIDDEN),
-            "self_attn.v_proj": (32, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN),
-            **UNGATED,
-        },
+        linears=NARROW | UNGATED,
         biased=(*QKVO, *UNGATED),
         norm_bias=True,
         head=None,
+    ),
+    "mixtral": TinyArchitecture(
+        "MixtralForCausalLM",
+        LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        linears=QKVO | experts("block_sparse_moe.experts.{}", ("w1", "w3", "w2")),
+        plain={"block_sparse_moe.gate": (EXPERTS, HIDDEN)},
+    ),
+    "qwen3_moe": TinyArchitecture(
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | {
+            "model_type": "qwen3_moe",
+            "intermediate_size": 256,
+            "moe_intermediate_size": INNER,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+            "sliding_window": WINDOW,
+        },
+        linears=QKVO | experts("mlp.experts.{}", ("gate_proj", "up_proj", "down_proj")),
+        norms=dict.fromkeys(TWO_NORMS, (HIDDEN,)) | HEAD_NORMS,
+        plain={"mlp.gate": (EXPERTS, HIDDEN)},
+    ),
+    "dbrx": TinyArchitecture(
+        "DbrxForCausalLM",
+        {
+            "model_type": "dbrx",
+            "d_model": HIDDEN,
+            "n_heads": 2,
+            "n_layers": LAYERS,
+            "max_seq_len": POSITIONS,
+            "vocab_size": VOCABULARY,
+            "tie_word_embeddings": False,
+            "rope_theta": 50000.0,  # transformers 5 does not read that of attn_config
+            "attn_config": {"model_type": "", "clip_qkv": 1.5, "kv_n_heads": 1, "rope_theta": 50000.0},
+            "ffn_config": {
+                "model_type": "",
+                "ffn_act_fn": {"name": "silu"},
+                "ffn_hidden_size": INNER,
+                "hidden_size": HIDDEN,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": 1.0,
+            },
+        },
+        linears={
+            "norm_attn_norm.attn.Wqkv": (HIDDEN + 2 * 32, HIDDEN),
+            "norm_attn_norm.attn.out_proj": (HIDDEN, HIDDEN),
+        },
+        norms=dict.fromkeys(("norm_attn_norm.norm_1", "norm_attn_norm.norm_2"), (HIDDEN,)),
+        plain={"ffn.router.layer": (EXPERTS, HIDDEN)},
+        layer="transformer.blocks.{}",
+        embedding="transformer.wte",
+        final="transformer.norm_f",
+        outer={
+            f"transformer.blocks.{i}.ffn.experts.mlp.{name}": (EXPERTS * INNER, HIDDEN)
+            for i in range(LAYERS)
+            for name in ("w1", "v1", "w2")
+        },
+    ),
+    "gemmoe": TinyArchitecture(
+        "GemmoeForCausalLM",
+        GEMMA | {"model_type": "gemmoe", "num_local_experts": 4, "num_experts_per_tok": 2},
+        linears=QKVO | experts("block_sparse_moe.experts.{}", ("w1", "w3", "w2")),
+        plain={"block_sparse_moe.gate": (EXPERTS, HIDDEN)},
+        offset=0.0,
+        head=None,
+    ),
+    "cohere": TinyArchitecture(
+        "CohereForCausalLM",
+        SIZES
+        | {
+            "model_type": "cohere",
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "logit_scale": 0.5,
+            "head_dim": ...,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        linears=NARROW | GATED,
+        biased=ATTENTION,
+        norms={"input_layernorm": (HIDDEN,), "self_attn.q_norm": (2, 32), "self_attn.k_norm": (1, 32)},
+        head=None,
+    ),
+    "cohere2": TinyArchitecture(
+        "Cohere2ForCausalLM",
+        SIZES
+        | {
+            "model_type": "cohere2",
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "logit_scale": 0.5,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        norms={"input_layernorm": (HIDDEN,)},
+        head=None,
+    ),
+    "llava": TinyArchitecture(
+        "LlavaForConditionalGeneration",
+        vision_language("llava", "pixtral", PIXTRAL, LLAMA | {"model_type": "mistral", "sliding_window": WINDOW})
+        | {"vision_feature_layer": -1, "image_seq_length": 4, "projector_hidden_act": "gelu"},
+        layer="language_model.model.layers.{}",
+        embedding="language_model.model.embed_tokens",
+        final="language_model.model.norm",
+        head="language_model.lm_head",
+        outer=PIXTRAL_TOWER
+        | {
+            "multi_modal_projector.linear_1.weight": (HIDDEN, 32),
+            "multi_modal_projector.linear_1.bias": (HIDDEN,),
+            "multi_modal_projector.linear_2.weight": (HIDDEN, HIDDEN),
+            "multi_modal_projector.linear_2.bias": (HIDDEN,),
+        },
+    ),
+    "mistral3": TinyArchitecture(
+        "Mistral3ForConditionalGeneration",
+        vision_language("mistral3", "pixtral", PIXTRAL, LLAMA | {"model_type": "mistral"})
+        | {
+            "vision_feature_layer": -1,
+            "spatial_merge_size": 2,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+        },
+        layer="language_model.model.layers.{}",
+        embedding="language_model.model.embed_tokens",
+        final="language_model.model.norm",
+        head="language_model.lm_head",
+        outer=PIXTRAL_TOWER
+        | {
+            "multi_modal_projector.norm.weight": (32,),
+            "multi_modal_projector.patch_merger.merging_layer.weight": (32, 128),
+            "multi_modal_projector.linear_1.weight": (HIDDEN, 32),
+            "multi_modal_projector.linear_2.weight": (HIDDEN, HIDDEN),
+        },
+    ),
+    "qwen2_vl": TinyArchitecture(
+        "Qwen2VLForConditionalGeneration",
+        LLAMA
+        | {
+            "model_type": "qwen2_vl",
+            "head_dim": ...,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "use_sliding_window": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "image_token_id": 297,
+            "video_token_id": 298,
+            "vision_start_token_id": 295,
+            "vision_end_token_id": 296,
+            "vision_config": {
+                "depth": 1,
+                "embed_dim": 32,
+                "hidden_size": HIDDEN,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "in_chans": 3,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        linears=NARROW | GATED,
+        biased=ATTENTION[:3],
+        outer=QWEN_TOWER
+        | {
+            "visual.blocks.0.mlp.fc1.weight": (64, 32),
+            "visual.blocks.0.mlp.fc1.bias": (64,),
+            "visual.blocks.0.mlp.fc2.weight": (32, 64),
+            "visual.blocks.0.mlp.fc2.bias": (32,),
+            "visual.blocks.0.norm1.bias": (32,),
+            "visual.blocks.0.norm2.bias": (32,),
+            "visual.merger.ln_q.bias": (32,),
+        },
+    ),
+    "qwen2_5_vl": TinyArchitecture(
+        "Qwen2_5_VLForConditionalGeneration",
+        LLAMA
+        | {
+            "model_type": "qwen2_5_vl",
+            "head_dim": ...,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "use_sliding_window": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "image_token_id": 297,
+            "video_token_id": 298,
+            "vision_start_token_id": 295,
+            "vision_end_token_id": 296,
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "out_hidden_size": HIDDEN,
+                "num_heads": 2,
+                "in_chans": 3,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "fullatt_block_indexes": [0],
+                "window_size": 28,
+            },
+        },
+        linears=NARROW | GATED,
+        biased=ATTENTION[:3],
+        outer=QWEN_TOWER
+        | {
+            f"visual.blocks.0.mlp.{name}.{part}": shape if part == "weight" else shape[:1]
+            for name, shape in {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}.items()
+            for part in ("weight", "bias")
+        },
     ),
 }
 """By the name of the reference file."""
