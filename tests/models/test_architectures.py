@@ -12,6 +12,7 @@ from exl2jax.evaluate.verify import verify
 from exl2jax.models import open_model
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.spelling import stock_spelling
+from scripts.architectures import render
 from tests.support.stock_names import STOCK
 from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
 
@@ -29,6 +30,11 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_architecture_is_here() -> None:
     assert {tiny.architecture for tiny in TINY.values()} | {"LlamaForCausalLM"} == set(ARCHITECTURES)
     assert set(STOCK) | {"LlamaForCausalLM"} == set(ARCHITECTURES)
+
+
+def test_the_documentation_is_current() -> None:
+    written = Path(__file__).parents[2] / "docs" / "architectures.md"
+    assert written.read_text(encoding="utf-8") == render(), "run `python -m scripts.architectures`"
 
 
 @pytest.mark.parametrize("name", TINY)
