@@ -106,7 +106,7 @@ def test_prediction_is_the_weighted_error_of_the_outputs(
         _, found = step(step.start(len(specs)), Block(spec, params))
         total = 0.0
         for linear in spec.linears:
-            x = np.asarray(trace.second if linear == spec.second else trace.first, np.float64).reshape(-1, linear.rows)
+            x = np.asarray(trace.inputs[int(linear in spec.groups[-1])][0], np.float64).reshape(-1, linear.rows)
             kernel = np.asarray(params[linear.name]["kernel"], np.float64)
             error = np.mean(np.square(x @ (rounded(kernel) - kernel)), axis=0)
             energy = np.mean(np.square(x @ kernel), axis=0).sum()
