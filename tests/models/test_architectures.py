@@ -9,14 +9,18 @@ from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.evaluate.verify import verify
-from exl2jax.models import open_model
+from exl2jax.models import module_specs, open_model, slots_of
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.spelling import stock_spelling
+from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits
 from scripts.architectures import render
 from tests.support.stock_names import STOCK
 from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
 
 ROWS, LENGTH = 16, 32
+
+MEASURED = ("gemma3", "gpt2", "qwen3_moe", "cohere")
+"""Measured as well as quantized: one of every kind of module. The others take a measurement that is made up."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,7 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
     tiny = TINY[name]
     source = write_tiny(tmp_path / "source", tiny)
     target = tmp_path / "exl2"
+    measurement = None if name in MEASURED else made_up_measurement(source, tmp_path / "measurement.json")
     result = convert(
         ConversionConfig(
             in_dir=source,
@@ -52,6 +57,7 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
             dataset_rows=ROWS,
             measurement_rows=4,
             preset="fast",
+            measurement=measurement,
         )
     )
     assert result.bpw is not None and result.bpw <= 4.0
@@ -61,9 +67,22 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
     check_names(tiny.architecture, tiny.layers, set(written))
     check_copies(tiny.architecture, source, written)
     check_config(tiny.architecture, source, target)
-    ids = np.random.default_rng(9).integers(0, VOCABULARY, (4, 40)).astype(np.int32)
+    ids = np.random.default_rng(9).integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
     found = evaluate(target, ids, source)
     assert found.kl_divergence is not None and found.kl_divergence < 0.6  # unrelated logits differ by about 4
+
+
+def made_up_measurement(source: Path, path: Path) -> Path:
+    """A complete stock measurement whose accuracies grow with the bits."""
+    specs = module_specs(open_model(source).config)
+    modules = {}
+    for slot in slots_of(specs):
+        rows = [(row, module_bits(slot, row)) for row in candidate_rows(slot)]
+        modules[slot.key] = tuple(
+            Candidate(qparams=row, total_bits=bits, accuracy=1 - 2.0 ** (-bits / slot.weights)) for row, bits in rows
+        )
+    Measurement(modules=modules).write(path, specs)
+    return path
 
 
 def check_names(architecture: str, layers: int, written: set[str]) -> None:
