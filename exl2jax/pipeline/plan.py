@@ -19,6 +19,7 @@ from exl2jax.pipeline.free import NARROWEST, WIDEST
 from exl2jax.pipeline.measurement import candidate_rows, module_bits
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.qparams import padded_columns
+from exl2jax.storage import TensorFiles
 
 FLOAT = 4
 HEADER = 160
@@ -135,7 +136,7 @@ def _output_size(context: Context, high: float) -> int:
     return _linears_size(context, high) + tensors + HEADER * (len(inner) + len(outer) + 6 * linears)
 
 
-def _stored(files: SourceTensors, name: str) -> int:
+def _stored(files: TensorFiles | SourceTensors, name: str) -> int:
     """Bytes of a tensor's data, from its header: F16, BF16, F32, F8_E4M3 and the like carry their bits."""
     digits = "".join(c for c in files.dtype(name).partition("_")[0] if c.isdigit())
     return math.prod(files.shape(name)) * int(digits or 8) // 8
