@@ -67,7 +67,8 @@ mend:
 
 Routers stay as they are. Each expert's linears are quantized by the Hessian of the tokens routed to it, or of all
 tokens with `--moe-calibration all`; an expert that no token reached gets the identity. The summary names experts that
-saw less than a tenth of an even share. All experts of a layer are in memory together while it is worked on.
+saw less than a tenth of an even share. All experts of a layer are in memory together while it is worked on, and each of
+them runs on every token, in one batched product, before the router's weights pick what counts.
 """
 
 
