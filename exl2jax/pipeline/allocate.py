@@ -85,10 +85,10 @@ def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing:
 def require_reachable(specs: Sequence[ModuleSpec], bits: float, pricing: Pricing) -> None:
     """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
     tables = {
-        spec.key: tuple(
-            Candidate(qparams=row, total_bits=module_bits(spec, row), accuracy=1.0) for row in candidate_rows(spec)
+        slot.key: tuple(
+            Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=1.0) for row in candidate_rows(slot)
         )
-        for spec in specs
+        for slot in slots_of(specs)
     }
     _reachable_budget(Measurement(modules=tables), specs, bits, pricing)
 

@@ -11,7 +11,7 @@ from typing import Any
 from exl2jax.calibration import CalibrationRows
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
-from exl2jax.models import head_spec
+from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.models.tensors import SourceTensors
 from exl2jax.pipeline.context import Context
@@ -109,7 +109,7 @@ def _reach(context: Context) -> tuple[float, float]:
     """Least and greatest bits per weight of the recipe's candidates."""
     weights = sum(spec.weights for spec in context.specs)
     if context.recipe.pricing == "accuracy":
-        costs = [[module_bits(spec, row) for row in candidate_rows(spec)] for spec in context.specs]
+        costs = [[module_bits(slot, row) for row in candidate_rows(slot)] for slot in slots_of(context.specs)]
         return sum(map(min, costs)) / weights, sum(map(max, costs)) / weights
     linears = [linear for spec in context.specs for linear in spec.linears]
     low, high = (sum(q.total_bits(x.rows, x.columns) for x in linears) for q in (NARROWEST, WIDEST))
