@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from exl2jax.ops.hessian import HessianFactor
-from exl2jax.ops.rounding import dequantize, half_scale, quantize
+from exl2jax.ops.kernels import XLA, Kernels
+from exl2jax.ops.rounding import dequantize, half_scale
 from exl2jax.ops.scales import search_scales
 from exl2jax.qparams import ROW_MULTIPLE, Group
 
@@ -43,20 +44,24 @@ class _Walk(NamedTuple):
     qscale_max: jax.Array
 
 
-def gptq(w: jax.Array, factor: HessianFactor, groups: Sequence[Group]) -> QuantizedLinear:
+def gptq(w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA) -> QuantizedLinear:
     """Quantize `w [K, N]` float32 with error feedback through `factor`, cut into `groups` of the permuted rows.
 
     Each group finds its scales on its current weights, then goes row by row: code, error `(w - q) / U[c, c]`, and
     feedback to the rows after it (EXL2.md section 2, "GPTQ"). Left-looking: a row gathers what it owes to the rows
     before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. Bit widths are traced and runs of one
-    group size are loops, so one compilation per (shape, group size) serves every setting.
+    group size are loops, so one compilation per (shape, group size) serves every setting. `kernels`: inner loops.
     """
-    walk = _walk(w[factor.perm], factor.u, groups)
+    walk = _walk(w[factor.perm], factor.u, groups, kernels)
     return _finish(walk.codes, walk.qs, walk.qscale_max, factor.perm, factor.inv_perm, tuple(groups))
 
 
 def gptq_tile_losses(
-    w: jax.Array, factor: HessianFactor, groups: Sequence[Group], column_weight: jax.Array
+    w: jax.Array,
+    factor: HessianFactor,
+    groups: Sequence[Group],
+    column_weight: jax.Array,
+    kernels: Kernels = XLA,
 ) -> jax.Array:
     """What `gptq` of `w [K, N]` would cost, tile by tile of 32 permuted rows: `[K / 32]` float32.
 
@@ -66,23 +71,23 @@ def gptq_tile_losses(
     widths price any mixture of those widths.
     """
     ordered = w[factor.perm]
-    walk = _walk(ordered, factor.u, groups)
+    walk = _walk(ordered, factor.u, groups, kernels)
     tile_of, widths = _tiles(groups)
     return _tile_losses(ordered, walk, tile_of, widths, factor.damping, column_weight)
 
 
-def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group]) -> QuantizedLinear:
+def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group], kernels: Kernels = XLA) -> QuantizedLinear:
     """Quantize `w [K, N]` without feedback, with the same scale search; for heads too large for a Hessian."""
     k, _ = w.shape
     identity = HessianFactor(perm, jnp.argsort(perm), jnp.eye(k), jnp.float32(0), jnp.int32(0), jnp.bool_(True))
-    return gptq(w, identity, groups)
+    return gptq(w, identity, groups, kernels)
 
 
-def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group]) -> _Walk:
+def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group], kernels: Kernels) -> _Walk:
     """Walk the permuted weights from the first group to the last."""
     walk = _start(*ordered.shape)
     for size, start, widths in _segments(groups):
-        walk = _segment(walk, ordered, u, jnp.int32(start), widths, jnp.int32(len(widths)), size=size)
+        walk = _segment(walk, ordered, u, jnp.int32(start), widths, size=size, kernels=kernels)
     return walk
 
 
@@ -103,9 +108,17 @@ def _segments(groups: Sequence[Group]) -> Iterator[tuple[int, int, np.ndarray]]:
         yield size, members[0].start, np.asarray([g.bits for g in members], np.float32)
 
 
-@partial(jax.jit, static_argnames=("size",), donate_argnames=("walk",))
+@partial(jax.jit, static_argnames=("size", "kernels"), donate_argnames=("walk",))
 def _segment_jit(
-    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: jax.Array, count: jax.Array, *, size: int
+    walk: _Walk,
+    w: jax.Array,
+    u: jax.Array,
+    start: jax.Array,
+    widths: jax.Array,
+    count: jax.Array,
+    *,
+    size: int,
+    kernels: Kernels,
 ) -> _Walk:
     """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each.
 
@@ -120,7 +133,7 @@ def _segment_jit(
         origin = jnp.minimum(a, w.shape[0] - span)
         current = lax.dynamic_slice_in_dim(w, origin, span, 0) - _debt(walk.errors, u, origin, a, span)
         corner = lax.dynamic_slice(u, (origin, origin), (span, span))
-        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size)
+        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size, kernels)
 
     return lax.fori_loop(0, (count * size + span - 1) // span, one, walk)
 
@@ -154,6 +167,7 @@ def _walk_span(
     widths: jax.Array,
     start: jax.Array,
     size: int,
+    kernels: Kernels,
 ) -> _Walk:
     """Walk the groups of a span: `current [span, N]` and `u [span, span]` begin at row `origin`, the groups at row
     `a` and end at `stop`, where `place = (origin, a, stop)`.
@@ -169,8 +183,8 @@ def _walk_span(
         if size < u.shape[0]:
             toward = lax.dynamic_slice_in_dim(u, row - origin, size, 1)
             mine = mine - jnp.matmul(toward.T, local, precision=lax.Precision.HIGHEST)
-        choice = search_scales(mine, bits)
-        errors, codes = _walk_group(mine, corner, choice.scale, bits)
+        choice = search_scales(mine, bits, kernels.grid_losses)
+        errors, codes = kernels.walk_group(mine, corner, choice.scale, bits)
         tile = row // ROW_MULTIPLE
         walk = _Walk(
             lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
@@ -185,32 +199,13 @@ def _walk_span(
 
 
 def _segment(
-    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, count: jax.Array, *, size: int
+    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, *, size: int, kernels: Kernels
 ) -> _Walk:
     """Call the compiled segment with `widths` padded to a length that depends on the matrix alone."""
     padded = np.zeros(walk.qs.shape[0], np.float32)
     padded[: len(widths)] = widths
-    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size)
-
-
-def _walk_group(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes."""
-    inverse = 1 / jnp.diagonal(u)
-
-    def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        errors, codes = state
-        toward = lax.dynamic_index_in_dim(u, i, 1, keepdims=False)
-        current = lax.dynamic_index_in_dim(w, i, 0, keepdims=False) - jnp.matmul(
-            toward, errors, precision=lax.Precision.HIGHEST
-        )
-        code = quantize(current, scale, bits)
-        error = (current - dequantize(code, scale, bits)) * inverse[i]
-        return (
-            lax.dynamic_update_index_in_dim(errors, error, i, 0),
-            lax.dynamic_update_index_in_dim(codes, code.astype(jnp.uint8), i, 0),
-        )
-
-    return lax.fori_loop(0, w.shape[0], row, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8)))
+    count = jnp.int32(len(widths))
+    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size, kernels=kernels)
 
 
 def _finish(

@@ -1,7 +1,7 @@
 """The five tensors of an EXL2 linear: packing codes and scales into words, and back (EXL2.md section 1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.errors import FormatError
+from exl2jax.ops.bitstream import pack_codes, unpack_codes
 from exl2jax.ops.gptq import QuantizedLinear
 from exl2jax.ops.rounding import dequantize, half_scale
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, Group, padded_columns
@@ -40,39 +41,6 @@ class PackedLinear:
         return 8 * sum(getattr(self, name).nbytes for name in TENSOR_NAMES)
 
 
-@partial(jax.jit, static_argnames=("bits",))
-def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
-    """Pack `codes [rows, N]` of one group into `[rows * bits / 32, N]` int32; `rows` a multiple of 32.
-
-    Row `r` occupies bits `r*bits .. r*bits + bits - 1` of its column's little-endian stream.
-    """
-    rows, columns = codes.shape
-    tiles = codes.astype(jnp.uint32).reshape(rows // 32, 32, columns)
-    words = [jnp.zeros((rows // 32, columns), jnp.uint32) for _ in range(bits)]
-    for r in range(32):
-        word, shift = divmod(r * bits, 32)
-        words[word] = words[word] | (tiles[:, r] << shift)
-        if shift + bits > 32:
-            words[word + 1] = words[word + 1] | (tiles[:, r] >> (32 - shift))
-    packed = jnp.stack(words, axis=1).reshape(rows * bits // 32, columns)
-    return jax.lax.bitcast_convert_type(packed, jnp.int32)
-
-
-@partial(jax.jit, static_argnames=("bits",))
-def unpack_codes(words: jax.Array, *, bits: int) -> jax.Array:
-    """Inverse of `pack_codes`: `[rows * bits / 32, N]` int32 to `[rows, N]` uint8."""
-    columns = words.shape[1]
-    tiles = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, bits, columns)
-    rows = []
-    for r in range(32):
-        word, shift = divmod(r * bits, 32)
-        value = tiles[:, word] >> shift
-        if shift + bits > 32:
-            value = value | (tiles[:, word + 1] << (32 - shift))
-        rows.append(value & jnp.uint32(2**bits - 1))
-    return jnp.stack(rows, axis=1).reshape(-1, columns).astype(jnp.uint8)
-
-
 @jax.jit
 def pack_scales(qs: jax.Array) -> jax.Array:
     """Pack scale indices `qs [G, N]` in 1..16 into `[G, N/8]` int32, minus one, lowest nibble = lowest column."""
@@ -88,15 +56,21 @@ def unpack_scales(words: jax.Array) -> jax.Array:
     return ((nibbles & 15) + 1).reshape(words.shape[0], -1).astype(jnp.uint8)
 
 
-def pack_linear(linear: QuantizedLinear, bias: np.ndarray | None = None) -> PackedLinear:
-    """Pack a quantized matrix, padding columns to a multiple of 32 with the zero code and the lowest scale."""
+def pack_linear(
+    linear: QuantizedLinear, bias: np.ndarray | None = None, pack: Callable[..., jax.Array] = pack_codes
+) -> PackedLinear:
+    """Pack a quantized matrix, padding columns to a multiple of 32 with the zero code and the lowest scale.
+
+    A tile of 32 rows fills whole words whatever its group, so the matrix is packed once for each width it uses and
+    every group takes its tiles from there: a few calls of few shapes.
+    """
     columns = linear.codes.shape[1]
     extra = padded_columns(columns) - columns
+    by_width = {bits: _packed(linear.codes, extra, bits, pack) for bits in {group.bits for group in linear.groups}}
     words, table, row = [], [], 0
     for group in linear.groups:
-        codes = linear.codes[group.start : group.start + group.rows]
-        codes = jnp.pad(codes, ((0, 0), (0, extra)), constant_values=2 ** (group.bits - 1))
-        words.append(np.asarray(pack_codes(codes, bits=group.bits)))
+        first = group.start * group.bits // 32
+        words.append(by_width[group.bits][first : first + group.words])
         table += [group.bits, row]
         row += group.words
     if row > np.iinfo(np.int16).max:
@@ -109,6 +83,12 @@ def pack_linear(linear: QuantizedLinear, bias: np.ndarray | None = None) -> Pack
         q_invperm=np.asarray(jnp.argsort(linear.perm)).astype(np.int32),
         bias=None if bias is None else np.pad(bias.astype(np.float16), (0, extra)),
     )
+
+
+def _packed(codes: jax.Array, extra: int, bits: int, pack: Callable[..., jax.Array]) -> np.ndarray:
+    """Words of all rows at one width; rows of other widths come out as noise that nobody reads."""
+    padded = jnp.pad(codes & (2**bits - 1), ((0, 0), (0, extra)), constant_values=2 ** (bits - 1))
+    return np.asarray(pack(padded, bits=bits))
 
 
 def read_groups(packed: PackedLinear) -> tuple[Group, ...]:

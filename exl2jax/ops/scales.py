@@ -1,5 +1,6 @@
 """The scale search of a group: one 4-bit index per column, one maximum per group, one multiplier out of 97."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,24 +29,28 @@ class ScaleChoice(NamedTuple):
     multiplier: jax.Array
 
 
-def search_scales(w: jax.Array, bits: jax.Array) -> ScaleChoice:
+type GridLosses = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""What `grid_losses` is, for whoever computes it otherwise."""
+
+
+def search_scales(w: jax.Array, bits: jax.Array, losses_of: GridLosses | None = None) -> ScaleChoice:
     """Choose the scales of the group `w [rows, N]` float32 at the width `bits` (scalar, may be traced).
 
     Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
-    group; `rows` must be a multiple of 32. EXL2.md section 2, "Scales of a group".
+    group; `rows` must be a multiple of 32. `losses_of` replaces `grid_losses`. EXL2.md section 2, "Scales of a group".
     """
     codes = jnp.exp2(bits.astype(jnp.float32))
     base = (jnp.max(jnp.abs(w), axis=0) + 1e-12) / ((codes - 1) / 2)
     smax = jnp.max(base)
     qs = jnp.clip(jnp.round(jnp.sqrt(base / smax) * 16), 1, 16)
     steps = w / (jnp.square(qs / 16) * smax)
-    losses = _grid_losses(steps, (qs / 16) ** 7, codes)
+    losses = (losses_of or grid_losses)(steps, (qs / 16) ** 7, codes)
     multiplier = jnp.asarray(GRID)[jnp.argmin(losses)]
     qscale_max = jnp.minimum(smax * multiplier, HALF_MAX).astype(jnp.float16)
     return ScaleChoice(qs.astype(jnp.uint8), qscale_max, half_scale(qscale_max, qs), multiplier)
 
 
-def _grid_losses(steps: jax.Array, column_weight: jax.Array, codes: jax.Array) -> jax.Array:
+def grid_losses(steps: jax.Array, column_weight: jax.Array, codes: jax.Array) -> jax.Array:
     """Loss of every multiplier `[97]`, up to a common factor.
 
     `steps` are the weights in units of the base scale, so the loss of a column at multiplier `p` is

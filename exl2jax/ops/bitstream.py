@@ -1,0 +1,39 @@
+"""Codes as bit streams down the columns, and back (EXL2.md section 1, "Codes")."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.jit, static_argnames=("bits",))
+def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
+    """Pack `codes [rows, N]` of one group into `[rows * bits / 32, N]` int32; `rows` a multiple of 32.
+
+    Row `r` occupies bits `r*bits .. r*bits + bits - 1` of its column's little-endian stream.
+    """
+    rows, columns = codes.shape
+    tiles = codes.astype(jnp.uint32).reshape(rows // 32, 32, columns)
+    words = [jnp.zeros((rows // 32, columns), jnp.uint32) for _ in range(bits)]
+    for r in range(32):
+        word, shift = divmod(r * bits, 32)
+        words[word] = words[word] | (tiles[:, r] << shift)
+        if shift + bits > 32:
+            words[word + 1] = words[word + 1] | (tiles[:, r] >> (32 - shift))
+    packed = jnp.stack(words, axis=1).reshape(rows * bits // 32, columns)
+    return jax.lax.bitcast_convert_type(packed, jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("bits",))
+def unpack_codes(words: jax.Array, *, bits: int) -> jax.Array:
+    """Inverse of `pack_codes`: `[rows * bits / 32, N]` int32 to `[rows, N]` uint8."""
+    columns = words.shape[1]
+    tiles = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, bits, columns)
+    rows = []
+    for r in range(32):
+        word, shift = divmod(r * bits, 32)
+        value = tiles[:, word] >> shift
+        if shift + bits > 32:
+            value = value | (tiles[:, word + 1] << (32 - shift))
+        rows.append(value & jnp.uint32(2**bits - 1))
+    return jnp.stack(rows, axis=1).reshape(-1, columns).astype(jnp.uint8)

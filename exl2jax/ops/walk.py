@@ -1,0 +1,30 @@
+"""The sequential heart of GPTQ: one group of rows, each rounded with the errors of those before it."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from exl2jax.ops.rounding import dequantize, quantize
+
+
+def walk_group(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes.
+
+    `scale [N]` are the working scales and `bits` the width, one for all columns or one for each.
+    """
+    inverse = 1 / jnp.diagonal(u)
+
+    def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        errors, codes = state
+        toward = lax.dynamic_index_in_dim(u, i, 1, keepdims=False)
+        current = lax.dynamic_index_in_dim(w, i, 0, keepdims=False) - jnp.matmul(
+            toward, errors, precision=lax.Precision.HIGHEST
+        )
+        code = quantize(current, scale, bits)
+        error = (current - dequantize(code, scale, bits)) * inverse[i]
+        return (
+            lax.dynamic_update_index_in_dim(errors, error, i, 0),
+            lax.dynamic_update_index_in_dim(codes, code.astype(jnp.uint8), i, 0),
+        )
+
+    return lax.fori_loop(0, w.shape[0], row, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8)))

@@ -1,0 +1,74 @@
+"""The walk over the rows of a group, one thread per column: `ops.walk.walk_group` as a kernel.
+
+A tile of rows lives in registers. It first takes up what it owes to the rows before it, whose errors lie in shared
+memory, then goes row by row, each row paying its error forward to the rest of its tile at once.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from exl2jax.pallas.launch import launch, shape
+from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
+
+
+def walk_group(
+    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, *, tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled errors float32 and codes uint8 `[size, N]` of a group `w [size, N]` with `u [size, size]`.
+
+    `scale [N]` are the working scales; `bits` is one width or one for each column `[N]`, so that several matrices of
+    one Hessian, or one matrix at several widths, walk side by side.
+    """
+    size, columns = w.shape
+    zero = jnp.broadcast_to(jnp.exp2(bits.astype(jnp.float32) - 1), (columns,))
+    w, scale, zero = (pad_columns(x) for x in (w, scale, zero))
+    run = launch(
+        partial(_body, size=size, rows=tiles.walk_rows),
+        (shape(w.shape, jnp.float32), shape(w.shape, jnp.uint8)),
+        {"columns": w.shape[1] // LANES},
+        tiles,
+        (plgpu.SMEM((size, LANES), jnp.float32),),
+    )
+    errors, codes = run(w, u, 1 / jnp.diagonal(u), scale, zero)
+    return errors[:, :columns], codes[:, :columns]
+
+
+def _body(
+    w: Any, u: Any, inverse: Any, scales: Any, zeros: Any, errors: Any, codes: Any, past: Any, *, size: int, rows: int
+) -> None:
+    """One program: `LANES` columns. `past [size, LANES]` in shared memory holds their errors so far."""
+    columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
+    scale, zero = scales[columns], zeros[columns]
+
+    def tile(t: jax.Array, carry: None) -> None:
+        a = t * rows
+        owed = tuple(w[a + r, columns] for r in range(rows))
+
+        def take_up(j: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            error = past[j]
+            return tuple(x - u[j, a + r] * error for r, x in enumerate(owed))
+
+        current = list(lax.fori_loop(0, a, take_up, owed))
+        for r in range(rows):
+            steps = jnp.where(scale > 0, current[r] / scale, 0.0)
+            code = jnp.clip(jnp.round(steps) + zero, 0.0, 2 * zero - 1)
+            error = (current[r] - _half((code - zero) * scale)) * inverse[a + r]
+            past[a + r] = error
+            errors[a + r, columns] = error
+            codes[a + r, columns] = code.astype(jnp.int32).astype(jnp.uint8)
+            for later in range(r + 1, rows):
+                current[later] = current[later] - u[a + r, a + later] * error
+        return carry
+
+    lax.fori_loop(0, size // rows, tile, None)
+
+
+def _half(x: jax.Array) -> jax.Array:
+    """Round to float16 and back; the conversions are instructions of the kernel, which nothing folds away."""
+    return x.astype(jnp.float16).astype(jnp.float32)

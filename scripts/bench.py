@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Measure the machine, then every operation and both passes against the limit that their shapes set.
+
+The limit is what the counted work takes at the measured rates. Ratios are of core seconds, so that they hold on a busy
+machine; on a GPU they are of seconds on the wall. Beside each stands a plain NumPy loop of the stock algorithm.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from exl2jax.models import HFModel, open_model
+from exl2jax.ops import HessianFactor, Kernels, accumulate_hessian, factorize, gptq, pack_codes
+from exl2jax.pallas import kernels_for
+from exl2jax.qparams import q
+from scripts.bench_plain import plain_gptq, plain_pack
+from scripts.bench_rates import Rates, Spent, cost, measure_rates, timed
+from scripts.bench_stages import PLAIN_COLUMNS, Stage, gptq_work, measurement, plain_pass, quantization
+
+SIZES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096))
+GPU_SIZES = (*SIZES[3:], (8192, 8192), (8192, 28672), (28672, 8192))
+WIDTHS = {"3/2": q("3/2", ".1/.9", "64"), "4": q("4", "1", "128"), "8": q("8", "1", "128")}
+TOKENS, LENGTH = 2048, 512
+MEASUREMENT_ROWS, QUANTIZATION_ROWS, CHECK_ROWS = 19, 115, 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A line of the table. `limit_seconds` and `ratio` are of the seconds that count (core seconds on a CPU)."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    limit_seconds: float
+    ratio: float
+    plain_seconds: float | None
+    compile_seconds: float
+
+
+def row(name: str, spent: Spent, limit: float, plain: float | None = None) -> Row:
+    """A line from what a run took."""
+    return Row(
+        name=name,
+        seconds=spent.seconds,
+        cpu_seconds=spent.cpu_seconds,
+        limit_seconds=limit,
+        ratio=cost(spent) / limit,
+        plain_seconds=plain,
+        compile_seconds=max(spent.first_seconds - spent.seconds, 0.0),
+    )
+
+
+def operations(
+    rates: Rates, sizes: Sequence[tuple[int, int]], plain: bool, kernels: dict[str, Kernels]
+) -> Iterator[Row]:
+    """Hessian, factor, GPTQ and packing at every size."""
+    rng = np.random.default_rng(0)
+    for k in dict.fromkeys(k for k, _ in sizes):
+        x = jnp.asarray(rng.standard_normal((TOKENS, k)), jnp.float32)
+        zero = jnp.zeros((k, k), jnp.float32)
+        add = jax.jit(accumulate_hessian)
+        spent = timed(lambda add=add, z=zero, x=x: add(z, x), 3)
+        host = np.asarray(x)
+        slow = timed(lambda h=host: h.T @ h, 1).cpu_seconds if plain else None
+        yield row(f"hessian {k}", spent, rates.limit(TOKENS * k * k, moved=8 * k * k), slow)
+        h = add(zero, x)
+        spent = timed(lambda h=h: factorize(h), 2)
+        yield row(f"factorize {k}", spent, rates.limit(2 / 3 * k**3), _plain_factor(np.asarray(h)) if plain else None)
+        factor = factorize(h)
+        for n in (n for size, n in sizes if size == k):
+            w = jnp.asarray(0.05 * rng.standard_normal((k, n)), jnp.float32)
+            yield from _matrix(rates, w, factor, plain, kernels)
+
+
+def _matrix(
+    rates: Rates, w: jax.Array, factor: HessianFactor, plain: bool, kernels: dict[str, Kernels]
+) -> Iterator[Row]:
+    """GPTQ and packing of one matrix."""
+    k, n = w.shape
+    work = gptq_work(k, n)
+    for width, setting in WIDTHS.items():
+        slow = _plain_matrix(w, factor, setting.group_size[-1], setting.bits[-1]) if plain else None
+        for name, chosen in kernels.items():
+            run = partial(gptq, w, factor, setting.groups(k), chosen)
+            label = f"gptq {k}x{n} {width} bits" + (f" {name}" if len(kernels) > 1 else "")
+            yield row(label, timed(lambda run=run: run().weight, 2), rates.limit(*work), slow)
+    codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, (k, n)), jnp.uint8)
+    spent = timed(lambda: pack_codes(codes, bits=4), 3)
+    host = np.asarray(codes)
+    slow = timed(lambda: plain_pack(host, 4), 1).cpu_seconds if plain else None
+    yield row(f"pack {k}x{n} 4 bits", spent, rates.limit(0.0, moved=1.5 * k * n), slow)
+
+
+def _plain_factor(h: np.ndarray) -> float:
+    """Core seconds of an inverse and two Cholesky factorizations."""
+    damped = h + 0.12 * np.mean(np.diagonal(h)) * np.eye(len(h), dtype=np.float32)
+
+    def run() -> np.ndarray:
+        half = np.linalg.inv(np.linalg.cholesky(damped))
+        return np.linalg.cholesky((half.T @ half)[::-1, ::-1])
+
+    return timed(run, 1).cpu_seconds
+
+
+def _plain_matrix(w: jax.Array, factor: HessianFactor, size: int, bits: int) -> float:
+    """Core seconds of the plain loop, timed on some columns and scaled to all."""
+    part, u = np.asarray(w[factor.perm][:, :PLAIN_COLUMNS]), np.asarray(factor.u)
+    return timed(lambda: plain_gptq(part, u, size, bits), 1).cpu_seconds * w.shape[1] / part.shape[1]
+
+
+def stages(rates: Rates, model: HFModel, modules: int, plain: bool) -> Iterator[Row]:
+    """Both passes: against the products of their forward passes, and against all their work."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocab_size, (QUANTIZATION_ROWS, LENGTH)).astype(np.int32)
+    built: dict[str, tuple[Stage, int]] = {
+        "measure": (measurement(model, ids[:MEASUREMENT_ROWS], modules), MEASUREMENT_ROWS),
+        "quantize": (quantization(model, ids, modules, CHECK_ROWS), QUANTIZATION_ROWS),
+    }
+    for name, (stage, rows) in built.items():
+        spent = timed(stage.run, 1)
+        slow = plain_pass(model, rows, LENGTH, modules, measure=name == "measure") if plain else None
+        yield row(name, spent, rates.limit(*stage.forward), slow)
+        yield row(f"{name}, all its work", spent, rates.limit(*stage.whole), slow)
+
+
+def show(rates: Rates, rows: Sequence[Row]) -> None:
+    """Print the table."""
+    table = Table(
+        title=f"{jax.local_devices()[0].device_kind}: {rates.products / 1e9:.0f} GFLOP/s of products, "
+        f"{rates.elementwise / 1e9:.0f} G element-wise operations/s, {rates.bandwidth / 1e9:.1f} GB/s"
+    )
+    for column in ("", "seconds", "core seconds", "limit", "ratio", "plain loop", "times faster", "compiling"):
+        table.add_column(column, justify="left" if not column else "right")
+    for r in rows:
+        own = r.limit_seconds * r.ratio
+        plain = ("", "") if r.plain_seconds is None else (f"{r.plain_seconds:.3g}", f"{r.plain_seconds / own:.1f}")
+        table.add_row(
+            r.name,
+            *(f"{v:.3g}" for v in (r.seconds, r.cpu_seconds, r.limit_seconds, r.ratio)),
+            *plain,
+            f"{r.compile_seconds:.1f}",
+        )
+    Console(width=130).print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="model of the passes")
+    parser.add_argument("--quick", action="store_true", help="the operations at the model's sizes, and one block")
+    parser.add_argument("--sizes", default="", help="sizes to take, such as 576x1536,4096x4096; all if not given")
+    parser.add_argument("--only", choices=("operations", "stages"), help="leave the others out")
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain loops out")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="where to run; on gpu kernels are compared"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the benchmark."""
+    given = arguments()
+    jax.config.update("jax_platforms", "cuda" if given.device == "gpu" else "cpu")
+    kernels = {n: kernels_for(n) for n in (("xla", "pallas") if given.device == "gpu" else ("xla",))}
+    every = GPU_SIZES if given.device == "gpu" else SIZES[:3] if given.quick else SIZES
+    sizes = [tuple(map(int, s.split("x"))) for s in given.sizes.split(",")] if given.sizes else every
+    parts: list[Callable[[Rates], Iterator[Row]]] = []
+    if given.only != "stages":
+        parts.append(lambda rates: operations(rates, sizes, not given.no_plain, kernels))
+    if given.only != "operations":
+        model: Any = open_model(given.model)
+        modules = 2 if given.quick else 2 * model.config.num_layers
+        parts.append(lambda rates: stages(rates, model, modules, not given.no_plain))
+    rates = measure_rates()
+    rows = [found for part in parts for found in part(rates)]
+    if given.json:
+        print(json.dumps({"rates": dataclasses.asdict(rates), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
+    else:
+        show(rates, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What the machine can do, measured, and the clock that everything else is held against."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+SEARCH_OPS = 11
+"""Element-wise operations of one weight at one multiplier: scale, round, two clamps, scale, subtract, magnitude, three
+products and a square root with its sum counted as one."""
+
+WALK_OPS = 12
+"""Element-wise operations of one weight in the walk: divide, round, shift, two clamps, shift, scale, two conversions,
+subtract, divide by the diagonal, convert the code."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """Seconds of one run: on the wall and of the process's cores, and wall seconds of its first, compiling, run."""
+
+    seconds: float
+    cpu_seconds: float
+    first_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Operations per second of one core (of the whole device, on a GPU): float32 matrix products, element-wise, and
+    bytes moved by a copy.
+    """  # noqa: D205
+
+    products: float
+    elementwise: float
+    bandwidth: float
+
+    def limit(self, products: float, elementwise: float = 0.0, moved: float = 0.0) -> float:
+        """Seconds that work takes at these rates: products and element-wise work one after the other, at least the
+        time of moving the bytes.
+        """  # noqa: D205
+        return max(products / self.products + elementwise / self.elementwise, moved / self.bandwidth)
+
+
+def timed(run: Callable[[], Any], repeat: int) -> Spent:
+    """The fastest of `repeat` runs after a first one, which compiles."""
+    begun = time.perf_counter()
+    jax.block_until_ready(run())
+    first = time.perf_counter() - begun
+    wall, cpu = [], []
+    for _ in range(repeat):
+        begun, used = time.perf_counter(), time.process_time()
+        jax.block_until_ready(run())
+        wall.append(time.perf_counter() - begun)
+        cpu.append(time.process_time() - used)
+    return Spent(seconds=min(wall), cpu_seconds=min(cpu), first_seconds=first)
+
+
+def cost(spent: Spent) -> float:
+    """The seconds that count: of the cores, so that a busy machine matters less; on a GPU those on the wall."""
+    return spent.seconds if jax.default_backend() == "gpu" else spent.cpu_seconds
+
+
+def measure_rates(repeat: int = 5) -> Rates:
+    """Measure the three rates; the products take the faster of XLA and NumPy's library."""
+    size = 8192 if jax.default_backend() == "gpu" else 2048
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
+    times = [cost(timed(lambda: _product(a, a), repeat))]
+    if jax.default_backend() == "cpu":
+        host = np.asarray(a)
+        times.append(cost(timed(lambda: host @ host, repeat)))
+    block, steps = jnp.ones((97, 192), jnp.float32), 200
+    chain = cost(timed(lambda: _chain(block, steps), repeat))
+    large = jnp.ones((64 << 20,), jnp.float32)
+    copy = cost(timed(lambda: _copy(large), repeat))
+    return Rates(
+        products=2 * size**3 / min(times),
+        elementwise=steps * 32 * SEARCH_OPS * block.size / chain,
+        bandwidth=2 * large.nbytes / copy,
+    )
+
+
+@jax.jit
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+@jax.jit
+def _chain(x: jax.Array, steps: jax.Array) -> jax.Array:
+    """`SEARCH_OPS` cheap operations on cached data 32 times over, `steps` times: products, sums, minima and maxima."""
+
+    def step(_: jax.Array, x: jax.Array) -> jax.Array:
+        for _ in range(32):
+            y = jnp.minimum(jnp.maximum(x * 0.999, -3.0), 3.0) * 1.001 - 0.25
+            z = jnp.maximum(y * 0.5, x) * 0.75
+            x = jnp.minimum(z + 0.125, 2.0) * 1.001
+        return x
+
+    return lax.fori_loop(0, steps, step, x)

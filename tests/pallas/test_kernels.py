@@ -1,0 +1,190 @@
+"""One suite for every implementation of the inner loops, against float64 oracles.
+
+The interpreted kernels pay for every load, so a run serves all widths at once where the contract allows it: a width
+for each column. Walks of long groups are slow for the same reason.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from exl2jax.errors import SettingsError
+from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_scales, unpack_linear
+from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
+from exl2jax.pallas.dispatch import pallas_kernels
+from exl2jax.pallas.scales import column_losses
+from exl2jax.pallas.tiles import LANES, Tiles
+from exl2jax.qparams import FORMAT_BITS, GROUP_SIZES, q
+from tests.oracles import packing as packing_oracle
+from tests.oracles import scales as scales_oracle
+from tests.oracles.rounding import dequantize, half_scale, quantize
+
+ON_GPU = pytest.param("pallas", marks=pytest.mark.gpu)
+NAMES = ["xla", "pallas_interpret", ON_GPU]
+COLUMNS = 45
+COMPILED = Tiles()
+INTERPRETED = Tiles(interpret=True)
+
+
+@pytest.fixture(params=NAMES)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Every implementation; the compiled one only where a GPU is."""
+    if request.param == "pallas" and choose_implementation() != "pallas":
+        pytest.skip("no CUDA device for Mosaic GPU")
+    return kernels_for(request.param)
+
+
+def widths(columns: int) -> np.ndarray:
+    """A width for each column, all of them in turn."""
+    return np.resize(np.asarray(FORMAT_BITS, np.float32), columns)
+
+
+def weights(rows: int, columns: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (0.05 * rng.standard_normal((rows, columns)) * np.exp2(rng.uniform(-3, 0, columns))).astype(np.float32)
+
+
+def upper_factor(rows: int, seed: int) -> np.ndarray:
+    """The factor of a well-conditioned Hessian with correlated channels."""
+    x = np.random.default_rng(seed).standard_normal((3 * rows, rows)) @ np.tril(
+        np.full((rows, rows), 0.1) + np.eye(rows)
+    )
+    return np.linalg.cholesky(np.linalg.inv(x.T @ x)).T
+
+
+def walked(w: np.ndarray, u: np.ndarray, scale: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The walk in float64 with immediate feedback, column by column."""
+    errors, codes = np.zeros(w.shape), np.zeros(w.shape, np.int64)
+    for n in range(w.shape[1]):
+        column = w[:, n].astype(np.float64)
+        for c in range(len(column)):
+            codes[c, n] = quantize(column[c], scale[n], int(bits[n]))
+            errors[c, n] = (column[c] - float(dequantize(codes[c, n], scale[n], int(bits[n])))) / u[c, c]
+            column[c + 1 :] -= u[c, c + 1 :] * errors[c, n]
+    return errors, codes
+
+
+@pytest.mark.parametrize(
+    "rows", [32, 64, pytest.param(96, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+)
+def test_walk(kernels: Kernels, rows: int) -> None:
+    bits, w, u = widths(COLUMNS), weights(rows, COLUMNS, rows), upper_factor(rows, rows)
+    base = np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5)
+    scale = half_scale(np.float16(base.max() * 0.9), np.clip(np.rint(np.sqrt(base / base.max()) * 16), 1, 16))
+    scale[7] = 0  # a column without a scale
+    errors, codes = kernels.walk_group(
+        jnp.asarray(w), jnp.asarray(u, jnp.float32), jnp.asarray(scale, jnp.float32), jnp.asarray(bits)
+    )
+    expected_errors, expected = walked(w, u, scale, bits)
+    assert (errors.dtype, codes.dtype) == (jnp.float32, jnp.uint8)
+    same = (np.asarray(codes) == expected).all(axis=0)
+    assert same.mean() > 0.9  # a tie that falls the other way changes the rest of its column
+    np.testing.assert_allclose(
+        np.asarray(errors)[:, same], expected_errors[:, same], rtol=1e-3, atol=1e-4 * np.abs(expected_errors).max()
+    )
+
+
+@pytest.mark.parametrize("rows", GROUP_SIZES)
+@pytest.mark.parametrize("tiles", [INTERPRETED, pytest.param(COMPILED, marks=pytest.mark.gpu)])
+def test_losses_of_all_widths_side_by_side(tiles: Tiles, rows: int) -> None:
+    if not tiles.interpret and choose_implementation() != "pallas":
+        pytest.skip("no CUDA device for Mosaic GPU")
+    bits = widths(COLUMNS)
+    w = weights(rows, COLUMNS, rows)
+    steps = w / (np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5))
+    losses = column_losses(jnp.asarray(steps), jnp.asarray(np.exp2(bits)), tiles=tiles)
+    assert losses.shape == (97, COLUMNS)
+    for n in range(0, COLUMNS, 4):
+        half, x = 2 ** (int(bits[n]) - 1), steps[:, n].astype(np.float64)
+        expected = [(np.abs(np.clip(np.rint(x / p), -half, half - 1) * p - x) ** 3.5).sum() for p in scales_oracle.GRID]
+        np.testing.assert_allclose(losses[:, n], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+def test_scale_search(kernels: Kernels, bits: int) -> None:
+    w = weights(32, 33, bits)
+    choice = search_scales(jnp.asarray(w), jnp.float32(bits), kernels.grid_losses)
+    index, _, _, multiplier = scales_oracle.search(w, bits)
+    assert np.array_equal(np.asarray(choice.qs), index)
+    reached, best = (scales_oracle.grid_loss(w, bits, float(p)) for p in (choice.multiplier, multiplier))
+    np.testing.assert_allclose(reached, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+def test_packing(kernels: Kernels, bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (64, 131)).astype(np.uint8)
+    words = kernels.pack_codes(jnp.asarray(codes), bits=bits)
+    assert words.dtype == jnp.int32
+    assert np.array_equal(words, packing_oracle.pack_codes(codes, bits))
+
+
+def test_gptq_of_a_matrix(kernels: Kernels) -> None:
+    """Whole matrices agree with the XLA path: scales, losses, and bytes that unpack to the weight."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((128, 64)).astype(np.float32), jnp.asarray(weights(64, 39, 1))
+    factor, groups = factorize(jnp.asarray(x.T @ x)), q("5/3", ".4/.6", "32").groups(64)
+    result, reference = gptq(w, factor, groups, kernels), gptq(w, factor, groups)
+    assert np.array_equal(result.qs, reference.qs)
+    np.testing.assert_allclose(result.qscale_max, reference.qscale_max, rtol=2e-2)
+    assert (np.asarray(result.codes) == np.asarray(reference.codes)).mean() > 0.98
+    again = unpack_linear(pack_linear(result, pack=kernels.pack_codes))[:, :39]
+    assert np.array_equal(again.view(np.uint16), np.asarray(result.weight).view(np.uint16))
+
+
+def lowered(f: Callable[..., Any], *shapes: Any) -> str:
+    """The module for CUDA, lowered without a device."""
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.mark.parametrize("rows", GROUP_SIZES)
+def test_walk_and_losses_lower_to_mosaic(rows: int) -> None:
+    compiled = pallas_kernels(COMPILED)
+    n = 2 * LANES + 5
+    walk = lowered(compiled.walk_group, shape(rows, n), shape(rows, rows), shape(n), shape())
+    losses = lowered(compiled.grid_losses, shape(rows, n), shape(n), shape())
+    assert "mosaic_gpu" in walk
+    assert "mosaic_gpu" in losses
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+def test_packing_lowers_to_mosaic(bits: int) -> None:
+    pack = pallas_kernels(COMPILED).pack_codes
+    assert "mosaic_gpu" in lowered(lambda c: pack(c, bits=bits), shape(64, 5, dtype=jnp.uint8))
+
+
+def test_a_kernel_is_the_same_object_each_time() -> None:
+    assert pallas_kernels(Tiles()) is pallas_kernels(Tiles())
+    assert hash(kernels_for("pallas_interpret")) == hash(kernels_for("pallas_interpret"))
+
+
+def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        device_kind = "made up"
+
+        def __init__(self, platform: str, capability: str) -> None:
+            self.platform, self.compute_capability = platform, capability
+
+    for platform, capability, expected in (
+        ("cpu", "", "xla"),
+        ("gpu", "8.6", "xla"),
+        ("gpu", "gfx942", "xla"),
+        ("gpu", "9.0", "pallas"),
+        ("gpu", "10.0", "pallas"),
+    ):
+        monkeypatch.setattr(jax, "local_devices", partial(list, [Device(platform, capability)]))
+        assert choose_implementation() == expected
+        assert (kernels_for() is XLA) == (expected == "xla")
+        if expected == "xla":
+            with pytest.raises(NotImplementedError, match="made up"):
+                kernels_for("pallas")
+    with pytest.raises(SettingsError, match=", ".join(IMPLEMENTATIONS)):
+        kernels_for("triton")
