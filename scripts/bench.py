@@ -172,13 +172,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _size(text: str) -> tuple[int, int]:
+    """`KxN` as numbers."""
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def main() -> int:
     """Run the benchmark."""
     given = arguments()
     jax.config.update("jax_platforms", "cuda" if given.device == "gpu" else "cpu")
     kernels = {n: kernels_for(n) for n in (("xla", "pallas") if given.device == "gpu" else ("xla",))}
     every = GPU_SIZES if given.device == "gpu" else SIZES[:3] if given.quick else SIZES
-    sizes = [tuple(map(int, s.split("x"))) for s in given.sizes.split(",")] if given.sizes else every
+    sizes = [_size(s) for s in given.sizes.split(",")] if given.sizes else every
     parts: list[Callable[[Rates], Iterator[Row]]] = []
     if given.only != "stages":
         parts.append(lambda rates: operations(rates, sizes, not given.no_plain, kernels))

@@ -7,7 +7,7 @@ Cholesky factor of the inverse Hessian, `E` the scaled errors of GPTQ.
 from exl2jax.ops.bitstream import pack_codes
 from exl2jax.ops.error import proxy_loss, relative_frobenius
 from exl2jax.ops.gptq import QuantizedLinear, gptq, gptq_tile_losses, round_to_nearest
-from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize
+from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize, gram
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.packing import PackedLinear, pack_linear, pack_scales, unpack_linear
 from exl2jax.ops.rounding import dequantize, half_scale, quantize
@@ -25,6 +25,7 @@ __all__ = [
     "factorize",
     "gptq",
     "gptq_tile_losses",
+    "gram",
     "half_scale",
     "pack_codes",
     "pack_linear",

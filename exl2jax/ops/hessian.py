@@ -36,14 +36,18 @@ class HessianFactor(NamedTuple):
 
 def accumulate_hessian(h: jax.Array, x: jax.Array) -> jax.Array:
     """`h + X^T X` for inputs `x [..., K]` flattened to tokens, in float32 at the highest precision."""
-    tokens = x.reshape(-1, x.shape[-1])
-    size = -(-x.shape[-1] // _STRIPS)
-    edges = range(0, x.shape[-1], size)
+    return h + gram(x.reshape(-1, x.shape[-1]))
+
+
+def gram(tokens: jax.Array) -> jax.Array:
+    """`X^T X [K, K]` of `tokens [T, K]`, one triangle of blocks computed and the other mirrored."""
+    size = -(-tokens.shape[-1] // _STRIPS)
+    edges = range(0, tokens.shape[-1], size)
     blocks: dict[tuple[int, int], jax.Array] = {}
     for a in edges:
         strip = jnp.matmul(tokens[:, a : a + size].T, tokens[:, a:], precision=lax.Precision.HIGHEST)
         blocks |= {(a, b): strip[:, b - a : b - a + size] for b in edges if b >= a}
-    return h + jnp.block([[blocks[a, b] if b >= a else blocks[b, a].T for b in edges] for a in edges])
+    return jnp.block([[blocks[a, b] if b >= a else blocks[b, a].T for b in edges] for a in edges])
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """The one choice of an implementation for the inner loops."""
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ MIN_COMPUTE_CAPABILITY = 9.0
 """Oldest CUDA devices that Mosaic GPU is made for (Hopper)."""
 
 
-def choose_implementation(device: jax.Device | None = None) -> str:
+def choose_implementation(device: Any = None) -> str:
     """`pallas` on a CUDA device that Mosaic GPU is made for, else `xla`."""
     return "pallas" if _mosaic_device(device or jax.local_devices()[0]) else "xla"
 
@@ -49,7 +50,7 @@ def pallas_kernels(tiles: Tiles) -> Kernels:
     )
 
 
-def _mosaic_device(device: jax.Device) -> bool:
+def _mosaic_device(device: Any) -> bool:
     """Whether Mosaic GPU kernels run on a device."""
     if device.platform != "gpu":
         return False

@@ -69,9 +69,7 @@ def walked(w: np.ndarray, u: np.ndarray, scale: np.ndarray, bits: np.ndarray) ->
     return errors, codes
 
 
-@pytest.mark.parametrize(
-    "rows", [32, 64, pytest.param(96, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("rows", [32, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (64, 96, 128))])
 def test_walk(kernels: Kernels, rows: int) -> None:
     bits, w, u = widths(COLUMNS), weights(rows, COLUMNS, rows), upper_factor(rows, rows)
     base = np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5)
