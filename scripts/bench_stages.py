@@ -61,7 +61,7 @@ def forward_work(spec: ModuleSpec, config: ModelConfig, length: int, settings: i
         counts = {x.name: len(d) for x, d in zip(spec.linears, distinct, strict=True)}
         groups = plan([[d.index(p) for p in c] for d, c in zip(distinct[:-1], picks[:-1], strict=True)])
         cores, values = len(groups), sum(len(g.last) for g in groups)
-        counts[spec.second.name] = len(set(table))
+        counts[spec.linears[-1].name] = len(set(table))
     products = sum(2 * length * linear.weights * counts[linear.name] for linear in spec.linears)
     if spec.kind == ATTENTION_KIND:
         causal = length * (length + 1) / 2
@@ -71,7 +71,7 @@ def forward_work(spec: ModuleSpec, config: ModelConfig, length: int, settings: i
 
 def hessian_work(spec: ModuleSpec, length: int) -> Work:
     """Both Hessians of one row, half of each being the mirror of the other."""
-    return Work(sum(length * k * k for k in (spec.first[0].rows, spec.second.rows)))
+    return Work(sum(length * k * k for k in (group[0].rows for group in spec.groups)))
 
 
 def measurement(model: HFModel, ids: np.ndarray, modules: int) -> Stage:

@@ -13,6 +13,7 @@ from exl2jax.errors import FormatError, HessianError, NumericalError
 from exl2jax.models import LinearSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, factorize, gptq, pack_linear, unpack_linear
 from exl2jax.ops.rounding import HALF_MAX
+from exl2jax.pallas import kernels_for
 from exl2jax.qparams import QParams, require_quantizable_rows
 
 
@@ -54,7 +55,7 @@ def quantize_linear(
     """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
     require_quantizable_rows(spec.rows, spec.key)
     require_half_range(kernel, spec)
-    linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows))
+    linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows), kernels_for())
     if not bool(jnp.all(jnp.isfinite(linear.weight))):
         raise NumericalError(
             f"{spec.key}: quantization gave NaN or infinity; the weights come too close to the end of half precision, "
@@ -88,7 +89,7 @@ def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
 
 def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | None) -> PackedWeight:
     """Pack a linear and prove that unpacking it gives back, bit for bit, the weight the pipeline goes on with."""
-    packed = pack_linear(linear, bias)
+    packed = pack_linear(linear, bias, kernels_for().pack_codes)
     again = unpack_linear(packed)[:, : spec.columns]
     if not np.array_equal(again.view(np.uint16), np.asarray(linear.weight).view(np.uint16)):
         raise FormatError(
