@@ -84,18 +84,23 @@ def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing:
 
 def require_reachable(specs: Sequence[ModuleSpec], bits: float, pricing: Pricing) -> None:
     """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
+    _reachable_budget(reach(specs, pricing), specs, bits)
+
+
+def reach(specs: Sequence[ModuleSpec], pricing: Pricing) -> tuple[float, float]:
+    """Least and greatest bits per weight of all the settings there are, before anything is measured."""
     tables = {
         slot.key: tuple(
             Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=1.0) for row in candidate_rows(slot)
         )
         for slot in slots_of(specs)
     }
-    _reachable_budget(Measurement(modules=tables), specs, bits, pricing)
+    return feasible_bpw(Measurement(modules=tables if pricing == "accuracy" else {}), specs, pricing)
 
 
-def _reachable_budget(measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, pricing: Pricing) -> int:
+def _reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], bits: float) -> int:
     """The budget in bits; `MeasurementError` with the feasible range when it is below the least."""
-    low, high = feasible_bpw(measurement, specs, pricing)
+    low, high = within
     weights = sum(spec.weights for spec in specs)
     budget = int(weights * bits)
     if budget < round(low * weights):
@@ -113,7 +118,7 @@ def allocate(
     errors, proven) or `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by
     the smallest maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
     """
-    budget = _reachable_budget(measurement, specs, bits, pricing)
+    budget = _reachable_budget(feasible_bpw(measurement, specs, pricing), specs, bits)
     if pricing != "accuracy":
         return _free_strategy(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, solver=solver, seed=seed)

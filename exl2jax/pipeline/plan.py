@@ -11,12 +11,11 @@ from typing import Any
 from exl2jax.calibration import CalibrationRows
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
-from exl2jax.models import head_spec, slots_of
+from exl2jax.models import head_spec
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.models.tensors import SourceTensors
+from exl2jax.pipeline.allocate import reach
 from exl2jax.pipeline.context import Context
-from exl2jax.pipeline.free import NARROWEST, WIDEST
-from exl2jax.pipeline.measurement import candidate_rows, module_bits
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.qparams import padded_columns
 from exl2jax.storage import TensorFiles
@@ -55,7 +54,7 @@ class Plan:
 
 def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
     """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing."""
-    low, high = _reach(context)
+    low, high = reach(context.specs, context.recipe.pricing)
     output, disk = _output_size(context, high), _disk(context, rows, high)
     free = shutil.disk_usage(_existing(context.config.out_dir)).free
     memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -81,7 +80,7 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
 
 def require_feasible(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
     """Raise the first thing that a plan would refuse."""
-    low, high = _reach(context)
+    low, high = reach(context.specs, context.recipe.pricing)
     disk, free = _disk(context, rows, high), shutil.disk_usage(_existing(context.config.out_dir)).free
     for error in _refusals(context, low, high, disk, free):
         raise error
@@ -103,17 +102,6 @@ def _refusals(context: Context, low: float, high: float, disk: int, free: int) -
             )
         )
     return out
-
-
-def _reach(context: Context) -> tuple[float, float]:
-    """Least and greatest bits per weight of the recipe's candidates."""
-    weights = sum(spec.weights for spec in context.specs)
-    if context.recipe.pricing == "accuracy":
-        costs = [[module_bits(slot, row) for row in candidate_rows(slot)] for slot in slots_of(context.specs)]
-        return sum(map(min, costs)) / weights, sum(map(max, costs)) / weights
-    linears = [linear for spec in context.specs for linear in spec.linears]
-    low, high = (sum(q.total_bits(x.rows, x.columns) for x in linears) for q in (NARROWEST, WIDEST))
-    return low / weights, high / weights
 
 
 def _linears_size(context: Context, high: float) -> int:

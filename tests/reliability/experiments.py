@@ -38,9 +38,10 @@ class Reference:
         for error, kind in first.items():
             before = ""
             for operation in self.operations:
-                if operation.kind == kind and operation.path != before and "." in operation.path:
-                    points.append((operation.index, error))
-                before = operation.path
+                if operation.kind == kind and "." in operation.path:
+                    if operation.path != before:
+                        points.append((operation.index, error))
+                    before = operation.path
         return points
 
 
