@@ -1,7 +1,8 @@
 """Recipes: which of the algorithm's choices a conversion makes, as one frozen value, and the presets that name them."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from exl2jax.errors import SettingsError
 
@@ -62,6 +63,12 @@ class Recipe:
         """Whether the quantization pass carries a full-precision stream beside the quantized one."""
         return self.propagation > 0 or self.residual > 0
 
+    @property
+    def measuring(self) -> "Recipe":
+        """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
+        rows = {"fisher_rows": self.fisher_rows} if self.pricing == "fisher" else {}
+        return Recipe(name="measuring", pricing=self.pricing, **rows)
+
 
 PRESETS = {
     recipe.name: recipe
@@ -81,3 +88,16 @@ def find_recipe(preset: str) -> Recipe:
     if preset not in PRESETS:
         raise SettingsError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     return PRESETS[preset]
+
+
+def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
+    """A recipe of one's own: fields of `Recipe` laid over the preset `choices["preset"]`, the default one if none."""
+    preset = find_recipe(choices.get("preset", DEFAULT_PRESET))
+    known = [field.name for field in fields(Recipe) if field.name != "name"]
+    changes = {key: value for key, value in choices.items() if key != "preset"}
+    for key, value in changes.items():
+        if key not in known:
+            raise SettingsError(f"recipe {name}: there is no choice {key!r}; there are preset, {', '.join(known)}")
+        if isinstance(getattr(preset, key), float | int) and type(value) not in (int, float):
+            raise SettingsError(f"recipe {name}: {key} must be a number, got {value!r:.40}")
+    return replace(preset, name=name, **changes)
