@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from exl2jax.cli.options import Json
-from exl2jax.cli.shared import deliver, say, set_up
+from exl2jax.cli.options import Json, Plugins
+from exl2jax.cli.shared import deliver, load_variants, say, set_up
+from exl2jax.errors import SettingsError
 from exl2jax.lab import read_plan, run_sweep
 from exl2jax.lab.cluster import ray_runner
 from exl2jax.lab.estimate import estimate
@@ -28,12 +29,16 @@ def sweep_command(
     out: Annotated[Path, typer.Option("--out", help="Folder of the sweep; finished cells in it are not run again.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells with estimates, run nothing.")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this variant (repeatable).")] = None,
+    plugin: Plugins = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Run on the Ray cluster at this address.")] = None,
     as_json: Json = False,
 ) -> int:
     """Run models x targets x variants x seeds into one table and one page."""
     console = Console(stderr=True)
     set_up(console)
+    if ray and plugin:
+        raise SettingsError("--plugin with --ray: nodes lack the file; install it as a package with an entry point")
+    load_variants(plugin)
     asked = read_plan(plan)
     asked = without_variants(asked, tuple(only)) if only else asked
     if dry_run:

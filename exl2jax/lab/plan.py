@@ -35,7 +35,7 @@ from exl2jax.pipeline.recipe import Recipe, recipe_from
 
 SETTINGS = (
     *("cal_dataset", "head_bits", "dataset_rows", "measurement_rows", "length", "measurement_length"),
-    *("rope_scale", "rope_alpha", "allocation", "shard_size"),
+    *("rope_scale", "rope_alpha", "allocation", "shard_size", "pins", "exclude_bits"),
 )
 """Settings of a conversion that a plan can give; the others are the plan's own business."""
 
@@ -109,7 +109,8 @@ class Cell:
             "seed": self.seed,
             "preset": self.recipe,
         }
-        return ConversionConfig(**(given | dict(self.settings) | more))
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
+        return ConversionConfig(**(given | settings | more))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,7 +89,7 @@ class Recipe:
     @property
     def measuring(self) -> "Recipe":
         """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
-        idle = {"fisher_rows": 8, "divergence_rows": 0} if self.pricing == "accuracy" else {}
+        idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         kept = tuple(choice for choice in self.variants if choice.kind != "objective")
         return replace(self, name="measuring", propagation=0.0, residual=0.0, variants=kept, **idle)
 
@@ -127,8 +127,9 @@ def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
         if key not in known:
             there = ", ".join(("preset", *known, *KINDS))
             raise SettingsError(f"recipe {name}: there is no choice {key!r}; there are {there}")
-        if isinstance(getattr(preset, key), float | int) and type(value) not in (int, float):
-            raise SettingsError(f"recipe {name}: {key} must be a number, got {value!r:.40}")
+        kinds = {bool: (bool,), str: (str,)}.get(type(getattr(preset, key)), (int, float))
+        if type(value) not in kinds:
+            raise SettingsError(f"recipe {name}: {key} must be like {getattr(preset, key)!r}, got {value!r:.40}")
     return replace(preset, name=name, variants=variants, **changes)
 
 

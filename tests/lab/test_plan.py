@@ -69,7 +69,7 @@ def test_names_follow_everything_that_decides_the_figures(tmp_path: Path) -> Non
         ("[settings]", "[setings]", "the plan has no entry 'setings'"),
         ("dataset_rows = 7", "bits = 7", r"\[settings\] has no entry 'bits'"),
         ("propagation = 0.25", "propagation = 2", "propagation is 2"),
-        ("propagation = 0.25", "propagation = 'much'", "propagation must be a number"),
+        ("propagation = 0.25", "propagation = 'much'", "propagation must be like 0.5"),
         ("propagation = 0.25", "propogation = 0.25", "no choice 'propogation'"),
         ('preset = "stock"', 'preset = "stick"', "must be one of best"),
         ("[variants.best]", '[variants."../best"]', "must be a table under a name"),
