@@ -32,19 +32,19 @@ MODEL_NAME = "model"
 
 
 class Judge:
-    """The evaluation rows of a model and the pass of the full-precision model over them, made when first needed."""
+    """The evaluation rows of a model and the full-precision model's pass over them, made when first needed."""
 
     def __init__(self, cell: Cell) -> None:
         """Nothing is read yet."""
         self._cell = cell
-        self._ready: tuple[EvalRows, Reference, Evaluation] | None = None
+        self._ready: tuple[EvalRows, Reference] | None = None
 
-    def ready(self) -> tuple[EvalRows, Reference, Evaluation]:
-        """Rows, reference pass, and the full-precision model's own figures."""
+    def ready(self) -> tuple[EvalRows, Reference]:
+        """Rows and reference pass."""
         if self._ready is None:
             plan, model = self._cell.evaluation, Path(self._cell.model)
             rows = load_eval_rows(plan.source, model, plan.length, plan.rows)
-            self._ready = rows, reference_pass(model, rows), evaluate_one(model, rows)
+            self._ready = rows, reference_pass(model, rows)
         return self._ready
 
 
@@ -107,7 +107,7 @@ def _run(cell: Cell, measurement: Path, folder: Path, judge: Judge, control: Con
     work, model = folder / "work", folder / MODEL_NAME
     with metered() as converting:
         result = convert(cell.config(work, measurement=measurement, compile_full=model), control)
-    rows, reference, full = judge.ready()
+    rows, reference = judge.ready()
     with metered() as evaluating:
         found = evaluate_one(model, rows, reference)
     job = read_json(WorkDirectory(work).job_file, JobError, "the job file")
@@ -119,7 +119,7 @@ def _run(cell: Cell, measurement: Path, folder: Path, judge: Judge, control: Con
         "status": "ok",
         **_fingerprints(job["inputs"], result, measurement, rows),
         **_reached(cell, result),
-        **_judged(found, full),
+        **_judged(found, reference),
         **{f"{what}_{stage}": cost[what] for stage, c in costs.items() for cost in [asdict(c)] for what in cost},
     }
 
@@ -170,7 +170,7 @@ def _reached(cell: Cell, result: ConversionResult) -> dict[str, Any]:
     }
 
 
-def _judged(found: Evaluation, full: Evaluation) -> dict[str, Any]:
+def _judged(found: Evaluation, reference: Reference) -> dict[str, Any]:
     names = (
         "perplexity",
         "perplexity_se",
@@ -184,7 +184,7 @@ def _judged(found: Evaluation, full: Evaluation) -> dict[str, Any]:
     domain = ("perplexity", "kl_divergence", "tokens")
     return {
         **{name: getattr(found, name) for name in names},
-        "perplexity_full": full.perplexity,
+        "perplexity_full": reference.perplexity,
         "domains": [{"domain": d, **{n: getattr(f, n) for n in domain}} for d, f in found.domains.items()],
         "depth_error": [{"module": key, "error": error} for key, error in found.depth.items()],
         "tokens_per_second": found.tokens_per_second,

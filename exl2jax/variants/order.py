@@ -40,7 +40,7 @@ def group(diagonal: jax.Array, settings: GroupSettings) -> jax.Array:
     blocks = -(-k // size)
     padded = jnp.pad(diagonal, (0, blocks * size - k))
     count = jnp.minimum(size, k - size * jnp.arange(blocks))
-    means = padded.reshape(blocks, size).sum(axis=1) / count
+    means = padded.reshape(blocks, size).sum(axis=1) / count.astype(diagonal.dtype)
     # A short last block stays last, lest its padding fall among the rows.
     key = jnp.where(count < size, -jnp.inf, means)
     first = jnp.argsort(-key, stable=True) * size
