@@ -82,7 +82,7 @@ def _operations(cell: Cell, model: Model) -> dict[str, float]:
     specs, head = module_specs(model.config), head_spec(model.config)
     linears = [linear for spec in specs for linear in spec.linears]
     weights = sum(linear.weights for linear in linears)
-    hessians = sum(2 * x.rows**2 for spec in specs for x in (spec.first[0], spec.second))
+    hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
     walk = sum(_walk_operations(x) for x in linears) / GPTQ_EFFICIENCY
     pricing, plan = cell.recipe.pricing, cell.evaluation
     measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")

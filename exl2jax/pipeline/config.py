@@ -26,7 +26,7 @@ class ConversionConfig:
     2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`);
     `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
     `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
-    `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths there are to choose from;
+    `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths to choose from;
     `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
     """
 
