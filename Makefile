@@ -13,7 +13,7 @@ BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast torture quality lint format parity parity-write clean
+.PHONY: help setup demo demo-model lab test test-fast torture quality lint format parity parity-write clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo-model: setup ## build the demo model (SmolLM2-135M-Instruct) in demo/model
 
 demo: demo-model ## convert the demo model to EXL2 and show the result
 	@$(BIN)/python scripts/demo.py
+
+lab: demo-model ## run the sweep of examples/lab.toml on the demo model and write its report
+	@$(BIN)/python scripts/lab.py
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)

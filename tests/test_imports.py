@@ -17,6 +17,7 @@ LEVELS = {
     "candidates": 2,
     "ops": 2,
     "pallas": 3,
+    "variants": 3,
     "storage": 3,
     "calibration": 4,
     "models": 4,

@@ -9,14 +9,14 @@ from rich.console import Console
 from exl2jax.calibration import CalibrationConfig
 from exl2jax.calibration.records import STANDARD
 from exl2jax.calibration.source import KNOWN
-from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
-from exl2jax.cli.shared import deliver, set_up
+from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json, Plugins
+from exl2jax.cli.shared import deliver, load_variants, set_up, settings_file
 from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.recipe import DEFAULT_PRESET
+from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, recipe_from
 from exl2jax.report import conversion_table, make_progress
 
 CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
@@ -86,10 +86,26 @@ def convert_command(
     checkpoint_interval: Annotated[
         float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
     ] = 180,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="A registered variant, KIND=NAME or KIND=NAME:SETTING=VALUE,... (repeatable)."),
+    ] = None,
+    plugin: Plugins = None,
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", help="PATTERN=BITS: one width for the linears named so (repeatable).")
+    ] = None,
+    exclude_bits: Annotated[
+        list[int] | None, typer.Option("--exclude-bits", help="A width that nothing may have (repeatable).")
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option("--settings", callback=settings_file, is_eager=True, help="TOML file with flags by name."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Convert a model to EXL2; the flags are those of stock ExLlamaV2's convert.py."""
-    del hidden_state_offload_layers
+    del hidden_state_offload_layers, settings
+    load_variants(plugin)
     console = Console(stderr=True)
     set_up(console)
     asked = {
@@ -109,8 +125,10 @@ def convert_command(
         "length": length,
         "measurement_length": measurement_length,
         "seed": seed,
-        "preset": preset,
+        "preset": _recipe(preset, variant),
         "with_accuracies": with_accuracies,
+        "pins": tuple(pin or ()),
+        "exclude_bits": tuple(exclude_bits or ()),
         "allocation": allocation,
         "checkpoint_interval": checkpoint_interval,
         "moe_calibration": moe_calibration,
@@ -120,6 +138,14 @@ def convert_command(
     result = convert(config, control)
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0
+
+
+def _recipe(preset: str, variants: list[str] | None) -> str | Recipe:
+    """The preset's name, or the recipe that it makes with variants."""
+    if not variants:
+        return preset
+    pairs = [text.partition("=") for text in variants]
+    return recipe_from({"preset": preset, **{kind: name for kind, _, name in pairs}}, preset)
 
 
 def _source(
@@ -137,5 +163,7 @@ def _resumed(context: typer.Context, out_dir: Path, asked: dict[str, Any]) -> Co
     """The settings of the job in a work directory, and over them the flags that were given now."""
     record = WorkDirectory(out_dir).settings()
     flags = {n for n in context.params if (s := context.get_parameter_source(n)) and s.name != "DEFAULT"}
+    renamed = {"pin": "pins", "variant": "preset"}
+    flags |= {renamed[n] for n in flags & set(renamed)}
     given = {n: v for n, v in asked.items() if n in flags or (n == "cal_dataset" and flags & CALIBRATION)}
     return resumed_config(out_dir, record, given)

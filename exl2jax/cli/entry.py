@@ -19,7 +19,9 @@ from exl2jax.cli.dequantize import dequantize_command
 from exl2jax.cli.evaluate import eval_command
 from exl2jax.cli.inspect import inspect_command
 from exl2jax.cli.plan import plan_command
+from exl2jax.cli.report import report_command
 from exl2jax.cli.shared import say
+from exl2jax.cli.sweep import sweep_command
 from exl2jax.cli.verify import verify_command
 from exl2jax.errors import Exl2JaxError, Interrupted
 from exl2jax.pipeline.progress import StopFlag
@@ -33,6 +35,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "calibrate": calibrate_command,
     "inspect": inspect_command,
     "dequantize": dequantize_command,
+    "report": report_command,
+    "sweep": sweep_command,
 }
 """Every command by its name; each returns its exit code."""
 

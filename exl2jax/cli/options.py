@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="Python file that registers variants (repeatable); it is run.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 CalColumns = Annotated[
     list[str] | None, typer.Option("--cal-column", help="Column of Parquet, field of JSON (repeatable).")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import jax
 import typer
 from rich.console import Console
+
+from exl2jax.errors import SettingsError
+from exl2jax.variants import load_entry_points, load_plugin
 
 CACHE_MEGABYTES = 1024
 
@@ -39,3 +43,32 @@ def set_up(console: Console) -> None:
 def say(message: str) -> None:
     """A line for the person, on stderr."""
     sys.stderr.write(message + "\n")
+
+
+def load_variants(plugins: list[Path] | None) -> None:
+    """Register the variants of installed packages and of the files that were named."""
+    load_entry_points()
+    for path in plugins or ():
+        load_plugin(path)
+
+
+def settings_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the values of a TOML file for flags that are not given: keys are the long flags, `-` or `_` alike."""
+    if path is None:
+        return None
+    try:
+        record = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise SettingsError(f"--settings {path}: cannot be read ({e})") from e
+    named = {
+        name.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in context.command.params
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    values = {key.replace("-", "_"): value for key, value in record.items()}
+    unknown = sorted(set(values) - set(named))
+    if unknown:
+        raise SettingsError(f"--settings {path}: there is no flag --{unknown[0]}; see --help")
+    context.default_map = {named[key]: value for key, value in values.items()}
+    return path

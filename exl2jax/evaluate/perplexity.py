@@ -13,7 +13,7 @@ from exl2jax.evaluate.figures import Evaluation, figures_of
 from exl2jax.evaluate.logits import walk
 from exl2jax.evaluate.rows import EvalRows
 from exl2jax.models import Model, build_decoder, open_model
-from exl2jax.pipeline.scoring import score
+from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import relative_error
 
 DEPTH_ROWS = 4
@@ -22,13 +22,14 @@ DEPTH_ROWS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """What a directory is compared with: head parameters, final states `[R, T, D]`, and for some rows the states after
-    every module.
+    """What a directory is compared with: head parameters, final states `[R, T, D]`, the perplexity they give, and for
+    some rows the states after every module.
     """  # noqa: D205
 
     directory: Path
     head: Any
     states: np.ndarray
+    perplexity: float
     sample: np.ndarray
     depth: dict[str, np.ndarray]
 
@@ -41,7 +42,11 @@ def reference_pass(directory: Path, rows: EvalRows) -> Reference:
     depth, states = {}, np.empty(0)
     for spec, states in walk(model, rows.ids):
         depth[spec.key] = states[sample]
-    return Reference(directory=directory, head=model.head_params(), states=states, sample=sample, depth=depth)
+    head = model.head_params()
+    nll = score(build_decoder(model.config), head, states, rows.ids).nll
+    return Reference(
+        directory=directory, head=head, states=states, perplexity=perplexity(nll), sample=sample, depth=depth
+    )
 
 
 def evaluate_one(directory: Path, rows: EvalRows, reference: Reference | None = None) -> Evaluation:

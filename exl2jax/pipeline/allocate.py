@@ -13,6 +13,7 @@ from exl2jax.pipeline.knapsack import solve
 from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits
 from exl2jax.pipeline.recipe import Pricing
 from exl2jax.qparams import QParams
+from exl2jax.variants import Choice
 
 NORM_RANGE = (1.5, 3.5)
 NORM_STEP = 0.075
@@ -73,8 +74,11 @@ def feasible_bpw(measurement: Measurement, specs: Sequence[ModuleSpec], pricing:
     """Least and greatest bits per weight that allocation by `pricing` can reach."""
     if pricing != "accuracy":
         linears = [linear for spec in specs for linear in spec.linears]
-        costs = [[q.total_bits(x.rows, x.columns) for x in linears] for q in (NARROWEST, WIDEST)]
-        low, high = (sum(row) for row in costs)
+        priced = measurement.sensitivity.linears if measurement.sensitivity is not None else {}
+        ends = [(priced[x.key].ends if x.key in priced else (NARROWEST, WIDEST)) for x in linears]
+        low, high = (
+            sum(end[i].total_bits(x.rows, x.columns) for x, end in zip(linears, ends, strict=True)) for i in (0, 1)
+        )
     else:
         rows = measurement.modules.values()
         low, high = (sum(pick(c.total_bits for c in row) for row in rows) for pick in (min, max))
@@ -109,19 +113,27 @@ def _reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], 
 
 
 def allocate(
-    measurement: Measurement, specs: Sequence[ModuleSpec], bits: float, *, pricing: Pricing, solver: str, seed: int
+    measurement: Measurement,
+    specs: Sequence[ModuleSpec],
+    bits: float,
+    *,
+    pricing: Pricing,
+    solver: str,
+    seed: int,
+    objective: Choice | None = None,
 ) -> Strategy:
     """Choose a setting per linear within `int(weights * bits)` bits.
 
     By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`).
     By `accuracy` every module takes a row of its candidates; `solver` is then `exact` (the optimum of the sum of
     errors, proven) or `annealing` (stock's search, seeded, which picks the norm of its objective between 1.5 and 3.5 by
-    the smallest maximal error). Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
+    the smallest maximal error); `objective` is what they take for an error, the measured one by default. Raises
+    `MeasurementError` with the feasible range when `bits` cannot be reached.
     """
     budget = _reachable_budget(feasible_bpw(measurement, specs, pricing), specs, bits)
     if pricing != "accuracy":
         return _free_strategy(measurement, specs, budget, pricing)
-    return _row_strategy(measurement, specs, budget, solver=solver, seed=seed)
+    return _row_strategy(measurement, specs, budget, solver=solver, seed=seed, objective=objective)
 
 
 def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
@@ -139,20 +151,32 @@ def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget
 
 
 def _row_strategy(
-    measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, *, solver: str, seed: int
+    measurement: Measurement,
+    specs: Sequence[ModuleSpec],
+    budget: int,
+    *,
+    solver: str,
+    seed: int,
+    objective: Choice | None,
 ) -> Strategy:
     weights = sum(spec.weights for spec in specs)
     slots = slots_of(specs)
     rows = [measurement.modules[slot.key] for slot in slots]
     problem = _Problem(
         costs=[np.asarray([c.total_bits for c in row], np.int64) for row in rows],
-        errors=[np.asarray([c.error for c in row]) for row in rows],
+        errors=[_errors(row, objective) for row in rows],
         budget=budget,
     )
     norm, (choice, gap) = (
         _anneal_norms(problem, seed) if solver == "annealing" else (EXACT_NORM, exact_choice(problem, EXACT_NORM))
     )
     return _strategy(problem, slots, rows, choice, weights=weights, norm=norm, solver=solver, gap=gap)
+
+
+def _errors(row: Sequence[Candidate], objective: Choice | None) -> np.ndarray:
+    """What each candidate of a module adds to the sum."""
+    errors = np.asarray([candidate.error for candidate in row])
+    return errors if objective is None else objective.function(errors, objective.settings)
 
 
 def _strategy(

@@ -7,11 +7,12 @@ from typing import Any
 
 from exl2jax.calibration import CalibrationConfig
 from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.recipe import Recipe
+from exl2jax.pipeline.recipe import recipe_of_record
 
 PATHS = ("in_dir", "compile_full", "output_measurement", "measurement")
+LISTS = ("pins", "exclude_bits")
 PER_RUN = ("out_dir", "no_resume")
-"""Settings that are paths, and those that say nothing of the job itself."""
+"""Settings that are paths, those that are tuples, and those that say nothing of the job itself."""
 
 
 def asked_record(config: ConversionConfig) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def resumed_config(out_dir: Path, record: Mapping[str, Any], given: Mapping[str,
         cal_dir = None if source["cal_dir"] is None else Path(source["cal_dir"])
         kept["cal_dataset"] = CalibrationConfig(**{**source, "columns": tuple(source["columns"]), "cal_dir": cal_dir})
     if isinstance(kept["preset"], dict):
-        kept["preset"] = Recipe(**kept["preset"])
+        kept["preset"] = recipe_of_record(kept["preset"])
+    kept |= {name: tuple(kept.get(name, ())) for name in LISTS}
     return ConversionConfig(**{**kept, **given, "out_dir": out_dir})
 
 

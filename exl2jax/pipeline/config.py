@@ -6,6 +6,7 @@ from pathlib import Path
 from exl2jax.calibration import CalibrationConfig, Examples
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import SettingsError
+from exl2jax.pipeline.limits import Limits
 from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from exl2jax.qparams import FORMAT_BITS
 
@@ -25,8 +26,8 @@ class ConversionConfig:
     2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`);
     `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
     `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
-    `all`; `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises
-    `SettingsError` on contradictions.
+    `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths to choose from;
+    `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
     """
 
     in_dir: Path
@@ -49,6 +50,8 @@ class ConversionConfig:
     preset: str | Recipe = DEFAULT_PRESET
     with_accuracies: bool = False
     allocation: str = "exact"
+    pins: tuple[str, ...] = ()
+    exclude_bits: tuple[int, ...] = ()
     checkpoint_interval: float = 180.0
     moe_calibration: str = "routed"
 
@@ -58,7 +61,9 @@ class ConversionConfig:
         if not low <= self.bits <= high:
             raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
         head_qparams(self.head_bits)
-        _ = self.recipe
+        _ = self.limits
+        if self.recipe.objective is not None and self.allocation != "exact":
+            raise SettingsError("--allocation annealing picks an objective of its own; take exact with an objective")
         if self.output_measurement is not None and self.compile_full is not None:
             raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
         if self.output_measurement is not None and self.measurement is not None:
@@ -85,6 +90,11 @@ class ConversionConfig:
         """The algorithm's choices: those that the preset's name stands for, or the recipe given in its place."""
         recipe = find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
         return replace(recipe, accuracies=True) if self.with_accuracies else recipe
+
+    @property
+    def limits(self) -> Limits:
+        """What `pins` and `exclude_bits` say."""
+        return Limits.parse(self.pins, self.exclude_bits)
 
     def _check_directories(self) -> None:
         source = self.in_dir.resolve()

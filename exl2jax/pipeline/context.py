@@ -1,6 +1,7 @@
 """What the stages of one conversion share, and what decides the bytes of its result."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ MEASURING = (
     "seed",
     "moe_calibration",
 )
-QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation")
+QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation", "pins", "exclude_bits")
 """Settings that decide the measurement, and those that decide the quantization after it."""
 
 
@@ -120,7 +121,7 @@ def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> d
     }
     if config.measurement is not None:
         inputs["measurement file"] = digest(config.measurement)
-    return inputs
+    return json.loads(json.dumps(inputs))  # as a job file gives them back: tuples are lists
 
 
 def digest(path: Path) -> str:

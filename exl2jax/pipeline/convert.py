@@ -56,6 +56,7 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
     context = Context.open(config, control or Control())
+    config.limits.require_matches(context.specs)
     if config.measurement is None and config.output_measurement is None:
         require_reachable(context.specs, config.bits, context.recipe.pricing)
     with context.work.locked():
@@ -156,7 +157,8 @@ class _Conversion:
         return replace(state, records={**state.records, "strategy": strategy_record(strategy)})
 
     def _allocate(self) -> Strategy:
-        measurement = read_measurement(self.config.measurement or self.work.measurement, self.context.specs)
+        path = self.config.measurement or self.work.measurement
+        measurement = self.config.limits.apply(read_measurement(path, self.context.specs), self.context.specs)
         strategy = allocate(
             measurement,
             self.context.specs,
@@ -164,6 +166,7 @@ class _Conversion:
             pricing=self._pricing(measurement),
             solver=self.config.allocation,
             seed=self.config.seed,
+            objective=self.context.recipe.objective,
         )
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)

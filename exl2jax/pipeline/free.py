@@ -33,7 +33,7 @@ class FreeChoice:
 
 
 def free_choice(linears: Mapping[str, LinearCosts], budget: int) -> FreeChoice:
-    """The mixtures of least total cost within `budget` bits; the budget must reach `NARROWEST` everywhere."""
+    """The mixtures of least total cost within `budget` bits; the budget must reach the narrowest widths."""
     weights = sum(x.rows * x.columns for x in linears.values())
     coarse = _sweep(linears, COARSE / weights)
     totals = np.asarray([sum(row[p].total_bits for row in coarse.values()) for p in range(len(COARSE))])
@@ -45,17 +45,20 @@ def free_choice(linears: Mapping[str, LinearCosts], budget: int) -> FreeChoice:
     costs = [np.asarray([m.total_bits for m in row], np.int64) for row in options.values()]
     losses = [np.asarray([m.cost for m in row]) for row in options.values()]
     solution = solve(costs, losses, budget)
-    assert solution is not None  # NARROWEST fits, and the sweep ends in it
+    assert solution is not None  # the narrowest fits, and the sweep ends in it
     chosen = {key: row[i] for (key, row), i in zip(options.items(), solution.choice, strict=True)}
     bounds = [_bound(coarse, COARSE / weights, budget), _bound(fine, prices, budget)]
     return FreeChoice(mixtures=chosen, gap=max(0.0, solution.loss - max(bounds)))
 
 
 def _sweep(linears: Mapping[str, LinearCosts], prices: np.ndarray) -> dict[str, list[Mixture]]:
-    """The best mixture of every linear at every price; linears of one shape are solved together."""
+    """The best mixture of every linear at every price; linears of one shape and the same widths are solved together."""
     found: dict[str, list[Mixture]] = {}
-    by_shape = sorted(linears, key=lambda key: (linears[key].rows, linears[key].columns))
-    for _, keys in groupby(by_shape, key=lambda key: (linears[key].rows, linears[key].columns)):
+
+    def alike(key: str) -> tuple[int, int, tuple[int, ...]]:
+        return linears[key].rows, linears[key].columns, linears[key].widths
+
+    for _, keys in groupby(sorted(linears, key=alike), key=alike):
         batch = list(keys)
         found |= dict(zip(batch, best_mixtures([linears[key] for key in batch], prices), strict=True))
     return {key: found[key] for key in linears}

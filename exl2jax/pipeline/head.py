@@ -13,13 +13,20 @@ from exl2jax.pipeline.linear import PackedWeight, factor_hessian, pack_checked, 
 from exl2jax.pipeline.stream import row_chunks
 from exl2jax.pipeline.trouble import hessian_trouble, linear_trouble
 from exl2jax.qparams import QParams
+from exl2jax.variants import STOCK, Method
 
 MAX_GPTQ_WEIGHTS = 10**9
 """Heads of more weights than this are rounded to nearest (EXL2.md section 1)."""
 
 
 def quantize_head(
-    decoder: Decoder, spec: LinearSpec, params: Any, states: np.ndarray, mask: np.ndarray | None, qparams: QParams
+    decoder: Decoder,
+    spec: LinearSpec,
+    params: Any,
+    states: np.ndarray,
+    mask: np.ndarray | None,
+    qparams: QParams,
+    method: Method = STOCK,
 ) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
     """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), trouble."""
     kernel = params["lm_head"]["kernel"]
@@ -27,8 +34,8 @@ def quantize_head(
         rows = jnp.arange(spec.rows)
         return pack_checked(round_to_nearest(jnp.asarray(kernel), rows, qparams.groups(spec.rows)), spec, None), {}, ()
     hessian = head_hessian(decoder, params, states, mask)
-    factor = factor_hessian(hessian, spec.key)
-    linear = quantize_linear(kernel, factor, qparams, spec)
+    factor = factor_hessian(hessian, spec.key, method)
+    linear = quantize_linear(kernel, factor, qparams, spec, method)
     trouble = (*hessian_trouble(hessian, factor, (spec,)), *linear_trouble(spec, kernel, linear))
     return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, trouble
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from exl2jax.errors import FormatError, HessianError, NumericalError
 from exl2jax.models import LinearSpec
-from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, factorize, gptq, pack_linear, unpack_linear
+from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, pack_linear, unpack_linear
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pallas import kernels_for
 from exl2jax.qparams import QParams, require_quantizable_rows
+from exl2jax.variants import STOCK, Method
 
 
 class PackedWeight(NamedTuple):
@@ -24,9 +25,9 @@ class PackedWeight(NamedTuple):
     weight: jax.Array
 
 
-def factor_hessian(hessian: jax.Array, name: str) -> HessianFactor:
+def factor_hessian(hessian: jax.Array, name: str, method: Method = STOCK) -> HessianFactor:
     """Factor a Hessian, or raise `HessianError` naming the linear."""
-    factor = factorize(hessian)
+    factor = method.factorize(hessian)
     if not bool(factor.ok):
         if not bool(jnp.all(jnp.isfinite(hessian))):
             raise HessianError(
@@ -50,12 +51,12 @@ def require_half_range(kernel: np.ndarray | jax.Array, spec: LinearSpec) -> None
 
 
 def quantize_linear(
-    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec
+    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec, method: Method = STOCK
 ) -> QuantizedLinear:
-    """GPTQ of a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
+    """Quantize a linear's weight `[K, N]`; raises `NumericalError` when the result is not finite."""
     require_quantizable_rows(spec.rows, spec.key)
     require_half_range(kernel, spec)
-    linear = gptq(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows), kernels_for())
+    linear = method.quantize(jnp.asarray(kernel, jnp.float32), factor, qparams.groups(spec.rows), kernels_for())
     if not bool(jnp.all(jnp.isfinite(linear.weight))):
         raise NumericalError(
             f"{spec.key}: quantization gave NaN or infinity; the weights come too close to the end of half precision, "
@@ -71,6 +72,7 @@ class Task(NamedTuple):
     factor: HessianFactor
     qparams: QParams
     spec: LinearSpec
+    method: Method = STOCK
 
 
 def quantize_many(tasks: Sequence[Task]) -> list[QuantizedLinear]:

@@ -15,6 +15,7 @@ from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.stream import collect, forward
 from exl2jax.pipeline.trials import Stack, candidate_errors
 from exl2jax.qparams import QParams
+from exl2jax.variants import STOCK, Method
 
 STATES = "row"
 """Name of the hidden states in a carry."""
@@ -28,7 +29,13 @@ class Block(NamedTuple):
 
 
 def measure_step(
-    carry: Carry, block: Block, *, decoder: Decoder, mask: np.ndarray | None, routed_only: bool = True
+    carry: Carry,
+    block: Block,
+    *,
+    decoder: Decoder,
+    mask: np.ndarray | None,
+    routed_only: bool = True,
+    method: Method = STOCK,
 ) -> tuple[Carry, dict[str, tuple[Candidate, ...]]]:
     """Measure one module and move on with its unquantized outputs: the candidates of each of its slots by key.
 
@@ -40,11 +47,11 @@ def measure_step(
     collected = collect(decoder, spec, params, states, mask, routed_only=routed_only)
     if not np.isfinite(collected.states).all():
         raise NumericalError(f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data")
-    factors = module_factors(spec, collected.hessians)
+    factors = module_factors(spec, collected.hessians, method)
     found = {}
     for slot in spec.slots:
         rows = candidate_rows(slot)
-        stacks = _quantize_candidates(slot, rows, params, factors)
+        stacks = _quantize_candidates(slot, rows, params, factors, method)
         reference = collected.states if slot is spec else forward(decoder, slot.kind, params, states)
         errors = candidate_errors(decoder, slot, params, stacks, states, reference, mask)
         found[slot.key] = tuple(
@@ -54,22 +61,26 @@ def measure_step(
     return {STATES: collected.states}, found
 
 
-def module_factors(spec: ModuleSpec, hessians: Sequence[jax.Array]) -> dict[str, HessianFactor]:
+def module_factors(spec: ModuleSpec, hessians: Sequence[jax.Array], method: Method = STOCK) -> dict[str, HessianFactor]:
     """Factored Hessians by linear name; linears of a group share one."""
     factors = {}
     for group, hessian in zip(spec.groups, hessians, strict=True):
-        factor = factor_hessian(hessian, " and ".join(linear.key for linear in group))
+        factor = factor_hessian(hessian, " and ".join(linear.key for linear in group), method)
         factors |= {linear.name: factor for linear in group}
     return factors
 
 
 def _quantize_candidates(
-    spec: ModuleSpec, rows: Sequence[Mapping[str, QParams]], params: Any, factors: Mapping[str, HessianFactor]
+    spec: ModuleSpec,
+    rows: Sequence[Mapping[str, QParams]],
+    params: Any,
+    factors: Mapping[str, HessianFactor],
+    method: Method,
 ) -> dict[str, Stack]:
     """Quantize every distinct setting of every linear once."""
     distinct = {linear.name: list(dict.fromkeys(row[linear.name] for row in rows)) for linear in spec.linears}
     tasks = [
-        Task(params[linear.name]["kernel"], factors[linear.name], qparams, linear)
+        Task(params[linear.name]["kernel"], factors[linear.name], qparams, linear, method)
         for linear in spec.linears
         for qparams in distinct[linear.name]
     ]

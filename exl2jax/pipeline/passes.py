@@ -141,6 +141,7 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
             mask=rows.attention_mask,
             fisher=_read_all(weights),
             routed_only=context.config.routed_only,
+            method=context.recipe.method,
         ),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,
@@ -168,7 +169,11 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
     _, outputs = context.scan(
         "measure",
         partial(
-            measure_step, decoder=context.decoder, mask=rows.attention_mask, routed_only=context.config.routed_only
+            measure_step,
+            decoder=context.decoder,
+            mask=rows.attention_mask,
+            routed_only=context.config.routed_only,
+            method=context.recipe.method,
         ),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,

@@ -17,16 +17,21 @@ from exl2jax.pipeline.measure import STATES, Block, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
 from exl2jax.pipeline.stream import collect
+from exl2jax.variants import STOCK, Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriceStep:
-    """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key."""
+    """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key.
+
+    Of `method` it takes order and damping; what an error costs is priced with stock's scales and rounding.
+    """
 
     decoder: Decoder
     mask: np.ndarray | None
     fisher: Mapping[str, np.ndarray]
     routed_only: bool = True
+    method: Method = STOCK
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, LinearCosts]]:
         """Price the linears of a module and move on with its unquantized outputs.
@@ -41,7 +46,7 @@ class PriceStep:
             raise NumericalError(
                 f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
             )
-        factors = module_factors(spec, collected.hessians)
+        factors = module_factors(spec, collected.hessians, self.method)
         tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}
 
         def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:

@@ -102,7 +102,7 @@ class QuantizeStep:
         spec, states = block.spec, carry[STATES]
         params = jax.device_put(block.params)
         collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
-        factors = module_factors(spec, collected.hessians)
+        factors = module_factors(spec, collected.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         quantized, bits, trouble = self._linears(spec, spec.linears, params, kernels, factors)
         reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
@@ -138,7 +138,8 @@ class QuantizeStep:
             )
             targets = {}
             for group, terms in zip(groups, found.terms, strict=True):
-                factor = factor_hessian(terms.hessian, " and ".join(linear.key for linear in group))
+                keys = " and ".join(linear.key for linear in group)
+                factor = factor_hessian(terms.hessian, keys, self.recipe.method)
                 said += hessian_trouble(terms.hessian, factor, group)
                 factors |= {x.name: factor for x in group}
                 targets |= {x.name: self._target(params, x, factor, terms) for x in group}
@@ -164,7 +165,7 @@ class QuantizeStep:
     ) -> tuple[dict[str, Any], int, list[str]]:
         """Quantize, pack, check and store some linears: `params` with them replaced, bits on disk, and trouble."""
         settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
-        tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x) for x in linears]
+        tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x, self.recipe.method) for x in linears]
         out, bits, trouble = dict(params), 0, list[str]()  # norms and the like stay
         for linear, result in zip(linears, quantize_many(tasks), strict=True):
             own = dict(params[linear.name])
@@ -179,8 +180,9 @@ class QuantizeStep:
 
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
+        qparams, method = head_qparams(self.head_bits), self.recipe.method
         packed, damping, trouble = quantize_head(
-            self.decoder, block.spec, block.params, carry[STATES], self.mask, head_qparams(self.head_bits)
+            self.decoder, block.spec, block.params, carry[STATES], self.mask, qparams, method
         )
         self._store(block.spec, packed.packed)
         rows = min(self.check_rows, len(self.input_ids))

@@ -29,11 +29,15 @@ SIZES = (32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearCosts:
-    """Costs of a linear `[rows, columns]`: for each measured setting an array `[rows / 32]` float64 in nats."""
+    """Costs of a linear `[rows, columns]`: for each measured setting an array `[rows / 32]` float64 in nats.
+
+    `widths` are the code widths that allocation may choose from.
+    """
 
     rows: int
     columns: int
     measured: Mapping[Setting, np.ndarray]
+    widths: tuple[int, ...] = FORMAT_BITS
 
     def costs(self) -> dict[Setting, np.ndarray]:
         """Costs at every width and group size of the format, widest first.
@@ -48,7 +52,12 @@ class LinearCosts:
                 known[bits, size] = known[5, size] * ((2**5 - 1) / (2**bits - 1)) ** 2
         for bits in FORMAT_BITS:
             known[bits, 64] = np.sqrt(known[bits, 32] * known[bits, 128])
-        return {(b, g): known[b, g] for b in sorted(FORMAT_BITS, reverse=True) for g in SIZES}
+        return {(b, g): known[b, g] for b in sorted(self.widths, reverse=True) for g in SIZES}
+
+    @property
+    def ends(self) -> tuple[QParams, QParams]:
+        """The cheapest and the dearest setting of the allowed widths."""
+        return pure_qparams((min(self.widths), max(SIZES))), pure_qparams((max(self.widths), min(SIZES)))
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists by `BITS:GROUP_SIZE`, six digits."""

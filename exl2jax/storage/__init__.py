@@ -9,6 +9,7 @@ from exl2jax.storage.atomic import (
     storing,
     sweep,
     write_atomically,
+    write_bytes,
     write_json,
     write_tensors,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "storing",
     "sweep",
     "write_atomically",
+    "write_bytes",
     "write_checked_tensors",
     "write_json",
     "write_tensors",

@@ -69,6 +69,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomically(path, write)
+
+
 def copy_file(source: Path, path: Path) -> None:
     """Copy the content of a file atomically."""
     write_atomically(path, lambda temporary: _copy(source, temporary))

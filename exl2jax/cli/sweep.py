@@ -1,0 +1,56 @@
+"""`exl2jax sweep`: run a plan of conversions."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exl2jax.cli.options import Json, Plugins
+from exl2jax.cli.shared import deliver, load_variants, say, set_up
+from exl2jax.errors import SettingsError
+from exl2jax.lab import read_plan, run_sweep
+from exl2jax.lab.cluster import ray_runner
+from exl2jax.lab.estimate import estimate
+from exl2jax.lab.page import sweep_page
+from exl2jax.lab.plan import without_variants
+from exl2jax.lab.tables import estimate_table, sweep_table
+from exl2jax.pipeline.progress import Control, StopFlag
+from exl2jax.report import make_progress
+from exl2jax.report.page import write_page
+from exl2jax.report.plots import write_plots
+
+
+def sweep_command(
+    context: typer.Context,
+    plan: Annotated[Path, typer.Argument(help="The plan, a TOML file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the sweep; finished cells in it are not run again.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells with estimates, run nothing.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this variant (repeatable).")] = None,
+    plugin: Plugins = None,
+    ray: Annotated[str | None, typer.Option("--ray", help="Run on the Ray cluster at this address.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Run models x targets x variants x seeds into one table and one page."""
+    console = Console(stderr=True)
+    set_up(console)
+    if ray and plugin:
+        raise SettingsError("--plugin with --ray: nodes lack the file; install it as a package with an entry point")
+    load_variants(plugin)
+    asked = read_plan(plan)
+    asked = without_variants(asked, tuple(only)) if only else asked
+    if dry_run:
+        cells = estimate(asked, out)
+        deliver(as_json, {"cells": [asdict(cell) for cell in cells]}, lambda: estimate_table(cells))
+        return 0
+    logging.getLogger("exl2jax.pipeline").setLevel(logging.WARNING)  # of each conversion only what goes wrong
+    control = Control(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
+    result = run_sweep(asked, out, control, ray_runner(ray) if ray else None)
+    page = sweep_page(out)
+    write_page(page, out / "report.html")
+    write_plots(page.plots, out / "plots")
+    deliver(as_json, {"table": str(result.table), "cells": list(result.rows)}, lambda: sweep_table(result.rows))
+    say(f"report: {out / 'report.html'}")
+    return 1 if result.failed else 0

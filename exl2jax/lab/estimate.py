@@ -1,0 +1,126 @@
+"""What a plan would take: size of every result from the shapes, time from operation counts and this machine's speed."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from exl2jax.candidates import head_qparams
+from exl2jax.lab.cell import finished_row
+from exl2jax.lab.plan import Cell, Plan
+from exl2jax.lab.results import STAGES
+from exl2jax.lab.sweep import cell_folder
+from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
+from exl2jax.models.modules import embedding_shapes
+
+PROBE = 1024
+TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
+"""Calibration where the plan says nothing: the built-in set."""
+GPTQ_EFFICIENCY = 0.15
+"""Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
+SETTINGS_MEASURED = {"fisher": 7, "accuracy": 18}
+PASSES = {"fisher": 5, "accuracy": 12}
+"""Forward passes that a measurement is worth, backward passes and candidates included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A cell before it runs: bytes of its weight files, seconds, and whether it is finished already.
+
+    Seconds hold the measurement for the first cell that needs it. They are rough: within a factor of three before
+    anything ran in the folder, closer once cells are finished there, whose times they are scaled to.
+    """
+
+    cell: str
+    size: int
+    seconds: float
+    finished: bool
+
+
+def estimate(plan: Plan, out: Path) -> list[Estimate]:
+    """Estimates of every cell of a plan."""
+    cells = plan.cells()
+    models = {cell.model: open_model(Path(cell.model)) for cell in cells}
+    rows = {cell.name: finished_row(cell, cell_folder(out, cell)) for cell in cells}
+    raw = {cell.name: _operations(cell, models[cell.model]) for cell in cells}
+    speed = _observed_speed(cells, rows, raw) or _machine_speed()
+    measured: set[str] = set()
+    found = []
+    for cell in cells:
+        work = raw[cell.name]
+        stages = [s for s in STAGES if s != "measure" or cell.measurement not in measured]
+        measured.add(cell.measurement)
+        done = rows[cell.name] is not None
+        seconds = 0.0 if done else sum(work[s] for s in stages) / speed
+        found.append(Estimate(cell=cell.name, size=_size(cell, models[cell.model]), seconds=seconds, finished=done))
+    return found
+
+
+def _size(cell: Cell, model: Model) -> int:
+    weights = sum(spec.weights for spec in module_specs(model.config))
+    head = head_spec(model.config)
+    head_bits = head_qparams(cell.settings.get("head_bits", 6)).total_bits(head.rows, head.columns)
+    width = {"F32": 4, "F16": 2, "BF16": 2}
+    names = embedding_shapes(model.config)
+    plain = sum(_count(shape) * width.get(model.files.dtype(name), 2) for name, shape in names.items())
+    return int((weights * cell.bits + head_bits) / 8) + plain
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total
+
+
+def _operations(cell: Cell, model: Model) -> dict[str, float]:
+    """Floating-point operations by stage, those of GPTQ weighted by how slowly they go."""
+    specs, head = module_specs(model.config), head_spec(model.config)
+    linears = [linear for spec in specs for linear in spec.linears]
+    weights = sum(linear.weights for linear in linears)
+    hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
+    walk = sum(_walk_operations(x) for x in linears) / GPTQ_EFFICIENCY
+    pricing, plan = cell.recipe.pricing, cell.evaluation
+    measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")
+    judged = (plan.rows or 24) * plan.length
+    return {
+        "measure": measure * (2 * weights * PASSES[pricing] + hessians) + walk * SETTINGS_MEASURED[pricing],
+        "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head) / GPTQ_EFFICIENCY,
+        "evaluate": judged * (2 * weights + 4 * head.weights),
+    }
+
+
+def _walk_operations(linear: LinearSpec) -> float:
+    """A product with the factor, and 97 multipliers tried on every weight at about six operations each."""
+    return linear.weights * (linear.rows + 97 * 6)
+
+
+def _tokens(cell: Cell, stage: str) -> int:
+    names = ("measurement_rows", "measurement_length") if stage == "measure" else ("dataset_rows", "length")
+    rows, length = (cell.settings.get(name) for name in names)
+    return (rows or TYPICAL_ROWS[stage]) * (length or TYPICAL_LENGTH)
+
+
+def _observed_speed(
+    cells: Sequence[Cell], rows: Mapping[str, dict[str, Any] | None], raw: Mapping[str, Mapping[str, float]]
+) -> float | None:
+    """Operations per second of the cells that are finished here."""
+    done = [(rows[c.name], raw[c.name]) for c in cells if rows[c.name] is not None]
+    seconds = sum(row[f"seconds_{s}"] for row, _ in done if row for s in ("quantize", "evaluate"))
+    work = sum(operations[s] for _, operations in done for s in ("quantize", "evaluate"))
+    return work / seconds if seconds else None
+
+
+def _machine_speed() -> float:
+    """Operations per second of a matrix product."""
+    x = jnp.ones((PROBE, PROBE), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    begun = time.monotonic()
+    for _ in range(3):
+        product(x, x).block_until_ready()
+    return 3 * 2 * PROBE**3 / (time.monotonic() - begun)

@@ -1,0 +1,38 @@
+"""Sweeps in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from exl2jax.lab.estimate import Estimate
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The figures of every cell that most people look for first."""
+    table = Table(title="Sweep", box=box.SIMPLE)
+    for name in ("variant", "bits", "seed", "bpw", "MB", "perplexity", "±", "KL", "top-1"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in rows:
+        asked = (row["variant"], f"{row['bits']:g}", str(row["seed"]))
+        if row["status"] != "ok":
+            table.add_row(*asked, f"failed: {row['error']}", style="red")
+            continue
+        size = f"{row['size'] / 1e6:.1f}"
+        spread = "" if row["perplexity_se"] is None else f"{row['perplexity_se']:.2f}"
+        figures = (f"{row['perplexity']:.3f}", spread, f"{row['kl_divergence']:.4f}", f"{row['top1_agreement']:.3f}")
+        table.add_row(*asked, f"{row['bpw']:.3f}", size, *figures)
+    return table
+
+
+def estimate_table(cells: Sequence[Estimate]) -> Table:
+    """What a plan would take."""
+    table = Table(title="Plan", box=box.SIMPLE)
+    for name in ("cell", "MB", "minutes"):
+        table.add_column(name, justify="left" if name == "cell" else "right")
+    for cell in cells:
+        table.add_row(cell.cell, f"{cell.size / 1e6:.1f}", "finished" if cell.finished else f"{cell.seconds / 60:.1f}")
+    total = sum(cell.seconds for cell in cells) / 60
+    table.add_row("all", f"{sum(cell.size for cell in cells) / 1e6:.1f}", f"{total:.1f}", style="bold")
+    return table

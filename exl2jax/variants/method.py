@@ -1,0 +1,93 @@
+"""How one linear is quantized: the choices of order, damping, scales and rounding together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from exl2jax.ops import XLA, HessianFactor, Kernels, QuantizedLinear, dequantize, factorize, gptq
+from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
+from exl2jax.ops.scales import ScaleChoice
+from exl2jax.qparams import Group
+from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
+from exl2jax.variants.rounding import Ordered, Rounded, by_row
+
+ORDER, DAMPING, SCALES, ROUNDING = (
+    Choice(kind=kind, name=STOCK_NAME, settings=NoSettings()) for kind in ("order", "damping", "scales", "rounding")
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Search:
+    """A scale search bound to its settings, compared by value: one compilation however often it is chosen."""
+
+    choice: Choice
+
+    def __call__(self, w: jax.Array, bits: jax.Array, importance: jax.Array) -> ScaleChoice:
+        return self.choice.function(w, bits, importance, self.choice.settings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """The choices that quantize a linear; stock's are run by the tuned operations, any other by the plain ones here."""
+
+    order: Choice = ORDER
+    damping: Choice = DAMPING
+    scales: Choice = SCALES
+    rounding: Choice = ROUNDING
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> "Method":
+        """The method that a recipe's choices make, stock where they say nothing."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{choice.kind: choice for choice in choices if choice.kind in known})
+
+    def factorize(self, h: jax.Array) -> HessianFactor:
+        """Order, damp and factor a Hessian `[K, K]`."""
+        if self.order == STOCK.order and self.damping == STOCK.damping:
+            return factorize(h)
+        return _factorize(h, order=self.order, damping=self.damping)
+
+    def quantize(
+        self, w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA
+    ) -> QuantizedLinear:
+        """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` are for stock's choices."""
+        if self.scales == STOCK.scales and self.rounding == STOCK.rounding:
+            return gptq(w, factor, groups, kernels)
+        ordered = Ordered(w[factor.perm], factor, tuple(groups))
+        found: Rounded = self.rounding.function(ordered, _Search(choice=self.scales), self.rounding.settings)
+        scale, bits = by_row(found, ordered.groups)
+        weight = dequantize(found.codes, scale, bits).astype(jnp.float16)[factor.inv_perm]
+        return QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, ordered.groups, weight)
+
+
+STOCK = Method()
+"""What stock does, and every preset."""
+
+
+@partial(jax.jit, static_argnames=("order", "damping"))
+def _factorize(h: jax.Array, *, order: Choice, damping: Choice) -> HessianFactor:
+    """`ops.factorize` with its order and damping exchanged."""
+    perm = order.function(jnp.diagonal(h), order.settings)
+    ordered = h[perm][:, perm]
+    first, growth = damping.function(ordered, damping.settings)
+    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+
+    def attempt(value: jax.Array) -> jax.Array:
+        return jnp.linalg.cholesky((ordered + value * eye)[::-1, ::-1], symmetrize_input=False)
+
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        lower, _, attempts = state
+        return ~jnp.all(jnp.isfinite(lower)) & (attempts < MAX_ATTEMPTS)
+
+    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        _, value, attempts = state
+        return attempt(value * growth), value * growth, attempts + 1
+
+    lower, value, attempts = lax.while_loop(failed, again, (attempt(first), first, jnp.int32(1)))
+    u = lower_inverse(lower)[::-1, ::-1]
+    ok = jnp.all(jnp.isfinite(u)) & jnp.isfinite(value)
+    return HessianFactor(perm, jnp.argsort(perm), u, value, attempts, ok)
