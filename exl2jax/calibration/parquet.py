@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-BATCH_ROWS = 64
+BATCH_ROWS = 8
 """Rows decoded at once: few, since a cell may hold a whole book."""
 
 PAGE_BUFFER = 1 << 20

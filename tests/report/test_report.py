@@ -122,7 +122,8 @@ def test_command_writes_page_and_plots(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {f"{n}.{k}" for n in ("bits", "curves", "depth", "time") for k in ("svg", "png")}
-    assert Image.open(tmp_path / "plots" / "bits.png").size[0] > 600
+    with Image.open(tmp_path / "plots" / "bits.png") as picture:
+        assert picture.size[0] > 600
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +179,8 @@ def test_screenshots_in_light_and_dark(work: Path, chromium: Callable[..., str],
     for theme, setting in (("dark", 0), ("light", 1)):
         path = tmp_path / f"{theme}.png"
         chromium(page, f"--screenshot={path}", f"--blink-settings=preferredColorScheme={setting}", size=(800, 1600))
-        picture = np.asarray(Image.open(path).convert("L"))
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("L"))
         assert picture.shape == (1600, 800) and picture.std() > 10, "something is drawn"
         means[theme] = picture.mean()
     assert means["dark"] < 90 and means["light"] > 200
