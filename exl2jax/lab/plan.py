@@ -109,7 +109,9 @@ class Cell:
             "seed": self.seed,
             "preset": self.recipe,
         }
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()
+        }
         return ConversionConfig(**(given | settings | more))
 
 
