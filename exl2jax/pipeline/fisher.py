@@ -20,7 +20,7 @@ from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.pipeline.measure import STATES, Block
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import forward
+from exl2jax.pipeline.stream import forward, full_mask, token_chunks
 from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
@@ -120,20 +120,21 @@ def head_gradients(
 ) -> np.ndarray:
     """Gradients `[R, T, D]` of the log likelihood of sampled labels at the final states, padding left out.
 
-    Labels are drawn from the model's own distributions, row `i` with the key `fold_in(seed, i)`.
+    Labels are drawn from the model's own distributions, tokens in chunks (`token_chunks`), chunk `i` with the key
+    `fold_in(seed, i)`.
     """
-    out = np.empty_like(states)
-    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
-    for i in range(len(states)):
+    tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states, mask).reshape(-1)
+    params, out = jax.device_put(params), np.empty_like(tokens)
+    for i, chunk in enumerate(token_chunks(len(tokens), params["lm_head"]["kernel"].shape[1])):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        out[i] = _head_gradient(decoder, params, states[i : i + 1], mask[i : i + 1], key)[0]
-    return out
+        chunk.put(out, _head_gradient(decoder, params, chunk.take(tokens), chunk.take(weights), key))
+    return out.reshape(states.shape)
 
 
 @partial(jax.jit, static_argnums=0)
 def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
     def likelihood(h: jax.Array) -> jax.Array:
-        logits = decoder.logits(params, h)
+        logits = decoder.logits(params, h[None])[0]
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * mask)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder
-from exl2jax.pipeline.stream import Chunk
+from exl2jax.pipeline.stream import token_chunks
 
 
 class Scores(NamedTuple):
@@ -30,20 +30,25 @@ def score(
 ) -> Scores:
     """Score final hidden `states [R, T, D]` against the next token of each position; the first one is not predicted.
 
-    `reference` is `(head params, states)` of the model to compare with. Rows go one by one, so that only a row's
-    logits are held.
+    `reference` is `(head params, states)` of the model to compare with. Tokens go in chunks, one at a time, so that
+    few logits are held whatever the rows' length and the vocabulary.
     """
-    rows = [Chunk(i, i + 1, 1) for i in range(len(states))]
-    parts = []
-    for row in rows:
-        ids = row.take(input_ids)
+    vocab, width = params["lm_head"]["kernel"].shape[1], states.shape[-1]
+    tokens, following = states.reshape(-1, width), np.roll(input_ids, -1, axis=1).reshape(-1)
+    params = jax.device_put(params)
+    if reference is not None:
+        reference = jax.device_put(reference[0]), reference[1].reshape(-1, width)
+    columns = np.empty((1 if reference is None else 3, len(tokens)), np.float32)
+    for chunk in token_chunks(len(tokens), vocab):
+        h, ids = chunk.take(tokens), chunk.take(following)
         if reference is None:
-            parts.append((_nll(decoder, params, row.take(states), ids),))
+            found = (_nll(decoder, params, h, ids),)
         else:
-            ref_params, ref_states = reference
-            parts.append(_compare(decoder, params, row.take(states), ids, ref_params, row.take(ref_states)))
-    columns = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(len(parts[0]))]
-    return Scores(columns[0], *(columns[1:] if len(columns) > 1 else (None, None)))
+            found = _compare(decoder, params, h, ids, reference[0], chunk.take(reference[1]))
+        for column, values in zip(columns, found, strict=True):
+            chunk.put(column, values)
+    scores = columns.reshape(-1, *input_ids.shape)[:, :, :-1]
+    return Scores(scores[0], *(scores[1:] if reference is not None else (None, None)))
 
 
 def perplexity(nll: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -54,11 +59,11 @@ def perplexity(nll: np.ndarray, mask: np.ndarray | None = None) -> float:
 
 
 def _log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(decoder.logits(params, h)[:, :-1], axis=-1)
+    return jax.nn.log_softmax(decoder.logits(params, h[None])[0], axis=-1)
 
 
 def _picked(log_p: jax.Array, ids: jax.Array) -> jax.Array:
-    return -jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(log_p, ids[:, None], axis=-1)[:, 0]
 
 
 @partial(jax.jit, static_argnums=0)

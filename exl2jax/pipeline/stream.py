@@ -19,6 +19,10 @@ CHUNK_TOKENS = 2048
 """Tokens of a chunk, at least one row: enough to keep every core busy, little enough to stay in cache."""
 
 
+LOGITS = 1 << 24
+"""Logits held at once, 64 MB of them: enough for efficient products, little beside the head itself."""
+
+
 class Chunk(NamedTuple):
     """Rows `[start, stop)` and the padded count they are brought to."""
 
@@ -47,6 +51,13 @@ def chunks(rows: int, length: int) -> list[Chunk]:
 def row_chunks(states: np.ndarray) -> Iterator[Chunk]:
     """The chunks of a `[R, T, ...]` array."""
     yield from chunks(states.shape[0], states.shape[1])
+
+
+def token_chunks(tokens: int, vocab: int) -> list[Chunk]:
+    """Cut `tokens` tokens, rows end to end, into chunks whose logits are `LOGITS` at most."""
+    count = -(-tokens // max(1, LOGITS // vocab))
+    size = -(-tokens // count)
+    return [Chunk(start, min(start + size, tokens), size) for start in range(0, tokens, size)]
 
 
 def full_mask(states: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

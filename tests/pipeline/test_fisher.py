@@ -74,13 +74,9 @@ def walk(
 
 def labels(oracle: Llama, states: np.ndarray) -> np.ndarray:
     """What the documented keys draw from the model's distributions, `[R, T]`."""
-    drawn = [
-        jax.random.categorical(
-            jax.random.fold_in(jax.random.key(SEED), i), jnp.asarray(oracle.log_probabilities(row), jnp.float32)[None]
-        )[0]
-        for i, row in enumerate(states)
-    ]
-    return np.asarray(drawn)
+    tokens = np.concatenate([oracle.log_probabilities(row) for row in states])
+    key = jax.random.fold_in(jax.random.key(SEED), 0)
+    return np.asarray(jax.random.categorical(key, jnp.asarray(tokens, jnp.float32))).reshape(states.shape[:2])
 
 
 @pytest.mark.parametrize("mask", [np.ones_like(MASK), MASK], ids=["whole rows", "padded"])

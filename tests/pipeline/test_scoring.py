@@ -8,6 +8,7 @@ import pytest
 
 from exl2jax import evaluate
 from exl2jax.models import Decoder, build_decoder, open_model
+from exl2jax.pipeline import stream
 from exl2jax.pipeline.result import perplexity_warnings
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import chunks, embed, relative_error
@@ -32,7 +33,9 @@ def log_probabilities(params: dict[str, Any], states: np.ndarray) -> np.ndarray:
     return log_softmax(x @ params["lm_head"]["kernel"].astype(np.float64))[:, :-1]
 
 
-def test_scores_against_a_reference(head: Any) -> None:
+@pytest.mark.parametrize("logits", [1 << 24, 7 * 320, 1], ids=["at once", "in chunks", "token by token"])
+def test_scores_against_a_reference(head: Any, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "LOGITS", logits)
     decoder, params = head
     kernel = params["lm_head"]["kernel"]
     noise = np.random.default_rng(4).standard_normal(kernel.shape).astype(np.float32) * 0.1
