@@ -262,6 +262,16 @@ class Decoder(NamedTuple):
         """The new hidden state, from the outputs of all linears."""
         return self._apply(kind, params, "output", h, outputs)
 
+    def residual_share(self, kind: str) -> float:
+        """What a linear of the last stage has to add to its output to move the residual stream by a whole.
+
+        Zero where a norm stands between, half where two linears write side by side.
+        """
+        norms, attention = self.config.arch.norms, kind not in (MLP_KIND, BRANCH_MLP_KIND, MOE_KIND)
+        if norms.attention_post if attention else norms.mlp_post:
+            return 0.0
+        return (0.5 if kind in PARALLEL_KINDS else 1.0) / self.config.scales.residual
+
     def routed(self, kind: str, params: Params, h: jax.Array) -> jax.Array | None:
         """Which tokens go to each expert, `[B, T, experts]` of 0 and 1; None where there are no experts."""
         if kind != MOE_KIND:

@@ -1,8 +1,8 @@
 """Error propagation: quantize each linear for the inputs the quantized model gives it, towards full-precision outputs.
 
-With `X_q` the inputs in the quantized model and `X_f` those in the full-precision one, the target of a linear is
-`W* = W + a (H + l I)^-1 X_q^T (X_f - X_q) W`, `H = X_q^T X_q` (QEP, arXiv:2504.09629). For the linear that writes to
-the residual stream, the stream's own error `h_f - h_q` can be part of what it corrects.
+With `X_q` the inputs in the quantized model, `X_f` those in the full-precision one and `H = X_q^T X_q`, the target of a
+linear is `W* = W + (H + l I)^-1 X_q^T (a (X_f - X_q) W + r (h_f - h_q))`. The term with `a` is QEP (arXiv:2504.09629);
+the one with `r` is for linears that write to the residual stream: they take back what they can of its own error.
 """
 
 from functools import partial
@@ -14,32 +14,41 @@ import numpy as np
 from jax import lax
 
 from exl2jax.models import Decoder, ModuleSpec
-from exl2jax.ops import HessianFactor
+from exl2jax.models.modules import stage_names
+from exl2jax.ops import HessianFactor, gram
 from exl2jax.pipeline.stream import group_weights, or_identity, row_chunks
 
 
+class Strengths(NamedTuple):
+    """`inputs` is `a`; `residual` is `r` in units of the linears that write to the residual stream."""
+
+    inputs: float
+    residual: float
+
+
 class CrossTerms(NamedTuple):
-    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q`, `cross = X_q^T (X_f - X_q)`, both `[K, K]`, and
-    `residual = X_q^T (h_f - h_q)` `[K, D]`, of the second stage only.
-    """  # noqa: D205
+    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q` `[K, K]`, and what the target owes them.
+
+    Linears of a stage before the last share `cross = X_q^T (X_f - X_q)` `[K, K]`; the one of the last stage has fewer
+    columns than rows and takes `owed [K, N]`, the whole product, strengths included.
+    """
 
     hessian: jax.Array
-    cross: jax.Array
-    residual: jax.Array | None = None
+    cross: jax.Array | None = None
+    owed: jax.Array | None = None
 
     def scaled(self, factor: float) -> "CrossTerms":
         """All sums times `factor`."""
         return jax.tree.map(lambda x: x * factor, self)
 
 
-def corrected_target(
-    kernel: jax.Array, factor: HessianFactor, terms: CrossTerms, strength: float, residual_strength: float
-) -> jax.Array:
+def corrected_target(kernel: jax.Array, factor: HessianFactor, terms: CrossTerms, strengths: Strengths) -> jax.Array:
     """The weight to quantize instead of `kernel [K, N]`; the factor's own damping is `l`."""
-    wanted = strength * jnp.matmul(terms.cross, kernel, precision=lax.Precision.HIGHEST)
-    if terms.residual is not None and residual_strength:
-        wanted = wanted + residual_strength * terms.residual
-    return kernel + _solve(factor, wanted)
+    owed = terms.owed
+    if owed is None:
+        assert terms.cross is not None  # one of them always is
+        owed = strengths.inputs * jnp.matmul(terms.cross, kernel, precision=lax.Precision.HIGHEST)
+    return kernel + _solve(factor, owed)
 
 
 @jax.jit
@@ -68,13 +77,13 @@ def stage_terms(
     states: np.ndarray,
     reference: np.ndarray,
     mask: np.ndarray | None,
+    strengths: Strengths,
     *,
-    residual: bool = False,
     routed_only: bool = True,
 ) -> StageTerms:
     """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
-    `residual` asks for the products with the stream's own error as well. An expert's tokens are those that the
+    An expert's tokens are those that the
     quantized model routes to it, unless not `routed_only`; without any its Hessian is the identity.
     """
     last = stage == len(spec.stages) - 1
@@ -82,7 +91,7 @@ def stage_terms(
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        hidden, sums = _chunk(decoder, spec.kind, stage, residual, routed_only, params, quantized, *arrays, sums)
+        hidden, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, params, quantized, *arrays, sums)
         if last:
             chunk.put(out, hidden)
     assert sums is not None  # there is at least one row
@@ -92,22 +101,12 @@ def stage_terms(
     return StageTerms(terms, tokens, out)
 
 
-def _add(terms: CrossTerms | None, x: jax.Array, y: jax.Array, residual: jax.Array | None) -> CrossTerms:
-    """Add the products of a chunk's inputs, quantized `x` and full-precision `y`, tokens flattened."""
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    with jax.default_matmul_precision("highest"):
-        new = CrossTerms(
-            x.T @ x, x.T @ (y - x), None if residual is None else x.T @ residual.reshape(-1, residual.shape[-1])
-        )
-    return new if terms is None else jax.tree.map(jnp.add, terms, new)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=10)
 def _chunk(
     decoder: Decoder,
     kind: str,
     stage: int,
-    residual: bool,
+    strengths: Strengths,
     routed_only: bool,
     params: Any,
     quantized: Any,
@@ -120,18 +119,35 @@ def _chunk(
     xs, _ = _run(decoder, kind, stage, quantized, h)
     ys, hidden = _run(decoder, kind, stage, params, ref)
     weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
-    terms, tokens = (None, None) if sums is None else sums
-    new = [
-        _add(
-            terms[g] if terms else None,
-            x * w[:, :, None],
-            y * w[:, :, None],
-            (ref - h) * w[:, :, None] if residual else None,
-        )
-        for g, (x, y, w) in enumerate(zip(xs, ys, weights, strict=True))
-    ]
-    counts = [jnp.sum(w) + (tokens[g] if tokens else 0) for g, w in enumerate(weights)]
-    return hidden, (new, counts)
+    if stage == decoder.stages(kind) - 1:
+        kernels = [params[name]["kernel"] for (name,) in stage_names(decoder.config, kind)[stage]]
+        new = [_last(x, y, ref - h, w, k, strengths) for x, y, w, k in zip(xs, ys, weights, kernels, strict=True)]
+    else:
+        new = [_inner(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
+    counts = [jnp.sum(w) for w in weights]
+    return hidden, (new, counts) if sums is None else jax.tree.map(jnp.add, sums, (new, counts))
+
+
+def _inner(x: jax.Array, y: jax.Array, weight: jax.Array) -> CrossTerms:
+    """Products of a chunk's inputs, quantized `x` and full-precision `y`."""
+    x, y = _tokens(x, weight), _tokens(y, weight)
+    return CrossTerms(gram(x), cross=jnp.matmul(x.T, y - x, precision=lax.Precision.HIGHEST))
+
+
+def _last(
+    x: jax.Array, y: jax.Array, error: jax.Array, weight: jax.Array, kernel: jax.Array, strengths: Strengths
+) -> CrossTerms:
+    """The same for the linear `kernel` that writes to the stream, whose own error is `error`."""
+    x, y = _tokens(x, weight), _tokens(y, weight)
+    missing = strengths.inputs * jnp.matmul(y - x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    if strengths.residual:
+        missing = missing + strengths.residual * _tokens(error, weight)
+    return CrossTerms(gram(x), owed=jnp.matmul(x.T, missing, precision=lax.Precision.HIGHEST))
+
+
+def _tokens(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows end to end, each token by its weight."""
+    return (x * weight[..., None]).reshape(-1, x.shape[-1])
 
 
 def _run(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:

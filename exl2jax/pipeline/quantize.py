@@ -16,7 +16,7 @@ from exl2jax.ops import HessianFactor, PackedLinear
 from exl2jax.pipeline.head import quantize_head
 from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, Block, module_factors
-from exl2jax.pipeline.propagate import CrossTerms, corrected_target, stage_terms
+from exl2jax.pipeline.propagate import Strengths, corrected_target, stage_terms
 from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
@@ -123,6 +123,9 @@ class QuantizeStep:
         params = jax.device_put(block.params)
         quantized, bits, said, tokens, following = params, 0, list[str](), list[int](), reference
         factors: dict[str, HessianFactor] = {}
+        kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
+        share = self.decoder.residual_share(spec.kind)
+        strengths = Strengths(self.recipe.propagation, self.recipe.residual * share)
         for stage, groups in enumerate(spec.stages):
             found = stage_terms(
                 self.decoder,
@@ -133,16 +136,16 @@ class QuantizeStep:
                 states,
                 reference,
                 self.mask,
-                residual=stage == len(spec.stages) - 1 and self.recipe.residual > 0,
+                strengths,
                 routed_only=self.routed_only,
             )
-            targets = {}
+            targets = dict[str, jax.Array]()
             for group, terms in zip(groups, found.terms, strict=True):
                 keys = " and ".join(linear.key for linear in group)
                 factor = factor_hessian(terms.hessian, keys, self.recipe.method)
                 said += hessian_trouble(terms.hessian, factor, group)
                 factors |= {x.name: factor for x in group}
-                targets |= {x.name: self._target(params, x, factor, terms) for x in group}
+                targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
             linears = [x for group in groups for x in group]
             quantized, more, trouble = self._linears(spec, linears, quantized, targets, factors)
             bits, said, tokens, following = bits + more, said + trouble, tokens + found.tokens, found.reference
@@ -150,10 +153,6 @@ class QuantizeStep:
         error = relative_error(states, following, self.mask)
         said += starved_experts(spec, tokens)
         return {STATES: states, REFERENCE: following}, _report(spec, bits, factors, said, stream_error=error)
-
-    def _target(self, params: Any, linear: LinearSpec, factor: HessianFactor, terms: CrossTerms) -> jax.Array:
-        kernel = jnp.asarray(params[linear.name]["kernel"])
-        return corrected_target(kernel, factor, terms, self.recipe.propagation, self.recipe.residual)
 
     def _linears(
         self,

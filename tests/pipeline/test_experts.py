@@ -12,7 +12,7 @@ from exl2jax.models import ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.pipeline import stream
 from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits, read_measurement
-from exl2jax.pipeline.propagate import stage_terms
+from exl2jax.pipeline.propagate import Strengths, stage_terms
 from exl2jax.pipeline.stream import collect
 from exl2jax.pipeline.trouble import starved_experts
 from tests.support.tiny_architectures import EXPERTS, HIDDEN, TINY, write_tiny
@@ -94,12 +94,12 @@ def test_cross_terms_of_experts(moe: Any) -> None:
     decoder, spec, params, states = moe
     plain = collect(decoder, spec, params, states, None)
     for stage in range(2):
-        terms, tokens, _ = stage_terms(decoder, spec, stage, params, params, states, states, None)
+        terms, tokens, _ = stage_terms(decoder, spec, stage, params, params, states, states, None, Strengths(0.5, 0.5))
         start = stage * EXPERTS
         assert tokens == plain.tokens[start : start + EXPERTS]
         for g, term in enumerate(terms):
             np.testing.assert_allclose(term.hessian, plain.hessians[start + g], rtol=1e-4, atol=1e-3)
-            np.testing.assert_allclose(term.cross, 0, atol=1e-3)
+            np.testing.assert_allclose(term.cross if stage == 0 else term.owed, 0, atol=1e-3)
 
 
 def test_experts_that_starve_are_named(moe: Any) -> None:

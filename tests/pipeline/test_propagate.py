@@ -1,5 +1,6 @@
 """Error propagation against least squares in float64, its terms against a float64 Llama."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import factorize
 from exl2jax.pipeline import stream
-from exl2jax.pipeline.propagate import CrossTerms, corrected_target, stage_terms
+from exl2jax.pipeline.propagate import CrossTerms, Strengths, corrected_target, stage_terms
 from tests.oracles import llama
 
 ROWS, LENGTH = 5, 12
@@ -33,10 +34,15 @@ def test_the_target_is_the_solution_of_least_squares(strength: float, residual: 
     x_f = x_q + 0.3 * rng.standard_normal((tokens, k))
     stream_error = 0.3 * rng.standard_normal((tokens, n))
     kernel = rng.standard_normal((k, n))
-    hessian, cross, owed = (m / ROWS for m in (x_q.T @ x_q, x_q.T @ (x_f - x_q), x_q.T @ stream_error))
+    missing = strength * (x_f - x_q) @ kernel + residual * stream_error
+    hessian, cross, owed = (m / ROWS for m in (x_q.T @ x_q, x_q.T @ (x_f - x_q), x_q.T @ missing))
     factor = factorize(jnp.asarray(hessian, jnp.float32))
-    terms = CrossTerms(*(jnp.asarray(m, jnp.float32) for m in (hessian, cross, owed)))
-    got = corrected_target(jnp.asarray(kernel, jnp.float32), factor, terms, strength, residual)
+    h, c, o = (jnp.asarray(m, jnp.float32) for m in (hessian, cross, owed))
+    strengths = Strengths(strength, residual)
+    got = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, owed=o), strengths)
+    if not residual:
+        shared = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, cross=c), strengths)
+        np.testing.assert_allclose(shared, got, atol=1e-4)
     outputs = (x_q + strength * (x_f - x_q)) @ kernel + residual * stream_error
     expected = closest(x_q, outputs, kernel, float(factor.damping), ROWS)
     np.testing.assert_allclose(got, expected, atol=2e-4)
@@ -48,7 +54,7 @@ def test_no_strength_leaves_the_weight_alone() -> None:
     x = rng.standard_normal((50, 32))
     kernel = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
     terms = CrossTerms(*(jnp.asarray(x.T @ x, jnp.float32),) * 2)
-    assert np.array_equal(corrected_target(kernel, factorize(terms.hessian), terms, 0.0, 0.0), kernel)
+    assert np.array_equal(corrected_target(kernel, factorize(terms.hessian), terms, Strengths(0.0, 0.0)), kernel)
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +104,33 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
         quantized[linear.name] = params[linear.name] | {"kernel": kernel + noise}
     kept = np.ones((ROWS, LENGTH), np.int32) if mask is None else mask
 
-    (first,), (tokens,), _ = stage_terms(decoder, spec, 0, params, params, states, reference, mask)
+    (first,), (tokens,), _ = stage_terms(decoder, spec, 0, params, params, states, reference, mask, Strengths(0.5, 0.5))
     assert tokens == kept.sum()
     _, x_q, _ = block(spec.kind, params, states)
     expected_hidden, x_f, y_f = block(spec.kind, params, reference)
     close(first.hessian, product(x_q, x_q, kept))
     close(first.cross, product(x_q, x_f - x_q, kept))
-    assert first.residual is None
+    assert first.owed is None
 
-    for residual in (True, False):
-        (second,), _, hidden = stage_terms(
-            decoder, spec, 1, params, quantized, states, reference, mask, residual=residual
-        )
+    ((last,),) = spec.stages[1]
+    kernel = params[last.name]["kernel"].astype(np.float64)
+    for strengths in (Strengths(0.7, 0.4), Strengths(1.0, 0.0)):
+        (second,), _, hidden = stage_terms(decoder, spec, 1, params, quantized, states, reference, mask, strengths)
         _, _, y_q = block(spec.kind, quantized, states)
+        missing = strengths.inputs * (y_f - y_q) @ kernel + strengths.residual * (reference - states)
         close(second.hessian, product(y_q, y_q, kept))
-        close(second.cross, product(y_q, y_f - y_q, kept))
+        close(second.owed, product(y_q, missing, kept))
+        assert second.cross is None
         np.testing.assert_allclose(hidden, expected_hidden, atol=2e-4)
-        if residual:
-            close(second.residual, product(y_q, (reference - states).astype(np.float64), kept))
-        else:
-            assert second.residual is None
+
+
+def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
+    """A norm behind the linear takes its scale away; a multiplier and a second writer change what it must add."""
+    config = open_model(tiny_llama_untied).config
+    multiplied = replace(config, scales=replace(config.scales, residual=0.25))
+    normed = replace(config, architecture="Gemma2ForCausalLM")
+    plain, scaled, hidden = (build_decoder(c).residual_share for c in (config, multiplied, normed))
+    assert plain("self_attn") == plain("mlp") == plain("block_sparse_moe") == 1
+    assert plain("parallel_decoder") == 0.5
+    assert scaled("self_attn") == scaled("mlp") == 4
+    assert hidden("self_attn") == hidden("mlp") == 0
