@@ -3,6 +3,7 @@
     .venv-parity/bin/python -m scripts.parity --write     make them, leaving those alone that agree already
     .venv-parity/bin/python -m scripts.parity --check     compare them; exit code 1 on a difference
 
+Both also load what `dequantize` writes and compare its logits with ours, which `.venv` computes (case `dequantized`).
 Run from the root of the repository, in the environment that `scripts/setup.sh parity` makes: `make parity-write` and
 `make parity` do both. The demo model is read from `demo/model`.
 """
@@ -10,6 +11,7 @@ Run from the root of the repository, in the environment that `scripts/setup.sh p
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from scripts.parity_stand_ins import load_reference
 from tests.support.parity_cases import (
@@ -32,6 +36,8 @@ from tests.support.tiny_model import weights_digest
 
 DEMO_MODEL = Path("demo/model")
 ROUNDING = 1e-4  # float32 logits of another processor or thread count stay within this
+TOLERANCE = 1e-3  # between our float32 logits and those of torch, as in tests/models/test_parity.py
+DEQUANTIZED = "dequantized"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "ml_dtypes")
 
 Arrays = dict[str, Any]  # NumPy arrays by their name in the file
@@ -98,9 +104,31 @@ def settle(case: ParityCase, fresh: Arrays, *, write: bool) -> bool:
     return False
 
 
+def check_dequantized() -> bool:
+    """Whether plain directories that `dequantize` wrote load, complete, and give our logits of the EXL2 directory."""
+    well = True
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([".venv/bin/python", "-m", "scripts.parity_dequantized", folder], check=True)
+        for stored in sorted(Path(folder).glob("*.npz")):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                stored.with_suffix(""), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
+            with np.load(stored) as ours, torch.no_grad():
+                logits = model(torch.from_numpy(ours["input_ids"].astype(np.int64)), use_cache=False).logits
+                found = float(np.abs(logits.numpy() - ours["logits"]).max())
+            amiss = {kind: sorted(names) for kind, names in info.items() if names}
+            agrees = found <= TOLERANCE and not amiss
+            print(
+                f"{DEQUANTIZED}: {stored.stem} {'agrees' if agrees else 'DIFFERS'}, largest difference {found:.2g}",
+                amiss or "",
+            )
+            well &= agrees
+    return well
+
+
 def run(names: list[str], *, write: bool) -> bool:
     """Go through the cases, all or those named; returns whether all is well."""
-    well = True
+    well = check_dequantized() if not names or DEQUANTIZED in names else True
     for case in TINY_CASES:
         if names and case.name not in names:
             continue
@@ -123,6 +151,7 @@ def main() -> int:
     mode.add_argument("--check", action="store_true", help="only compare; exit code 1 on a difference")
     parser.add_argument("cases", nargs="*", help="names of cases; all if none is given")
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     return 0 if run(args.cases, write=args.write) else 1
 
 
