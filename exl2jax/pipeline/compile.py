@@ -1,6 +1,6 @@
 """Compilation: packed linears and untouched tensors into the shards of an EXL2 directory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from exl2jax.errors import JobError, ModelError, StorageError
 from exl2jax.models import HFModel, embedding_shapes, head_norm_spec, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
+from exl2jax.models.modules import NormSpec
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.storage import ShardWriter, copy_file, is_shard, make_directory, read_checked_tensors, write_json
 from exl2jax.storage.tensors import INDEX_NAME
@@ -16,15 +17,18 @@ from exl2jax.storage.tensors import INDEX_NAME
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-def compile_model(model: HFModel, out_tensor: Path, target: Path, *, shard_mb: float) -> tuple[Path, ...]:
+def compile_model(
+    model: HFModel, out_tensor: Path, target: Path, *, shard_mb: float, own_norms: Collection[str] = ()
+) -> tuple[Path, ...]:
     """Write the shards of the quantized model into `target`: everything its loader looks up, and nothing else.
 
+    Norms come from the source, those whose keys are among `own_norms` from `out_tensor`.
     Raises `StorageError` when `target` holds weight files that are not ours: a loader would read them too.
     """
     make_directory(target, "the output directory")
     _require_no_strays(target)
     writer = ShardWriter(target, shard_mb)
-    for name, tensor in _tensors(model, out_tensor):
+    for name, tensor in _tensors(model, out_tensor, own_norms):
         writer.add(name, tensor)
     return writer.finish()
 
@@ -57,11 +61,24 @@ def _require_no_strays(target: Path) -> None:
         raise StorageError(f"{target / strays[0]}: not of this conversion, but its loader would read it; move it away")
 
 
-def _tensors(model: HFModel, out_tensor: Path) -> Iterator[tuple[str, np.ndarray]]:
+def tensor_file(out_tensor: Path, key: str) -> Path:
+    """Where the quantization pass leaves the tensors of a linear, or of a norm that it changed."""
+    return out_tensor / f"{key}.safetensors"
+
+
+def stored_norm(norm: NormSpec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A norm's tensors in half precision, from its parameters, whose weight has the offset added."""
+    offset = {"weight": np.float32(norm.offset)}
+    values = {part: np.asarray(params[part], np.float32) - offset.get(part, np.float32(0)) for part in params}
+    return {f"{norm.key}.{part}": value.astype(np.float16) for part, value in values.items()}
+
+
+def _tensors(model: HFModel, out_tensor: Path, own_norms: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the output in module order."""
     yield from _plain(model, embedding_shapes(model.config))
     for spec in module_specs(model.config):
-        yield from _plain(model, spec.plain)
+        for norm in spec.norms:
+            yield from _packed(out_tensor, norm.key) if norm.key in own_norms else _plain(model, norm.tensors)
         for linear in spec.linears:
             yield from _packed(out_tensor, linear.key)
     yield from _plain(model, head_norm_spec(model.config).tensors)
@@ -76,7 +93,7 @@ def _plain(model: HFModel, names: Iterable[str]) -> Iterator[tuple[str, np.ndarr
 
 
 def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:
-    path = out_tensor / f"{key}.safetensors"
+    path = tensor_file(out_tensor, key)
     if not path.exists():
         raise JobError(f"{path}: the quantized tensors of {key} are missing; start over with -nr")
     try:

@@ -64,6 +64,8 @@ class ConversionConfig:
         _ = self.limits
         if self.recipe.objective is not None and self.allocation != "exact":
             raise SettingsError("--allocation annealing picks an objective of its own; take exact with an objective")
+        if self.recipe.tuning is not None and self.dataset_rows is not None and self.dataset_rows < 2:
+            raise SettingsError(f"-r/--dataset_rows is {self.dataset_rows}; tuning holds rows out and needs at least 2")
         if self.output_measurement is not None and self.compile_full is not None:
             raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
         if self.output_measurement is not None and self.measurement is not None:

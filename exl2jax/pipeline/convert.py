@@ -198,12 +198,19 @@ class _Conversion:
         target = self.config.compile_full or self.work.path
         self._require_unchanged(self.work.reports, state)
         begun = time.monotonic()
-        shards = compile_model(self.context.model, self.work.out_tensor, target, shard_mb=self.config.shard_size)
+        reports = read_reports(self.context)
+        shards = compile_model(
+            self.context.model,
+            self.work.out_tensor,
+            target,
+            shard_mb=self.config.shard_size,
+            own_norms={key for report in reports for key in report.own_norms},
+        )
         if self.config.compile_full is not None:
             copy_source_files(self.context.model, target, quantization_config(self.config, state))
         seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - begun, 3)}
         state = state.advanced("finished", seconds=seconds)
-        result = summarize(self.context, state, target, shards, read_reports(self.context))
+        result = summarize(self.context, state, target, shards, reports)
         self.work.save(state.advanced("finished", summary=result.to_json()))
         return result
 

@@ -197,6 +197,7 @@ def quantize_pass(context: Context, rows: CalibrationRows, strategy: Strategy) -
         out_tensor=context.work.out_tensor,
         check_rows=context.config.measurement_rows or CHECK_ROWS,
         routed_only=context.config.routed_only,
+        seed=context.config.seed,
     )
     write = partial(_write_reports, context)
     _, reports = context.scan(
@@ -290,6 +291,8 @@ def _describe(spec: ModuleSpec | LinearSpec, report: ModuleReport, strategy: Str
         if report.rfn_error is not None
         else f"stream error {report.stream_error:.5f}"
     )
+    if report.tuning is not None:
+        error += ", held-out error {before:.3e} tuned to {after:.3e}".format(**report.tuning)
     settings = {name: q for slot in spec.slots for name, q in strategy.qparams[slot.key].items()}
     widths = ", ".join(f"{n} {'/'.join(map(str, q.bits))}" for n, q in list(settings.items())[:LINEARS_SHOWN])
     return f"{report.key}: {error} ({widths})"

@@ -12,7 +12,9 @@ import numpy as np
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
-from exl2jax.ops import HessianFactor, PackedLinear
+from exl2jax.models.modules import NormSpec
+from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
+from exl2jax.pipeline.compile import stored_norm, tensor_file
 from exl2jax.pipeline.head import quantize_head
 from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, Block, module_factors
@@ -22,6 +24,7 @@ from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
 from exl2jax.pipeline.trouble import clamp_bias, hessian_trouble, linear_trouble, starved_experts
+from exl2jax.pipeline.tune import TuneTask
 from exl2jax.qparams import QParams
 from exl2jax.storage import write_checked_tensors
 
@@ -37,7 +40,8 @@ class ModuleReport:
     input (stock's figure), `stream_error` that against the full-precision stream, everything before included; which of
     them there is depends on the recipe, and the head has none. The head has the perplexity of the quantized and of the
     full-precision model on the rows of the final check. `damping` is by linear; `trouble` says in words what was
-    damped, clamped or never active.
+    damped, clamped or never active. `tuning` has the block's squared output error on held-out rows before and after,
+    `own_norms` the keys of norms that are stored with values of their own.
     """
 
     key: str
@@ -48,6 +52,8 @@ class ModuleReport:
     trouble: tuple[str, ...] = ()
     perplexity: float | None = None
     perplexity_full: float | None = None
+    tuning: Mapping[str, float] | None = None
+    own_norms: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The record as it stands in the work directory."""
@@ -56,7 +62,7 @@ class ModuleReport:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ModuleReport":
         """Read the record back."""
-        return cls(**{**record, "trouble": tuple(record["trouble"])})
+        return cls(**{**record, **{name: tuple(record[name]) for name in ("trouble", "own_norms")}})
 
 
 class HeadBlock(NamedTuple):
@@ -71,7 +77,7 @@ class QuantizeStep:
     """The step of the quantization scan, with everything that stays the same through it.
 
     The carry holds the quantized model's states and, as `REFERENCE`, those of the full-precision one: of all rows where
-    the recipe propagates errors, else of the `check_rows` that the final check runs on.
+    the recipe propagates errors or tunes, else of the `check_rows` that the final check runs on.
     """
 
     decoder: Decoder
@@ -83,10 +89,11 @@ class QuantizeStep:
     out_tensor: Path
     check_rows: int
     routed_only: bool = True
+    seed: int = 0
 
     def start(self, states: np.ndarray) -> Carry:
         """The carry before the first module, from the embedded rows."""
-        return {STATES: states, REFERENCE: states[: None if self.recipe.propagates else self.check_rows].copy()}
+        return {STATES: states, REFERENCE: states[: None if self.recipe.carries_reference else self.check_rows].copy()}
 
     def __call__(self, carry: Carry, block: Block | HeadBlock) -> tuple[Carry, ModuleReport]:
         """Quantize a block and move on with its quantized outputs."""
@@ -104,8 +111,10 @@ class QuantizeStep:
         collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
         factors = module_factors(spec, collected.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
-        quantized, bits, trouble = self._linears(spec, spec.linears, params, kernels, factors)
+        done = self._linears(spec, spec.linears, params, kernels, factors)
         reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
+        quantized, kept = self._finish(spec, done, states, reference)
+        trouble = list(done.trouble)
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
         error = relative_error(states, collected.states, self.mask)
         trouble += [
@@ -114,14 +123,14 @@ class QuantizeStep:
             for line in hessian_trouble(h, factors[g[0].name], g)
         ]
         trouble += starved_experts(spec, collected.tokens)
-        report = _report(spec, bits, factors, trouble, rfn_error=error)
+        report = _report(spec, factors, trouble, **kept, rfn_error=error)
         return {STATES: states, REFERENCE: reference}, report
 
     def _propagated(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
         spec, states, reference = block.spec, carry[STATES], carry[REFERENCE]
         params = jax.device_put(block.params)
-        quantized, bits, said, tokens, following = params, 0, list[str](), list[int](), reference
+        done, said, tokens, following = _Quantized(params, {}, ()), list[str](), list[int](), reference
         factors: dict[str, HessianFactor] = {}
         kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
         share = self.decoder.residual_share(spec.kind)
@@ -132,7 +141,7 @@ class QuantizeStep:
                 spec,
                 stage,
                 params,
-                quantized,
+                done.params,
                 states,
                 reference,
                 self.mask,
@@ -147,12 +156,14 @@ class QuantizeStep:
                 factors |= {x.name: factor for x in group}
                 targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
             linears = [x for group in groups for x in group]
-            quantized, more, trouble = self._linears(spec, linears, quantized, targets, factors)
-            bits, said, tokens, following = bits + more, said + trouble, tokens + found.tokens, found.reference
+            now = self._linears(spec, linears, done.params, targets, factors)
+            done = now._replace(linears={**done.linears, **now.linears})
+            said, tokens, following = [*said, *now.trouble], tokens + found.tokens, found.reference
+        quantized, kept = self._finish(spec, done, states, following)
         states = forward(self.decoder, spec.kind, quantized, states, out=states)
         error = relative_error(states, following, self.mask)
         said += starved_experts(spec, tokens)
-        return {STATES: states, REFERENCE: following}, _report(spec, bits, factors, said, stream_error=error)
+        return {STATES: states, REFERENCE: following}, _report(spec, factors, said, **kept, stream_error=error)
 
     def _linears(
         self,
@@ -161,21 +172,46 @@ class QuantizeStep:
         params: Any,
         targets: Mapping[str, Any],
         factors: Mapping[str, HessianFactor],
-    ) -> tuple[dict[str, Any], int, list[str]]:
-        """Quantize, pack, check and store some linears: `params` with them replaced, bits on disk, and trouble."""
+    ) -> "_Quantized":
+        """Quantize some linears of a module, whose other parameters stay."""
         settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
         tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x, self.recipe.method) for x in linears]
-        out, bits, trouble = dict(params), 0, list[str]()  # norms and the like stay
-        for linear, result in zip(linears, quantize_many(tasks), strict=True):
+        out, results, trouble = dict(params), quantize_many(tasks), list[str]()
+        for linear, result in zip(linears, results, strict=True):
             own = dict(params[linear.name])
             trouble += linear_trouble(linear, own["kernel"], result)
             bias, said = clamp_bias(linear, np.asarray(own["bias"]) if "bias" in own else None)
             trouble += said
-            packed = pack_checked(result, linear, bias)
+            out[linear.name] = own | {"kernel": result.weight} | ({} if bias is None else {"bias": bias})
+        return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(trouble))
+
+    def _finish(
+        self, spec: ModuleSpec, done: "_Quantized", states: np.ndarray, reference: np.ndarray
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report."""
+        params, linears, report = done.params, done.linears, dict[str, Any]()
+        norms: tuple[NormSpec, ...] = ()
+        if self.recipe.tuning is not None:
+            task = TuneTask(
+                decoder=self.decoder,
+                spec=spec,
+                params=params,
+                linears=linears,
+                states=states,
+                reference=reference,
+                mask=self.mask,
+            )
+            params, linears, result = task.run(self.recipe.tuning, self.seed)
+            report["tuning"] = {"before": result.before, "after": result.after, "steps": result.steps}
+            norms = () if result.values is None else tuple(n for n in spec.norms if n.name in result.values.norms)
+        bits = 0
+        for linear in spec.linears:
+            packed = pack_checked(linears[linear.name], linear, params[linear.name].get("bias"))
             self._store(linear, packed.packed)
-            out[linear.name] = own | {"kernel": packed.weight} | ({} if bias is None else {"bias": bias})
             bits += packed.packed.bits
-        return out, bits, trouble
+        for norm in norms:
+            write_checked_tensors(tensor_file(self.out_tensor, norm.key), stored_norm(norm, params[norm.name]))
+        return params, report | {"bits": bits, "own_norms": tuple(norm.key for norm in norms)}
 
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
@@ -199,12 +235,20 @@ class QuantizeStep:
         return carry, report
 
     def _store(self, spec: LinearSpec, packed: PackedLinear) -> None:
-        write_checked_tensors(self.out_tensor / f"{spec.key}.safetensors", packed.tensors(spec.key))
+        write_checked_tensors(tensor_file(self.out_tensor, spec.key), packed.tensors(spec.key))
+
+
+class _Quantized(NamedTuple):
+    """Parameters of a module with the linears so far quantized, those linears, and what there is to say of them."""
+
+    params: dict[str, Any]
+    linears: dict[str, QuantizedLinear]
+    trouble: tuple[str, ...]
 
 
 def _report(
-    spec: ModuleSpec, bits: int, factors: Mapping[str, HessianFactor], trouble: Sequence[str], **errors: float
+    spec: ModuleSpec, factors: Mapping[str, HessianFactor], trouble: Sequence[str], **figures: Any
 ) -> ModuleReport:
     """The report of a module whose linears used `factors`."""
     damping = {name: float(factor.damping) for name, factor in factors.items()}
-    return ModuleReport(key=spec.key, bits=bits, damping=damping, trouble=tuple(trouble), **errors)
+    return ModuleReport(key=spec.key, damping=damping, trouble=tuple(trouble), **figures)

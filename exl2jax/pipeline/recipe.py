@@ -11,6 +11,9 @@ type Pricing = Literal["fisher", "divergence", "accuracy"]
 
 STRONGEST = 1.0
 
+IDLE_IN_MEASUREMENT = ("objective", "tuning")
+"""Kinds of variants that come after the measurement."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -87,10 +90,20 @@ class Recipe:
         return next((choice for choice in self.variants if choice.kind == "objective"), None)
 
     @property
+    def tuning(self) -> Choice | None:
+        """How modules are tuned once they are quantized, None for not at all."""
+        return next((choice for choice in self.variants if choice.kind == "tuning" and choice.name != "none"), None)
+
+    @property
+    def carries_reference(self) -> bool:
+        """Whether the quantization pass needs the full-precision states of all rows."""
+        return self.propagates or self.tuning is not None
+
+    @property
     def measuring(self) -> "Recipe":
         """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
-        kept = tuple(choice for choice in self.variants if choice.kind != "objective")
+        kept = tuple(choice for choice in self.variants if choice.kind not in IDLE_IN_MEASUREMENT)
         return replace(self, name="measuring", propagation=0.0, residual=0.0, variants=kept, **idle)
 
 

@@ -4,7 +4,7 @@ A variant is a function with a name, a docstring that gives its source, and a fr
 one, `choose` names one with settings, `Method` is what the pipeline quantizes a linear with.
 """
 
-from exl2jax.variants import damping, objective, order, rounding, scales  # noqa: F401  (they register themselves)
+from exl2jax.variants import damping, objective, order, rounding, scales, tuning  # noqa: F401  (they register themselves)
 from exl2jax.variants.method import STOCK, Method
 from exl2jax.variants.plugins import load_entry_points, load_plugin
 from exl2jax.variants.registry import KINDS, Choice, NoSettings, Variant, choose, find, names, variant

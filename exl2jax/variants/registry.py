@@ -12,10 +12,13 @@ KINDS = {
     "order": "order(diagonal [K], settings) -> perm [K], the rows' place in the file",
     "damping": "damp(ordered hessian [K, K], settings) -> (first damping, factor at failure)",
     "objective": "losses(errors [options], settings) -> what allocation sums over modules",
+    "tuning": "tune(block: Tunable, settings) -> Tuned, a module once its linears are quantized",
 }
 """Kinds of variants and what their functions take and give."""
 
 STOCK_NAME = "stock"
+STOCK_NAMES = {"tuning": "none"}
+"""Names of what is done where nothing is chosen: that of most kinds, and of those that have another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +94,9 @@ def find(kind: str, name: str) -> Variant:
 
 def names(kind: str) -> list[str]:
     """Names of a kind's variants, stock's first."""
-    return sorted((n for k, n in _registry if k == kind), key=lambda name: (name != STOCK_NAME, name))
+    return sorted(
+        (n for k, n in _registry if k == kind), key=lambda name: (name != STOCK_NAMES.get(kind, STOCK_NAME), name)
+    )
 
 
 def choose(kind: str, asked: str | Mapping[str, Any]) -> Choice:

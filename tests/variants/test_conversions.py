@@ -16,7 +16,8 @@ from exl2jax.variants import choose, load_plugin, names
 from tests.support.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
-MATRIX = [(kind, n) for kind in ("scales", "rounding", "order", "damping") for n in names(kind) if n != "stock"]
+MATRIX = [(kind, name) for kind in ("scales", "rounding", "order", "damping", "tuning") for name in names(kind)[1:]]
+"""Every variant but those that are stock's, whose names come first."""
 
 
 @pytest.fixture(scope="module")
