@@ -6,6 +6,11 @@ class Exl2JaxError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The message, with whatever a terminal cannot show (names come from strangers' files) spelt out."""
+        shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in super().__str__())
+        return "".join(shown)
+
 
 class SettingsError(Exl2JaxError, ValueError):
     """A setting is out of range or contradicts another one (wrong usage)."""

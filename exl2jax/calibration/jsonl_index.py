@@ -1,6 +1,5 @@
 """Random access to the texts of a JSON Lines file that is too large to hold in memory."""
 
-import shutil
 import tempfile
 import zlib
 from array import array
@@ -11,6 +10,9 @@ from typing import IO
 
 from exl2jax.calibration.documents import BLOCK, DEFAULT_FIELD, opened, parsed_json, text_field
 from exl2jax.errors import CalibrationError
+
+MAX_UNPACKED = 8 << 30
+"""Bytes that a packed file may take on the temporary disk; the shards of C4 take less than one."""
 
 
 class JsonlIndex:
@@ -40,6 +42,15 @@ class JsonlIndex:
         return text_field(parsed_json(line, where), (DEFAULT_FIELD,), where)
 
 
+def _unpack(source: IO[bytes], target: IO[bytes], path: Path) -> None:
+    """Copy a packed file's content to the start of `target`, as long as it stays within `MAX_UNPACKED`."""
+    while block := source.read(BLOCK):
+        target.write(block)
+        if target.tell() > MAX_UNPACKED:
+            raise CalibrationError(f"{path}: unpacks to more than {MAX_UNPACKED >> 30} GB; unpack it and give a part")
+    target.seek(0)
+
+
 @contextmanager
 def open_jsonl_index(path: Path) -> Iterator[JsonlIndex]:
     """Index a JSON Lines file; one packed with gzip is unpacked to a temporary file for as long as it is in use.
@@ -49,8 +60,7 @@ def open_jsonl_index(path: Path) -> Iterator[JsonlIndex]:
     with opened(path) as source, tempfile.TemporaryFile() as unpacked:
         try:
             if path.suffix == ".gz":
-                shutil.copyfileobj(source, unpacked, BLOCK)
-                unpacked.seek(0)
+                _unpack(source, unpacked, path)
             index = JsonlIndex(unpacked if path.suffix == ".gz" else source, path)
         except (OSError, EOFError, zlib.error) as error:
             raise CalibrationError(f"{path}: not readable ({error})") from error

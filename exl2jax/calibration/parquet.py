@@ -58,7 +58,7 @@ def _opened(path: Path) -> "pq.ParquetFile":
 
     try:
         return pq.ParquetFile(path, buffer_size=PAGE_BUFFER, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: not a readable Parquet file ({error})") from error
 
 

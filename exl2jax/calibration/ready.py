@@ -1,5 +1,6 @@
 """Ready token rows: `input_ids [rows, length]` from a safetensors or npz file, or from an array."""
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from exl2jax.calibration.records import RowBlock
 from exl2jax.errors import CalibrationError
 
 TOKENS = "tokens"
+
+MAX_UNPACKED = 2**30
+"""Bytes that an array of token rows may unpack to: a hundred million tokens."""
 
 
 def read_ready(path: Path, *, rows: int | None, length: int | None) -> RowBlock:
@@ -81,8 +85,26 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise CalibrationError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def _require_honest(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuse an array that unpacks to more than `MAX_UNPACKED` or whose header promises more than it holds."""
+    if member.file_size > MAX_UNPACKED:
+        raise ValueError(f"{member.filename} unpacks to {member.file_size} bytes, more than the {MAX_UNPACKED} read")
+    if not member.filename.endswith(".npy"):
+        return
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        held = member.file_size - file.tell()
+    if math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{member.filename} announces {dtype} {list(shape)}, {held} bytes are there")
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                _require_honest(archive, member)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in ("input_ids", "attention_mask")}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

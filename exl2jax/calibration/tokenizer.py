@@ -74,12 +74,18 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids])
 
 
+MAX_BYTES = 256 * 2**20
+"""Size of a tokenizer file that is read; the largest published ones have 40 MB."""
+
+
 class _FastBackend:
     """A `tokenizer.json`, through the `tokenizers` library alone (no slow import of `transformers`)."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library
 
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ModelError(f"{path}: {size} bytes, more than the {MAX_BYTES} that a tokenizer may have")
         try:
             self._library = Library.from_file(str(path))
         # The library raises bare Exception for every fault of the file.

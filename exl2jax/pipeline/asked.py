@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2jax.calibration import CalibrationConfig
+from exl2jax.errors import JobError
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.recipe import recipe_of_record
 
@@ -27,15 +28,25 @@ def asked_record(config: ConversionConfig) -> dict[str, Any]:
 
 
 def resumed_config(out_dir: Path, record: Mapping[str, Any], given: Mapping[str, Any]) -> ConversionConfig:
-    """The settings that the job in `out_dir` keeps, those `given` now in their place."""
+    """The settings that the job in `out_dir` keeps, those `given` now in their place.
+
+    Raises `JobError` where they are not the settings of a job, `SettingsError` where one of them is out of range.
+    """
+    try:
+        kept = _settings(record)
+        return ConversionConfig(**{**kept, **given, "out_dir": out_dir})
+    except (AttributeError, KeyError, TypeError) as e:
+        raise JobError(f"{out_dir}: the job file does not hold the settings of a job ({e}); start over with -nr") from e
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {**record, **{name: Path(record[name]) for name in PATHS if record[name] is not None}}
     if isinstance(source := kept["cal_dataset"], dict):
         cal_dir = None if source["cal_dir"] is None else Path(source["cal_dir"])
         kept["cal_dataset"] = CalibrationConfig(**{**source, "columns": tuple(source["columns"]), "cal_dir": cal_dir})
     if isinstance(kept["preset"], dict):
         kept["preset"] = recipe_of_record(kept["preset"])
-    kept |= {name: tuple(kept.get(name, ())) for name in LISTS}
-    return ConversionConfig(**{**kept, **given, "out_dir": out_dir})
+    return kept | {name: tuple(kept.get(name, ())) for name in LISTS}
 
 
 def _source_record(source: Any) -> Any:

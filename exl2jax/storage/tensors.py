@@ -13,6 +13,9 @@ from exl2jax.errors import ModelError
 from exl2jax.storage.atomic import read_json
 from exl2jax.storage.headers import check_header
 
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
+
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -97,7 +100,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _is_plain_name(name: str) -> bool:
     """Whether a name stays in its directory, whatever the file system makes of it."""
-    return name == Path(name).name and name not in ("", "..") and name.isprintable()
+    plain = name == Path(name).name and name not in ("", "..") and name.isprintable()
+    return plain and len(name.encode()) <= LONGEST_NAME
 
 
 def _indexed_files(index: Path) -> list[Path]:

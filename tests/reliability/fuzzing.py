@@ -32,7 +32,8 @@ from exl2jax.calibration.ready import read_ready
 from exl2jax.errors import Exl2JaxError
 from exl2jax.evaluate.verify import verify
 from exl2jax.models import module_specs, open_model, read_config
-from exl2jax.pipeline.asked import resumed_config
+from exl2jax.pipeline.asked import asked_record, resumed_config
+from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.job import FileCheckpoint, JobState, WorkDirectory
 from exl2jax.pipeline.measurement import Measurement, read_measurement
 from exl2jax.storage import TensorFiles, write_checked_tensors
@@ -226,11 +227,9 @@ def targets(home: Path) -> list[Target]:
 def _sound_job(home: Path) -> Any:
     home.mkdir()
     work = WorkDirectory(home)
-    work.save(
-        JobState(
-            inputs={"bits": 4.0}, settings={"in_dir": "model"}, stage="quantize", records={"seconds": {"measure": 1.0}}
-        )
-    )
+    settings = asked_record(ConversionConfig(in_dir=home.parent / "model", out_dir=home))
+    records = {"seconds": {"measure": 1.0}}
+    work.save(JobState(inputs={"bits": 4.0}, settings=settings, stage="quantize", records=records))
     return json.loads(work.job_file.read_text(encoding="utf-8"))
 
 
