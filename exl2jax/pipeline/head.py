@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec
-from exl2jax.ops import accumulate_hessian, round_to_nearest
+from exl2jax.ops import gram, round_to_nearest
 from exl2jax.pipeline.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
-from exl2jax.pipeline.stream import row_chunks
+from exl2jax.pipeline.propagate import CrossTerms, Strengths, corrected_target, cross_terms
+from exl2jax.pipeline.stream import full_mask, row_chunks
 from exl2jax.pipeline.trouble import hessian_trouble, linear_trouble
 from exl2jax.qparams import QParams
 from exl2jax.variants import STOCK, Method
@@ -27,28 +28,49 @@ def quantize_head(
     mask: np.ndarray | None,
     qparams: QParams,
     method: Method = STOCK,
+    *,
+    reference: np.ndarray | None = None,
+    strength: float = 0.0,
 ) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
-    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), trouble."""
+    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), trouble.
+
+    With the full-precision `reference [R, T, D]` its target is corrected by `strength` for what these states lack
+    (`exl2jax.pipeline.propagate`): the head is the last that can.
+    """
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
         rows = jnp.arange(spec.rows)
         return pack_checked(round_to_nearest(jnp.asarray(kernel), rows, qparams.groups(spec.rows)), spec, None), {}, ()
-    hessian = head_hessian(decoder, params, states, mask)
-    factor = factor_hessian(hessian, spec.key, method)
-    linear = quantize_linear(kernel, factor, qparams, spec, method)
-    trouble = (*hessian_trouble(hessian, factor, (spec,)), *linear_trouble(spec, kernel, linear))
+    terms = head_terms(decoder, params, states, reference if strength else None, mask)
+    factor = factor_hessian(terms.hessian, spec.key, method)
+    target = jnp.asarray(kernel)
+    if terms.cross is not None:
+        target = corrected_target(target.astype(jnp.float32), factor, terms, Strengths(strength, 0.0))
+    linear = quantize_linear(target, factor, qparams, spec, method)
+    trouble = (*hessian_trouble(terms.hessian, factor, (spec,)), *linear_trouble(spec, kernel, linear))
     return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, trouble
 
 
-def head_hessian(decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray | None) -> jax.Array:
-    """`X^T X / R` of what the head reads."""
-    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
-    total = jnp.zeros((states.shape[-1], states.shape[-1]), jnp.float32)
+def head_terms(
+    decoder: Decoder, params: Any, states: np.ndarray, reference: np.ndarray | None, mask: np.ndarray | None
+) -> CrossTerms:
+    """`X^T X / R` of what the head reads, and with a full-precision `reference` the cross term towards it."""
+    mask = full_mask(states, mask)
+    norm, terms = {"norm": params["norm"]}, None
     for chunk in row_chunks(states):
-        total = _accumulate(decoder, {"norm": params["norm"]}, chunk.take(states), chunk.take(mask), total)
-    return total / states.shape[0]
+        wanted = None if reference is None else chunk.take(reference)
+        terms = _accumulate(decoder, norm, chunk.take(states), wanted, chunk.take(mask), terms)
+    assert terms is not None  # there is at least one row
+    return terms.scaled(1 / len(states))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _accumulate(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, total: jax.Array) -> jax.Array:
-    return accumulate_hessian(total, decoder.head_input(params, h) * mask[:, :, None])
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _accumulate(
+    decoder: Decoder, params: Any, h: jax.Array, wanted: jax.Array | None, mask: jax.Array, terms: CrossTerms | None
+) -> CrossTerms:
+    x = decoder.head_input(params, h)
+    if wanted is None:
+        new = CrossTerms(gram((x * mask[:, :, None]).reshape(-1, x.shape[-1])))
+    else:
+        new = cross_terms(x, decoder.head_input(params, wanted), mask)
+    return new if terms is None else jax.tree.map(jnp.add, terms, new)

@@ -44,11 +44,11 @@ class CrossTerms(NamedTuple):
 
 def corrected_target(kernel: jax.Array, factor: HessianFactor, terms: CrossTerms, strengths: Strengths) -> jax.Array:
     """The weight to quantize instead of `kernel [K, N]`; the factor's own damping is `l`."""
-    owed = terms.owed
-    if owed is None:
-        assert terms.cross is not None  # one of them always is
-        owed = strengths.inputs * jnp.matmul(terms.cross, kernel, precision=lax.Precision.HIGHEST)
-    return kernel + _solve(factor, owed)
+    if terms.owed is not None:
+        return kernel + _solve(factor, terms.owed)
+    assert terms.cross is not None  # one of them always is
+    correction = _solve(factor, strengths.inputs * terms.cross)
+    return kernel + jnp.matmul(correction, kernel, precision=lax.Precision.HIGHEST)
 
 
 @jax.jit
@@ -123,13 +123,13 @@ def _chunk(
         kernels = [params[name]["kernel"] for (name,) in stage_names(decoder.config, kind)[stage]]
         new = [_last(x, y, ref - h, w, k, strengths) for x, y, w, k in zip(xs, ys, weights, kernels, strict=True)]
     else:
-        new = [_inner(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
+        new = [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
     counts = [jnp.sum(w) for w in weights]
     return hidden, (new, counts) if sums is None else jax.tree.map(jnp.add, sums, (new, counts))
 
 
-def _inner(x: jax.Array, y: jax.Array, weight: jax.Array) -> CrossTerms:
-    """Products of a chunk's inputs, quantized `x` and full-precision `y`."""
+def cross_terms(x: jax.Array, y: jax.Array, weight: jax.Array) -> CrossTerms:
+    """Products of a chunk's inputs, quantized `x` and full-precision `y` `[B, T, K]`, each token by its `weight`."""
     x, y = _tokens(x, weight), _tokens(y, weight)
     return CrossTerms(gram(x), cross=jnp.matmul(x.T, y - x, precision=lax.Precision.HIGHEST))
 
@@ -137,7 +137,7 @@ def _inner(x: jax.Array, y: jax.Array, weight: jax.Array) -> CrossTerms:
 def _last(
     x: jax.Array, y: jax.Array, error: jax.Array, weight: jax.Array, kernel: jax.Array, strengths: Strengths
 ) -> CrossTerms:
-    """The same for the linear `kernel` that writes to the stream, whose own error is `error`."""
+    """The same for the linear of weight `kernel` that writes to the stream, whose own error is `error`."""
     x, y = _tokens(x, weight), _tokens(y, weight)
     missing = strengths.inputs * jnp.matmul(y - x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     if strengths.residual:

@@ -217,7 +217,15 @@ class QuantizeStep:
         kernel = block.params["lm_head"]["kernel"]
         qparams, method = head_qparams(self.head_bits), self.recipe.method
         packed, damping, trouble = quantize_head(
-            self.decoder, block.spec, block.params, carry[STATES], self.mask, qparams, method
+            self.decoder,
+            block.spec,
+            block.params,
+            carry[STATES],
+            self.mask,
+            qparams,
+            method,
+            reference=carry[REFERENCE] if self.recipe.propagates else None,
+            strength=self.recipe.propagation,
         )
         self._store(block.spec, packed.packed)
         rows = min(self.check_rows, len(self.input_ids))

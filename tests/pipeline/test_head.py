@@ -9,7 +9,7 @@ from exl2jax.candidates import head_qparams
 from exl2jax.models import Decoder, LinearSpec, build_decoder, head_spec, open_model
 from exl2jax.ops import unpack_linear
 from exl2jax.pipeline import head
-from exl2jax.pipeline.head import head_hessian, quantize_head
+from exl2jax.pipeline.head import head_terms, quantize_head
 from tests.oracles import gptq as oracle
 from tests.oracles.llama import rms_norm
 
@@ -31,9 +31,30 @@ def expected_hessian(params: dict[str, Any], states: np.ndarray, mask: np.ndarra
 def test_hessian_of_what_the_head_reads(setting: Any) -> None:
     decoder, _, params, states, mask = setting
     for m in (mask, np.ones_like(mask)):
-        got = head_hessian(decoder, params, states, None if m.all() else m)
+        got = head_terms(decoder, params, states, None, None if m.all() else m)
         expected = expected_hessian(params, states, m)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * expected.max())
+        np.testing.assert_allclose(got.hessian, expected, rtol=1e-4, atol=1e-5 * expected.max())
+        assert got.cross is None
+
+
+def test_the_head_takes_back_what_the_states_lack(setting: Any) -> None:
+    """With the full-precision stream beside it, the head's logits come closer to the full-precision ones."""
+    decoder, spec, params, states, mask = setting
+    mixing = np.eye(64) + 0.1 * np.random.default_rng(1).standard_normal((64, 64))
+    reference = (states @ mixing).astype(np.float32)
+    inputs = [rms_norm(s, params["norm"]["weight"], 1e-5)[mask.astype(bool)] for s in (states, reference)]
+    terms = head_terms(decoder, params, states, reference, mask)
+    cross = inputs[0].T @ (inputs[1] - inputs[0]) / len(states)
+    np.testing.assert_allclose(terms.cross, cross, rtol=1e-3, atol=1e-4 * np.abs(cross).max())
+
+    wanted = inputs[1] @ params["lm_head"]["kernel"].astype(np.float64)
+
+    def error(**correction: Any) -> float:
+        packed, _, _ = quantize_head(decoder, spec, params, states, mask, head_qparams(8), **correction)
+        return float(np.linalg.norm(inputs[0] @ np.asarray(packed.weight, np.float64) - wanted))
+
+    assert error(reference=reference, strength=1.0) < error(reference=reference, strength=0.5) < 0.9 * error()
+    assert error(reference=reference) == error()
 
 
 @pytest.mark.parametrize("bits", [3, 6])
