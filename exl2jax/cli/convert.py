@@ -14,6 +14,7 @@ from exl2jax.cli.shared import deliver, load_variants, set_up, settings_file
 from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
+from exl2jax.pipeline.devices import join_processes
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, recipe_from
@@ -86,6 +87,9 @@ def convert_command(
     checkpoint_interval: Annotated[
         float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
     ] = 180,
+    devices: Annotated[
+        int | None, typer.Option("--devices", help="Devices to spread rows and linears over [all].")
+    ] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option("--variant", help="A registered variant, KIND=NAME or KIND=NAME:SETTING=VALUE,... (repeatable)."),
@@ -108,6 +112,7 @@ def convert_command(
     load_variants(plugin)
     console = Console(stderr=True)
     set_up(console)
+    join_processes()
     asked = {
         "in_dir": in_dir,
         "no_resume": no_resume,
@@ -132,6 +137,7 @@ def convert_command(
         "allocation": allocation,
         "checkpoint_interval": checkpoint_interval,
         "moe_calibration": moe_calibration,
+        "devices": devices,
     }
     config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
     control = Control(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())

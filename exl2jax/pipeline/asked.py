@@ -12,7 +12,7 @@ from exl2jax.pipeline.recipe import recipe_of_record
 
 PATHS = ("in_dir", "compile_full", "output_measurement", "measurement")
 LISTS = ("pins", "exclude_bits")
-PER_RUN = ("out_dir", "no_resume")
+PER_RUN = ("out_dir", "no_resume", "devices")
 """Settings that are paths, those that are tuples, and those that say nothing of the job itself."""
 
 

@@ -27,7 +27,8 @@ class ConversionConfig:
     `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
     `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
     `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths to choose from;
-    `checkpoint_interval` is in seconds, 0 checkpoints after every module. Raises `SettingsError` on contradictions.
+    `checkpoint_interval` is in seconds, 0 checkpoints after every module; `devices` is how many to use, all for None.
+    Raises `SettingsError` on contradictions.
     """
 
     in_dir: Path
@@ -54,6 +55,7 @@ class ConversionConfig:
     exclude_bits: tuple[int, ...] = ()
     checkpoint_interval: float = 180.0
     moe_calibration: str = "routed"
+    devices: int | None = None
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without reading a file."""

@@ -17,6 +17,7 @@ from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.compile import compile_model, copy_source_files
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context, digest
+from exl2jax.pipeline.devices import spread
 from exl2jax.pipeline.job import JobState
 from exl2jax.pipeline.measurement import Measurement, read_measurement
 from exl2jax.pipeline.passes import (
@@ -59,7 +60,7 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
     config.limits.require_matches(context.specs)
     if config.measurement is None and config.output_measurement is None:
         require_reachable(context.specs, config.bits, context.recipe.pricing)
-    with context.work.locked():
+    with spread(config.devices), context.work.locked():
         if config.no_resume:
             context.work.clear()
         return _Conversion(context).run()

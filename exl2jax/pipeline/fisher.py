@@ -18,9 +18,10 @@ import numpy as np
 
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.pipeline.devices import on_all_devices, to_host
 from exl2jax.pipeline.measure import STATES, Block
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import forward, full_mask, token_chunks
+from exl2jax.pipeline.stream import forward, full_mask, single_rows, token_chunks
 from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
@@ -101,13 +102,13 @@ class BackwardStep:
         spec, gradient, states = block.spec, carry[GRADIENT], self.stack.read(block.spec)
         columns = tuple((linear.name, linear.columns) for linear in spec.linears)
         pull = partial(_row_backward, decoder=self.decoder, kind=spec.kind, columns=columns)
-        params, out = jax.device_put(block.params), np.empty_like(gradient)
+        params, out = on_all_devices(jax.device_put(block.params)), np.empty_like(gradient)
         totals = {name: np.zeros(n, np.float64) for name, n in columns}
-        for i in range(len(states)):
-            back, squares = pull(params, states[i : i + 1], gradient[i : i + 1])
-            out[i] = back[0]
+        for chunk in single_rows(len(states)):
+            back, squares = pull(params, chunk.take(states), chunk.take(gradient))
+            chunk.put(out, back)
             for name, value in squares.items():
-                totals[name] += np.asarray(value, np.float64)
+                totals[name] += to_host(value).astype(np.float64)
         if not np.isfinite(out).all():
             raise NumericalError(
                 f"{spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
@@ -124,15 +125,19 @@ def head_gradients(
     `fold_in(seed, i)`.
     """
     tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states, mask).reshape(-1)
-    params, out = jax.device_put(params), np.empty_like(tokens)
+    params, out = on_all_devices(jax.device_put(params)), np.empty_like(tokens)
     for i, chunk in enumerate(token_chunks(len(tokens), params["lm_head"]["kernel"].shape[1])):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        chunk.put(out, _head_gradient(decoder, params, chunk.take(tokens), chunk.take(weights), key))
+        arrays = (chunk.take(tokens), chunk.take(weights))
+        chunk.put(out, _head_gradient(decoder, seed, params, *arrays, np.uint32(i)))
     return out.reshape(states.shape)
 
 
-@partial(jax.jit, static_argnums=0)
-def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _head_gradient(
+    decoder: Decoder, seed: int, params: Any, h: jax.Array, mask: jax.Array, index: jax.Array
+) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), index)
+
     def likelihood(h: jax.Array) -> jax.Array:
         logits = decoder.logits(params, h[None])[0]
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))

@@ -9,6 +9,7 @@ import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import gram, round_to_nearest
+from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
 from exl2jax.pipeline.propagate import CrossTerms, Strengths, corrected_target, cross_terms
 from exl2jax.pipeline.stream import full_mask, row_chunks
@@ -56,12 +57,12 @@ def head_terms(
 ) -> CrossTerms:
     """`X^T X / R` of what the head reads, and with a full-precision `reference` the cross term towards it."""
     mask = full_mask(states, mask)
-    norm, terms = {"norm": params["norm"]}, None
+    norm, terms = on_all_devices({"norm": params["norm"]}), None
     for chunk in row_chunks(states):
         wanted = None if reference is None else chunk.take(reference)
         terms = _accumulate(decoder, norm, chunk.take(states), wanted, chunk.take(mask), terms)
     assert terms is not None  # there is at least one row
-    return terms.scaled(1 / len(states))
+    return on_one_device(terms).scaled(1 / len(states))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from exl2jax.models import LinearSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear, pack_linear, unpack_linear
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pallas import kernels_for
+from exl2jax.pipeline.devices import local_devices
 from exl2jax.qparams import QParams, require_quantizable_rows
 from exl2jax.variants import STOCK, Method
 
@@ -81,12 +83,18 @@ def quantize_many(tasks: Sequence[Task]) -> list[QuantizedLinear]:
 
 
 def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
-    """Run independent pieces of work side by side, a thread per core, results in order.
+    """Run independent pieces of work side by side, a thread per core, dealt out among the devices; results in order.
 
     GPTQ's walk over rows is a chain of small steps that one core runs as fast as many, so the cores take a linear each.
+    Neither the work's arrays nor its results may be bound to a device.
     """
+
+    def run(task: T, device: Any) -> R:
+        with jax.default_device(device):
+            return work(task)
+
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(work, tasks))
+        return list(pool.map(run, tasks, cycle(local_devices())))
 
 
 def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | None) -> PackedWeight:

@@ -12,6 +12,7 @@ import numpy as np
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import HessianFactor, gptq_tile_losses
+from exl2jax.pallas import kernels_for
 from exl2jax.pipeline.linear import in_threads, require_half_range
 from exl2jax.pipeline.measure import STATES, Block, module_factors
 from exl2jax.pipeline.scan import Carry
@@ -75,4 +76,5 @@ class PriceStep:
 
 def _losses(kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array) -> np.ndarray:
     groups = pure_qparams(setting).groups(kernel.shape[0])
-    return np.asarray(gptq_tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight), np.float64)
+    losses = gptq_tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight, kernels_for())
+    return np.asarray(losses, np.float64)

@@ -16,6 +16,7 @@ from jax import lax
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.models.modules import stage_names
 from exl2jax.ops import HessianFactor, gram
+from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.stream import group_weights, or_identity, row_chunks
 
 
@@ -89,12 +90,14 @@ def stage_terms(
     last = stage == len(spec.stages) - 1
     sums, out = None, np.empty_like(reference) if last else reference
     mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    params, quantized = on_all_devices((params, quantized))
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
         hidden, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, params, quantized, *arrays, sums)
         if last:
             chunk.put(out, hidden)
     assert sums is not None  # there is at least one row
+    sums = on_one_device(sums)
     tokens = [round(float(n)) for n in sums[1]]
     terms = [term.scaled(1 / len(states)) for term in sums[0]]
     terms = [term._replace(hessian=or_identity(term.hessian, n)) for term, n in zip(terms, tokens, strict=True)]

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from exl2jax.errors import Interrupted
+from exl2jax.pipeline.devices import as_first_process, require_agreement
 from exl2jax.pipeline.progress import Control
 
 type Carry = dict[str, np.ndarray]
@@ -42,9 +43,11 @@ def scan[S, B, O](
     """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
 
     A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), and when `control` asks
-    to stop, which raises `Interrupted` once everything is saved.
+    to stop, which raises `Interrupted` once everything is saved. Of several processes the first decides for all.
     """
-    position, carry, outputs = checkpoint.load() or (0, start(), [])
+    found = checkpoint.load()
+    require_agreement(f"{stage} after {found[0] if found else 0} modules")
+    position, carry, outputs = found or (0, start(), [])
     control.progress.start(stage, len(specs), position)
     saved = time.monotonic()
     for spec, block in zip(specs[position:], _ahead(load, specs[position:]), strict=True):
@@ -52,8 +55,8 @@ def scan[S, B, O](
         outputs.append(output)
         position += 1
         control.progress.step(describe(spec, output))
-        stopping = control.stop.asked and position < len(specs)
-        if stopping or time.monotonic() - saved >= interval:
+        stopping = as_first_process(control.stop.asked) and position < len(specs)
+        if stopping or as_first_process(time.monotonic() - saved >= interval):
             checkpoint.save(position, carry, outputs)
             saved = time.monotonic()
         if stopping:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder
+from exl2jax.pipeline.devices import on_all_devices
 from exl2jax.pipeline.stream import token_chunks
 
 
@@ -35,9 +36,9 @@ def score(
     """
     vocab, width = params["lm_head"]["kernel"].shape[1], states.shape[-1]
     tokens, following = states.reshape(-1, width), np.roll(input_ids, -1, axis=1).reshape(-1)
-    params = jax.device_put(params)
+    params = on_all_devices(jax.device_put(params))
     if reference is not None:
-        reference = jax.device_put(reference[0]), reference[1].reshape(-1, width)
+        reference = on_all_devices(jax.device_put(reference[0])), reference[1].reshape(-1, width)
     columns = np.empty((1 if reference is None else 3, len(tokens)), np.float32)
     for chunk in token_chunks(len(tokens), vocab):
         h, ids = chunk.take(tokens), chunk.take(following)

@@ -11,9 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from exl2jax.models import Decoder, Model, ModuleSpec
 from exl2jax.ops import accumulate_hessian, relative_frobenius
+from exl2jax.pipeline.devices import (
+    on_all_devices,
+    on_one_device,
+    place_rows,
+    row_devices,
+    row_sharding,
+    to_host,
+)
 
 CHUNK_TOKENS = 2048
 """Tokens of a chunk, at least one row: enough to keep every core busy, little enough to stay in cache."""
@@ -24,28 +33,46 @@ LOGITS = 1 << 24
 
 
 class Chunk(NamedTuple):
-    """Rows `[start, stop)` and the padded count they are brought to."""
+    """Rows `[start, stop)`, the padded count they are brought to, and how they lie on several devices."""
 
     start: int
     stop: int
     rows: int
+    sharding: NamedSharding | None = None
 
-    def take(self, states: np.ndarray) -> np.ndarray:
-        """These rows of `states`, padded with zeros."""
+    def take(self, states: np.ndarray) -> np.ndarray | jax.Array:
+        """These rows of `states`, padded with zeros; on their devices where there are several."""
         part = states[self.start : self.stop]
         missing = self.rows - len(part)
-        return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
+        part = np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
+        return part if self.sharding is None else place_rows(part, self.sharding)
+
+    def read(self, value: jax.Array) -> np.ndarray:
+        """The result `[rows, ...]` of these rows, padding dropped."""
+        return to_host(value)[: self.stop - self.start]
 
     def put(self, states: np.ndarray, value: jax.Array) -> None:
         """Write the result of these rows back into `states`."""
-        states[self.start : self.stop] = np.asarray(value)[: self.stop - self.start]
+        states[self.start : self.stop] = self.read(value)
 
 
 def chunks(rows: int, length: int) -> list[Chunk]:
-    """Cut `rows` rows of `length` tokens into chunks of equal (padded) size."""
-    count = -(-rows // max(1, CHUNK_TOKENS // length))
-    size = -(-rows // count)
-    return [Chunk(start, min(start + size, rows), size) for start in range(0, rows, size)]
+    """Cut `rows` rows of `length` tokens into chunks of equal (padded) size, the same share for every device."""
+    devices = row_devices()
+    count = -(-rows // (devices * max(1, CHUNK_TOKENS // length)))
+    size = -(-rows // (count * devices)) * devices
+    return _cut(rows, size)
+
+
+def single_rows(rows: int) -> list[Chunk]:
+    """Rows one by one, as many at a time as there are devices."""
+    return _cut(rows, row_devices())
+
+
+def _cut(rows: int, size: int) -> list[Chunk]:
+    sharding, devices = row_sharding(), row_devices()
+    padded = -(-size // devices) * devices
+    return [Chunk(start, min(start + size, rows), padded, sharding) for start in range(0, rows, size)]
 
 
 def row_chunks(states: np.ndarray) -> Iterator[Chunk]:
@@ -54,10 +81,9 @@ def row_chunks(states: np.ndarray) -> Iterator[Chunk]:
 
 
 def token_chunks(tokens: int, vocab: int) -> list[Chunk]:
-    """Cut `tokens` tokens, rows end to end, into chunks whose logits are `LOGITS` at most."""
+    """Cut `tokens` tokens, rows end to end, into chunks whose logits are `LOGITS` at most: the same on any devices."""
     count = -(-tokens // max(1, LOGITS // vocab))
-    size = -(-tokens // count)
-    return [Chunk(start, min(start + size, tokens), size) for start in range(0, tokens, size)]
+    return _cut(tokens, -(-tokens // count))
 
 
 def full_mask(states: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -103,7 +129,7 @@ def collect(
     from the tokens routed to it, or from all unless `routed_only`; an expert that no token reached gets the identity.
     Where the Hessians are larger together than `HESSIAN_BYTES` they take several passes.
     """
-    mask = full_mask(states, mask)
+    mask, params = full_mask(states, mask), on_all_devices(params)
     out = np.empty_like(states)
     hessians: list[jax.Array] = []
     tokens: list[int] = []
@@ -111,10 +137,11 @@ def collect(
         sums: Sums | None = None
         for chunk in row_chunks(states):
             h, m = chunk.take(states), chunk.take(mask)
-            sums = _zeros(spec, part) if sums is None else sums
+            sums = on_all_devices(_zeros(spec, part)) if sums is None else sums
             hidden, sums = _collect_chunk(decoder, spec.kind, part, routed_only, params, h, m, sums)
             chunk.put(out, hidden)
         assert sums is not None  # chunks of a non-empty array are never empty
+        sums = on_one_device(sums)
         found = [round(float(n)) for n in sums.tokens]
         tokens += found
         hessians += [or_identity(h / len(states), n) for h, n in zip(sums.hessians, found, strict=True)]
@@ -185,7 +212,7 @@ def _collect_chunk(
 
 def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Run a module over all rows; `out` may be `states` itself."""
-    out = np.empty_like(states) if out is None else out
+    out, params = np.empty_like(states) if out is None else out, on_all_devices(params)
     for chunk in row_chunks(states):
         chunk.put(out, _forward_chunk(decoder, kind, params, chunk.take(states)))
     return out

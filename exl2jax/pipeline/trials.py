@@ -17,6 +17,7 @@ from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.models.layers import apply_linear
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.ops import relative_frobenius
+from exl2jax.pipeline.devices import on_all_devices
 from exl2jax.pipeline.stream import full_mask, row_chunks
 
 
@@ -58,6 +59,8 @@ def candidate_errors(
 ) -> np.ndarray:
     """Mean over rows of `||out - ref|| / ||ref||` for each candidate, residual included: `[candidates]` float64."""
     mask = full_mask(states, mask)
+    params = on_all_devices(params)
+    stacks = {name: Stack(on_all_devices(stack.weights), stack.picks) for name, stack in stacks.items()}
     outputs = _expert_outputs if spec.kind == MOE_KIND else _outputs
     parts = []
     for chunk in row_chunks(states):
@@ -65,8 +68,7 @@ def candidate_errors(
         errors: dict[int, jax.Array] = {}
         for candidate, out in outputs(decoder, spec, params, stacks, h):
             errors[candidate] = _row_errors(out, ref, weight)
-        rows = np.stack([np.asarray(errors[i]) for i in range(len(errors))])
-        parts.append(rows[:, : chunk.stop - chunk.start])
+        parts.append(np.stack([chunk.read(errors[i]) for i in range(len(errors))]))
     return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
 
 

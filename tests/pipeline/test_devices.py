@@ -1,0 +1,133 @@
+"""Several devices and several processes agree with one: whole conversions, each in processes of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from exl2jax import ConversionConfig, convert
+from exl2jax.errors import SettingsError
+from exl2jax.pipeline.devices import spread
+from tests.support.tiny_model import write_tiny_llama
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ("stock", "best")
+
+CONVERT = """
+import sys
+from exl2jax.cli.entry import main
+from exl2jax.pipeline.devices import local_devices, row_devices, spread
+model, base, devices, here, *presets = sys.argv[1:]
+flags = ["-b", "4.5", "-c", "random", "-r", "5", "-mr", "5", "-l", "24", "-ml", "24", "--devices", devices]
+for preset in presets:
+    assert main(["convert", "-i", model, "-o", f"{base}/{preset}", "--preset", preset, *flags]) == 0
+with spread():
+    assert row_devices() == int(devices) and len(local_devices()) == int(here)
+"""
+
+
+class Found(NamedTuple):
+    """What a conversion left: its allocation, the figures of its measurement, and those of its modules."""
+
+    strategy: dict[str, Any]
+    measured: np.ndarray
+    reported: np.ndarray
+    fisher: np.ndarray | None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", num_layers=1)
+
+
+def run(model: Path, base: Path, here: int, processes: int = 1) -> list[dict[str, Found]]:
+    """What each process leaves, all of them started at once with `here` devices each; by preset."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    started = []
+    for index in range(processes):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={here}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        arguments = [str(model), str(base / str(index)), str(here * processes), str(here), *PRESETS]
+        with (base / f"{index}.err").open("w") as err:
+            started.append(subprocess.Popen([sys.executable, "-c", CONVERT, *arguments], env=environment, stderr=err))
+    for index, process in enumerate(started):
+        assert process.wait(timeout=300) == 0, (base / f"{index}.err").read_text()[-3000:]
+    return [{preset: read(base / str(index) / preset) for preset in PRESETS} for index in range(processes)]
+
+
+def read(work: Path) -> Found:
+    """The figures in a work directory."""
+    measurement = json.loads((work / "measurement.json").read_text())
+    reports = json.loads((work / "quantized.json").read_text())
+    figures = [r[k] for r in reports for k in ("rfn_error", "stream_error", "perplexity", "perplexity_full") if r[k]]
+    fisher = work / "fisher.safetensors"
+    return Found(
+        strategy=json.loads((work / "job_new.json").read_text())["records"]["strategy"],
+        measured=np.array(list(_numbers(measurement))),
+        reported=np.array(figures),
+        fisher=np.concatenate([x.ravel() for _, x in sorted(load_file(fisher).items())]) if fisher.exists() else None,
+    )
+
+
+def _numbers(record: Any) -> Any:
+    """Every float of a JSON record."""
+    if isinstance(record, dict | list):
+        for item in record.values() if isinstance(record, dict) else record:
+            yield from _numbers(item)
+    elif isinstance(record, float):
+        yield record
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """One device."""
+    return run(model, tmp_path_factory.mktemp("alone"), 1)[0]
+
+
+def agree(found: dict[str, Found], alone: dict[str, Found]) -> None:
+    for preset in PRESETS:
+        a, b = found[preset], alone[preset]
+        assert a.strategy == b.strategy
+        # A code on a tie may fall the other way after a sum in another order.
+        np.testing.assert_allclose(a.measured, b.measured, rtol=2e-2)
+        assert np.median(np.abs(a.measured / b.measured - 1)) < 1e-4
+        np.testing.assert_allclose(a.reported, b.reported, rtol=1e-2)
+        if b.fisher is not None:
+            np.testing.assert_allclose(a.fisher, b.fisher, rtol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_host_devices_agree_with_one(
+    devices: int, model: Path, alone: dict[str, Found], tmp_path: Path
+) -> None:
+    agree(run(model, tmp_path, devices)[0], alone)
+
+
+def test_processes_agree_with_one(model: Path, alone: dict[str, Found], tmp_path: Path) -> None:
+    for found in run(model, tmp_path, 1, processes=2):
+        agree(found, alone)
+
+
+def test_more_devices_than_there_are(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--devices is 64"), spread(64):
+        pass
+    with pytest.raises(SettingsError, match="--devices is 0"):
+        convert(ConversionConfig(in_dir=model, out_dir=tmp_path, devices=0))
