@@ -117,7 +117,9 @@ def require_agreement(what: str) -> None:
     others = multihost_utils.process_allgather(said)
     if (others != said).any():
         lines = " and ".join(dict.fromkeys(bytes(line).decode(errors="replace").strip() for line in others))
-        raise JobError(f"the processes of this run stand at different places ({lines}); start all of them over with -nr")
+        raise JobError(
+            f"the processes of this run stand at different places ({lines}); start all of them over with -nr"
+        )
 
 
 def as_first_process(flag: bool) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, ModuleSpec
@@ -64,7 +65,7 @@ def candidate_errors(
     outputs = _expert_outputs if spec.kind == MOE_KIND else _outputs
     parts = []
     for chunk in row_chunks(states):
-        h, ref, weight = jax.device_put((chunk.take(states), chunk.take(reference), chunk.take(mask)))
+        h, ref, weight = (jnp.asarray(chunk.take(x)) for x in (states, reference, mask))
         errors: dict[int, jax.Array] = {}
         for candidate, out in outputs(decoder, spec, params, stacks, h):
             errors[candidate] = _row_errors(out, ref, weight)

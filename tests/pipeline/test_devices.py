@@ -18,16 +18,17 @@ from exl2jax.pipeline.devices import spread
 from tests.support.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
-PRESETS = ("stock", "best")
+JOBS = ("best", "stock")
+"""Two conversions: the first measures costs and accuracies, the second quantizes by stock's algorithm from those."""
 
 CONVERT = """
 import sys
 from exl2jax.cli.entry import main
 from exl2jax.pipeline.devices import local_devices, row_devices, spread
-model, base, devices, here, *presets = sys.argv[1:]
-flags = ["-b", "4.5", "-c", "random", "-r", "5", "-mr", "5", "-l", "24", "-ml", "24", "--devices", devices]
-for preset in presets:
-    assert main(["convert", "-i", model, "-o", f"{base}/{preset}", "--preset", preset, *flags]) == 0
+model, base, devices, here = sys.argv[1:]
+flags = ["-i", model, "-b", "4.5", "-c", "random", "-r", "5", "-mr", "5", "-l", "24", "-ml", "24", "--devices", devices]
+assert main(["convert", "-o", f"{base}/best", "--with-accuracies", *flags]) == 0
+assert main(["convert", "-o", f"{base}/stock", "--preset", "stock", "-m", f"{base}/best/measurement.json", *flags]) == 0
 with spread():
     assert row_devices() == int(devices) and len(local_devices()) == int(here)
 """
@@ -44,11 +45,12 @@ class Found(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", num_layers=1)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return write_tiny_llama(folder, num_layers=1, num_kv_heads=4, intermediate_size=64)  # all linears of one shape
 
 
 def run(model: Path, base: Path, here: int, processes: int = 1) -> list[dict[str, Found]]:
-    """What each process leaves, all of them started at once with `here` devices each; by preset."""
+    """What each process leaves, all of them started at once with `here` devices each; by job."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -65,17 +67,23 @@ def run(model: Path, base: Path, here: int, processes: int = 1) -> list[dict[str
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
             }
-        arguments = [str(model), str(base / str(index)), str(here * processes), str(here), *PRESETS]
+        arguments = [str(model), str(base / str(index)), str(here * processes), str(here)]
         with (base / f"{index}.err").open("w") as err:
             started.append(subprocess.Popen([sys.executable, "-c", CONVERT, *arguments], env=environment, stderr=err))
-    for index, process in enumerate(started):
-        assert process.wait(timeout=300) == 0, (base / f"{index}.err").read_text()[-3000:]
-    return [{preset: read(base / str(index) / preset) for preset in PRESETS} for index in range(processes)]
+    try:
+        for index, process in enumerate(started):
+            assert process.wait(timeout=300) == 0, (base / f"{index}.err").read_text()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [{job: read(base / str(index) / job) for job in JOBS} for index in range(processes)]
 
 
 def read(work: Path) -> Found:
     """The figures in a work directory."""
-    measurement = json.loads((work / "measurement.json").read_text())
+    path = work / "measurement.json"
+    measurement = json.loads(path.read_text()) if path.exists() else {}  # the second job takes the first one's
     reports = json.loads((work / "quantized.json").read_text())
     figures = [r[k] for r in reports for k in ("rfn_error", "stream_error", "perplexity", "perplexity_full") if r[k]]
     fisher = work / "fisher.safetensors"
@@ -103,21 +111,19 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fo
 
 
 def agree(found: dict[str, Found], alone: dict[str, Found]) -> None:
-    for preset in PRESETS:
-        a, b = found[preset], alone[preset]
-        assert a.strategy == b.strategy
+    for job in JOBS:
+        a, b = found[job], alone[job]
+        assert a.strategy["modules"] == b.strategy["modules"]
         # A code on a tie may fall the other way after a sum in another order.
         np.testing.assert_allclose(a.measured, b.measured, rtol=2e-2)
-        assert np.median(np.abs(a.measured / b.measured - 1)) < 1e-4
+        assert not len(b.measured) or np.median(np.abs(a.measured - b.measured) / np.abs(b.measured)) < 1e-4
         np.testing.assert_allclose(a.reported, b.reported, rtol=1e-2)
         if b.fisher is not None:
             np.testing.assert_allclose(a.fisher, b.fisher, rtol=1e-4)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_host_devices_agree_with_one(
-    devices: int, model: Path, alone: dict[str, Found], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_host_devices_agree_with_one(devices: int, model: Path, alone: dict[str, Found], tmp_path: Path) -> None:
     agree(run(model, tmp_path, devices)[0], alone)
 
 
