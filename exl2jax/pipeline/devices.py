@@ -74,7 +74,7 @@ def row_devices() -> int:
 def local_devices() -> Sequence[Any]:
     """The devices of this process to deal independent work to; the default one where rows are not cut."""
     sharding = _rows.get()
-    return [jax.config.jax_default_device] if sharding is None else list(sharding.mesh.local_devices)
+    return [jax.config.jax_default_device] if sharding is None else list(sharding.mesh.local_devices or ())
 
 
 def place_rows(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
