@@ -58,10 +58,13 @@ class Chunk(NamedTuple):
 
 def chunks(rows: int, length: int) -> list[Chunk]:
     """Cut `rows` rows of `length` tokens into chunks of equal (padded) size, the same share for every device."""
-    devices = row_devices()
+    return _cut(rows, rows_at_once(rows, length, row_devices()))
+
+
+def rows_at_once(rows: int, length: int, devices: int = 1) -> int:
+    """How many rows of `length` tokens a chunk takes, of `rows` that all chunks share evenly."""
     count = -(-rows // (devices * max(1, CHUNK_TOKENS // length)))
-    size = -(-rows // (count * devices)) * devices
-    return _cut(rows, size)
+    return -(-rows // (count * devices)) * devices
 
 
 def single_rows(rows: int) -> list[Chunk]:

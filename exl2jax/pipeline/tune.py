@@ -16,7 +16,7 @@ import numpy as np
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import QuantizedLinear, dequantize, half_scale
 from exl2jax.ops.rounding import HALF_MAX
-from exl2jax.pipeline.stream import chunks, full_mask
+from exl2jax.pipeline.stream import full_mask, rows_at_once
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.variants import Choice
 from exl2jax.variants.tuning import Tunable, Tuned
@@ -60,7 +60,7 @@ class TuneTask:
         kept = TunedBlock(dict(self.params), dict(self.linears), Tuned(None, 0.0, 0.0, 0))
         if len(self.states) < 2:
             return kept
-        size = chunks(*self.states.shape[:2])[0].rows
+        size = rows_at_once(*self.states.shape[:2])
         shuffled = np.random.default_rng([seed, self.spec.index]).permutation(len(self.states))
         gradient, error = partial(self._gradient, self._rows_of_groups()), partial(self._error, size)
         result = choice.function(Tunable(self._start(), shuffled, size, gradient, error), choice.settings)
