@@ -28,14 +28,16 @@ from exl2jax.ops import HessianFactor, Kernels, accumulate_hessian, factorize, g
 from exl2jax.pallas import kernels_for
 from exl2jax.qparams import q
 from scripts.bench_plain import plain_gptq, plain_pack
-from scripts.bench_rates import Rates, Spent, cost, measure_rates, timed
-from scripts.bench_stages import PLAIN_COLUMNS, Stage, gptq_work, measurement, plain_pass, quantization
+from scripts.bench_rates import Rates, Spent, cost, measure_rates, plain_seconds, timed
+from scripts.bench_stages import PLAIN_COLUMNS, PassSizes, gptq_work, measurement, plain_pass, quantization
 
 SIZES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096))
 GPU_SIZES = (*SIZES[3:], (8192, 8192), (8192, 28672), (28672, 8192))
 WIDTHS = {"3/2": q("3/2", ".1/.9", "64"), "4": q("4", "1", "128"), "8": q("8", "1", "128")}
-TOKENS, LENGTH = 2048, 512
-MEASUREMENT_ROWS, QUANTIZATION_ROWS, CHECK_ROWS = 19, 115, 16
+TOKENS = 2048
+
+BLOCK = 2
+"""Modules of a block: attention and MLP. The first block compiles what all of them need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def row(name: str, spent: Spent, limit: float, plain: float | None = None) -> Ro
         limit_seconds=limit,
         ratio=cost(spent) / limit,
         plain_seconds=plain,
-        compile_seconds=max(spent.first_seconds - spent.seconds, 0.0),
+        compile_seconds=spent.compile_seconds,
     )
 
 
@@ -75,7 +77,7 @@ def operations(
         add = jax.jit(accumulate_hessian)
         spent = timed(lambda add=add, z=zero, x=x: add(z, x), 3)
         host = np.asarray(x)
-        slow = timed(lambda h=host: h.T @ h, 1).cpu_seconds if plain else None
+        slow = plain_seconds(lambda h=host: h.T @ h) if plain else None
         yield row(f"hessian {k}", spent, rates.limit(TOKENS * k * k, moved=8 * k * k), slow)
         h = add(zero, x)
         spent = timed(lambda h=h: factorize(h), 2)
@@ -101,7 +103,7 @@ def _matrix(
     codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, (k, n)), jnp.uint8)
     spent = timed(lambda: pack_codes(codes, bits=4), 3)
     host = np.asarray(codes)
-    slow = timed(lambda: plain_pack(host, 4), 1).cpu_seconds if plain else None
+    slow = plain_seconds(lambda: plain_pack(host, 4)) if plain else None
     yield row(f"pack {k}x{n} 4 bits", spent, rates.limit(0.0, moved=1.5 * k * n), slow)
 
 
@@ -113,26 +115,21 @@ def _plain_factor(h: np.ndarray) -> float:
         half = np.linalg.inv(np.linalg.cholesky(damped))
         return np.linalg.cholesky((half.T @ half)[::-1, ::-1])
 
-    return timed(run, 1).cpu_seconds
+    return plain_seconds(run)
 
 
 def _plain_matrix(w: jax.Array, factor: HessianFactor, size: int, bits: int) -> float:
     """Core seconds of the plain loop, timed on some columns and scaled to all."""
     part, u = np.asarray(w[factor.perm][:, :PLAIN_COLUMNS]), np.asarray(factor.u)
-    return timed(lambda: plain_gptq(part, u, size, bits), 1).cpu_seconds * w.shape[1] / part.shape[1]
+    return plain_seconds(lambda: plain_gptq(part, u, size, bits)) * w.shape[1] / part.shape[1]
 
 
-def stages(rates: Rates, model: HFModel, modules: int, plain: bool) -> Iterator[Row]:
-    """Both passes: against the products of their forward passes, and against all their work."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, model.config.vocab_size, (QUANTIZATION_ROWS, LENGTH)).astype(np.int32)
-    built: dict[str, tuple[Stage, int]] = {
-        "measure": (measurement(model, ids[:MEASUREMENT_ROWS], modules), MEASUREMENT_ROWS),
-        "quantize": (quantization(model, ids, modules, CHECK_ROWS), QUANTIZATION_ROWS),
-    }
-    for name, (stage, rows) in built.items():
-        spent = timed(stage.run, 1)
-        slow = plain_pass(model, rows, LENGTH, modules, measure=name == "measure") if plain else None
+def stages(rates: Rates, model: HFModel, modules: int, sizes: PassSizes, plain: bool) -> Iterator[Row]:
+    """Both passes over the first `modules` modules: against their forward passes' products, and all their work."""
+    for name, build in {"measure": measurement, "quantize": quantization}.items():
+        stage = build(model, modules, sizes)
+        spent = timed(lambda stage=stage: stage.run(modules), 1, first=lambda stage=stage: stage.run(BLOCK))
+        slow = plain_pass(model, modules, sizes, measure=name == "measure") if plain else None
         yield row(name, spent, rates.limit(*stage.forward), slow)
         yield row(f"{name}, all its work", spent, rates.limit(*stage.whole), slow)
 
@@ -157,8 +154,9 @@ def show(rates: Rates, rows: Sequence[Row]) -> None:
     Console(width=130).print(table)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
+    standard = PassSizes()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="model of the passes")
     parser.add_argument("--quick", action="store_true", help="the operations at the model's sizes, and one block")
@@ -168,8 +166,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), default="cpu", help="where to run; on gpu kernels are compared"
     )
+    parser.add_argument("--rows", default=f"{standard.measured},{standard.quantized}", help="rows of the two passes")
+    parser.add_argument("--length", type=int, default=standard.length, help="tokens of a row")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -178,9 +178,9 @@ def _size(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    given = arguments()
+    given = arguments(argv)
     jax.config.update("jax_platforms", "cuda" if given.device == "gpu" else "cpu")
     kernels = {n: kernels_for(n) for n in (("xla", "pallas") if given.device == "gpu" else ("xla",))}
     every = GPU_SIZES if given.device == "gpu" else SIZES[:3] if given.quick else SIZES
@@ -190,8 +190,10 @@ def main() -> int:
         parts.append(lambda rates: operations(rates, sizes, not given.no_plain, kernels))
     if given.only != "operations":
         model: Any = open_model(given.model)
-        modules = 2 if given.quick else 2 * model.config.num_layers
-        parts.append(lambda rates: stages(rates, model, modules, not given.no_plain))
+        modules = BLOCK if given.quick else BLOCK * model.config.num_layers
+        measured, quantized = (int(n) for n in given.rows.split(","))
+        passes = PassSizes(measured=measured, quantized=quantized, length=given.length)
+        parts.append(lambda rates: stages(rates, model, modules, passes, not given.no_plain))
     rates = measure_rates()
     rows = [found for part in parts for found in part(rates)]
     if given.json:

@@ -1,7 +1,8 @@
 """What the machine can do, measured, and the clock that everything else is held against."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,11 @@ subtract, divide by the diagonal, convert the code."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spent:
-    """Seconds of one run: on the wall and of the process's cores, and wall seconds of its first, compiling, run."""
+    """Seconds of one run, on the wall and of the process's cores, and those that XLA compiled before it."""
 
     seconds: float
     cpu_seconds: float
-    first_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +49,38 @@ class Rates:
         return max(products / self.products + elementwise / self.elementwise, moved / self.bandwidth)
 
 
-def timed(run: Callable[[], Any], repeat: int) -> Spent:
-    """The fastest of `repeat` runs after a first one, which compiles."""
-    begun = time.perf_counter()
-    jax.block_until_ready(run())
-    first = time.perf_counter() - begun
+def timed(run: Callable[[], Any], repeat: int, first: Callable[[], Any] | None = None) -> Spent:
+    """The fastest of `repeat` runs after one of `first`, which compiles: `run` itself where nothing shorter does."""
+    with _compiling() as compiling:
+        jax.block_until_ready((first or run)())
     wall, cpu = [], []
     for _ in range(repeat):
         begun, used = time.perf_counter(), time.process_time()
         jax.block_until_ready(run())
         wall.append(time.perf_counter() - begun)
         cpu.append(time.process_time() - used)
-    return Spent(seconds=min(wall), cpu_seconds=min(cpu), first_seconds=first)
+    return Spent(seconds=min(wall), cpu_seconds=min(cpu), compile_seconds=sum(compiling))
+
+
+def plain_seconds(run: Callable[[], Any]) -> float:
+    """Core seconds of one run of a plain loop, which compiles nothing."""
+    return timed(run, 1, first=lambda: None).cpu_seconds
+
+
+@contextmanager
+def _compiling() -> Iterator[list[float]]:
+    """Seconds of XLA's compilations meanwhile, those of all threads."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def cost(spent: Spent) -> float:

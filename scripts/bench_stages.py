@@ -1,23 +1,25 @@
 """The two passes of a conversion on a model, module by module, with the work that their shapes call for."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from exl2jax.candidates import ATTENTION, MLP
+from exl2jax.errors import SettingsError
 from exl2jax.models import HFModel, ModelConfig, ModuleSpec, build_decoder, module_specs
-from exl2jax.models.modules import ATTENTION_KIND
+from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
 from exl2jax.pipeline.measure import STATES, Block, measure_step
-from exl2jax.pipeline.quantize import REFERENCE, QuantizeStep
+from exl2jax.pipeline.measurement import candidate_rows
+from exl2jax.pipeline.quantize import QuantizeStep
 from exl2jax.pipeline.recipe import find_recipe
 from exl2jax.pipeline.stream import embed
 from exl2jax.pipeline.trials import plan
 from exl2jax.qparams import QParams, q
 from scripts.bench_plain import plain_attention, plain_gptq, plain_mlp
-from scripts.bench_rates import SEARCH_OPS, WALK_OPS, timed
+from scripts.bench_rates import SEARCH_OPS, WALK_OPS, plain_seconds
 
 SETTING = q("4", "1", "128")
 """Every linear's setting in the timed quantization pass."""
@@ -35,11 +37,25 @@ class Work(NamedTuple):
     def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
         return Work(self.products + other.products, self.elementwise + other.elementwise)
 
+    def times(self, count: int) -> "Work":
+        """The work `count` times over."""
+        return Work(self.products * count, self.elementwise * count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassSizes:
+    """Rows of tokens of the measurement, of the quantization and of its final check, and tokens of a row."""
+
+    measured: int = 19
+    quantized: int = 115
+    check: int = 16
+    length: int = 512
+
 
 class Stage(NamedTuple):
-    """A pass: its steps, one call each, and the work they hold."""
+    """A pass: `run(n)` takes it through the first n modules; the work that all of them hold."""
 
-    run: Any
+    run: Callable[[int], None]
     forward: Work
     whole: Work
 
@@ -49,23 +65,36 @@ def gptq_work(rows: int, columns: int) -> Work:
     return Work(rows * rows * columns, rows * columns * (97 * SEARCH_OPS + WALK_OPS))
 
 
-def forward_work(spec: ModuleSpec, config: ModelConfig, length: int, settings: int | None = None) -> Work:
-    """Products of one row's forward pass; with `settings` set, those of all candidates, shared ones counted once."""
-    if settings is None:
-        counts = {linear.name: 1 for linear in spec.linears}
-        cores = values = 1
-    else:
-        table = ATTENTION if spec.kind == ATTENTION_KIND else MLP
-        picks = [[row[i] for row in table] for i in range(len(spec.linears))]
-        distinct = [list(dict.fromkeys(column)) for column in picks]
-        counts = {x.name: len(d) for x, d in zip(spec.linears, distinct, strict=True)}
-        groups = plan([[d.index(p) for p in c] for d, c in zip(distinct[:-1], picks[:-1], strict=True)])
-        cores, values = len(groups), sum(len(g.last) for g in groups)
-        counts[spec.linears[-1].name] = len(set(table))
-    products = sum(2 * length * linear.weights * counts[linear.name] for linear in spec.linears)
+def forward_work(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:
+    """Products of one row's forward pass."""
+    return _products(spec, config, length, {linear.name: 1 for linear in spec.linears}, 1, 1)
+
+
+def candidates_work(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:
+    """Products of one row's forward passes under all candidates, shared ones counted once."""
+    rows, settings = candidate_rows(spec), distinct_settings(spec)
+    counts = {name: len(found) for name, found in settings.items()}
+    first = [[settings[x.name].index(row[x.name]) for row in rows] for x in spec.groups[0]]
+    (last,) = spec.groups[-1]
+    counts[last.name] = len({tuple(row.values()) for row in rows})
+    groups = plan(first)
+    return _products(spec, config, length, counts, len(groups), sum(len(group.last) for group in groups))
+
+
+def distinct_settings(spec: ModuleSpec) -> dict[str, list[QParams]]:
+    """The settings that candidates give each linear, once each."""
+    rows = candidate_rows(spec)
+    return {linear.name: list(dict.fromkeys(row[linear.name] for row in rows)) for linear in spec.linears}
+
+
+def _products(
+    spec: ModuleSpec, config: ModelConfig, length: int, counts: Mapping[str, int], scores: int, values: int
+) -> Work:
+    """Products of a row with every linear `counts` times, and `scores` and `values` products of the attention core."""
+    products = float(sum(2 * length * linear.weights * counts[linear.name] for linear in spec.linears))
     if spec.kind == ATTENTION_KIND:
         causal = length * (length + 1) / 2
-        products += 2 * causal * config.num_heads * config.head_dim * (cores + values)
+        products += 2 * causal * config.num_heads * config.head_dim * (scores + values)
     return Work(products)
 
 
@@ -74,83 +103,81 @@ def hessian_work(spec: ModuleSpec, length: int) -> Work:
     return Work(sum(length * k * k for k in (group[0].rows for group in spec.groups)))
 
 
-def measurement(model: HFModel, ids: np.ndarray, modules: int) -> Stage:
+def measurement(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     """Stock's exact measurement of the first `modules` modules."""
-    specs, decoder = module_specs(model.config)[:modules], build_decoder(model.config)
-    rows, length = ids.shape
+    specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.measured, sizes)
 
-    def run() -> None:
+    def run(count: int) -> None:
         carry = {STATES: embed(model, ids)}
-        for spec in specs:
+        for spec in specs[:count]:
             carry, _ = measure_step(carry, Block(spec, model.module_params(spec)), decoder=decoder, mask=None)
 
     forward = whole = Work(0)
     for spec in specs:
-        row = forward_work(spec, model.config, length) + forward_work(spec, model.config, length, len(ATTENTION))
-        forward += Work(row.products * rows)
-        whole += Work((row + hessian_work(spec, length)).products * rows)
-        table = ATTENTION if spec.kind == ATTENTION_KIND else MLP
-        for i, linear in enumerate(spec.linears):
-            single, count = gptq_work(linear.rows, linear.columns), len({row[i] for row in table})
-            whole += Work(single.products * count, single.elementwise * count)
+        row = forward_work(spec, model.config, sizes.length) + candidates_work(spec, model.config, sizes.length)
+        forward += row.times(sizes.measured)
+        whole += (row + hessian_work(spec, sizes.length)).times(sizes.measured)
+        settings = distinct_settings(spec)
+        for linear in spec.linears:
+            whole += gptq_work(linear.rows, linear.columns).times(len(settings[linear.name]))
     return Stage(run, forward, whole)
 
 
-def quantization(model: HFModel, ids: np.ndarray, modules: int, check_rows: int) -> Stage:
+def quantization(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     """The quantization of the first `modules` modules by the stock recipe, packing and storing included."""
-    specs, decoder = module_specs(model.config)[:modules], build_decoder(model.config)
-    rows, length = ids.shape
-    strategy: dict[str, dict[str, QParams]] = {s.key: {x.name: SETTING for x in s.linears} for s in specs}
+    specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.quantized, sizes)
+    check = min(sizes.check, sizes.quantized)
 
-    def run() -> None:
+    def run(count: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             step = QuantizeStep(
                 decoder=decoder,
                 recipe=find_recipe("stock"),
-                strategy=strategy,
+                strategy={s.key: {x.name: SETTING for x in s.linears} for s in specs},
                 head_bits=6,
                 input_ids=ids,
                 mask=None,
                 out_tensor=Path(folder),
-                check_rows=check_rows,
+                check_rows=check,
             )
-            states = embed(model, ids)
-            carry = {STATES: states, REFERENCE: states[:check_rows].copy()}
-            for spec in specs:
+            carry = step.start(embed(model, ids))
+            for spec in specs[:count]:
                 carry, _ = step(carry, Block(spec, model.module_params(spec)))
 
     forward = whole = Work(0)
     for spec in specs:
-        row = forward_work(spec, model.config, length)
-        forward += Work(row.products * (2 * rows + min(check_rows, rows)))
-        whole += Work(row.products * (2 * rows + min(check_rows, rows)) + hessian_work(spec, length).products * rows)
+        rows = forward_work(spec, model.config, sizes.length).times(2 * sizes.quantized + check)
+        forward += rows
+        whole += rows + hessian_work(spec, sizes.length).times(sizes.quantized)
         for linear in spec.linears:
             whole += gptq_work(linear.rows, linear.columns)
     return Stage(run, forward, whole)
 
 
-def plain_pass(model: HFModel, rows: int, length: int, modules: int, *, measure: bool) -> float:
+def plain_pass(model: HFModel, modules: int, sizes: PassSizes, *, measure: bool) -> float:
     """Core seconds of the stock algorithm as a plain loop: one row and a few columns are timed, the rest is scaled."""
-    total = 0.0
+    total, rows = 0.0, sizes.measured if measure else sizes.quantized
+    rng = np.random.default_rng(0)
     for spec, times in _by_kind(model, modules):
         params = model.module_params(spec)
-        weights = {x.name: params[x.name]["kernel"] for x in spec.linears}
-        h = np.random.default_rng(0).standard_normal((length, model.config.hidden_size)).astype(np.float32)
-        one = timed(lambda s=spec, w=weights, p=params, h=h: _plain_forward(model, s, h, p, w), 1).cpu_seconds
-        tables = ATTENTION if spec.kind == ATTENTION_KIND else MLP
-        passes = 1 + len(tables) if measure else 2
+        weights = {x.name: np.asarray(params[x.name]["kernel"], np.float32) for x in spec.linears}
+        h = rng.standard_normal((sizes.length, model.config.hidden_size)).astype(np.float32)
+        one = plain_seconds(lambda s=spec, w=weights, p=params, h=h: _plain_forward(model, s, h, p, w))
+        inputs = [rng.standard_normal((sizes.length, g[0].rows)).astype(np.float32) for g in spec.groups]
+        hessians = plain_seconds(lambda inputs=inputs: [x.T @ x for x in inputs])
+        settings = distinct_settings(spec)
         quantizing = 0.0
-        for i, linear in enumerate(spec.linears):
-            count = len({row[i] for row in tables}) if measure else 1
+        for linear in spec.linears:
             w, u = weights[linear.name][:, :PLAIN_COLUMNS], np.eye(linear.rows, dtype=np.float32)
-            spent = timed(lambda w=w, u=u: plain_gptq(w, u, 128, 4), 1).cpu_seconds
-            quantizing += count * spent * linear.columns / w.shape[1]
-        total += times * (rows * passes * one + quantizing)
+            spent = plain_seconds(lambda w=w, u=u: plain_gptq(w, u, SETTING.group_size[0], SETTING.bits[0]))
+            quantizing += (len(settings[linear.name]) if measure else 1) * spent * linear.columns / w.shape[1]
+        passes = 1 + len(candidate_rows(spec)) if measure else 2
+        total += times * (rows * (passes * one + hessians) + quantizing)
     return total
 
 
 def _plain_forward(model: HFModel, spec: ModuleSpec, h: np.ndarray, params: Any, weights: Any) -> np.ndarray:
-    norm = params["norm"]["weight"]
+    norm = np.asarray(params["norm"]["weight"], np.float32)
     if spec.kind == ATTENTION_KIND:
         return plain_attention(h, norm, weights, model.config.num_heads, model.config.num_kv_heads)
     return plain_mlp(h, norm, weights)
@@ -158,7 +185,20 @@ def _plain_forward(model: HFModel, spec: ModuleSpec, h: np.ndarray, params: Any,
 
 def _by_kind(model: HFModel, modules: int) -> Iterator[tuple[ModuleSpec, int]]:
     """The first module of each kind, and how many of the first `modules` are like it."""
-    specs = module_specs(model.config)[:modules]
+    specs = _specs(model, modules)
     for kind in dict.fromkeys(spec.kind for spec in specs):
         like = [spec for spec in specs if spec.kind == kind]
         yield like[0], len(like)
+
+
+def _specs(model: HFModel, modules: int) -> tuple[ModuleSpec, ...]:
+    """The first modules; `SettingsError` where the work of one is not counted here."""
+    specs = module_specs(model.config)[:modules]
+    for spec in specs:
+        if spec.kind not in (ATTENTION_KIND, MLP_KIND) or not model.config.arch.mlp[0]:
+            raise SettingsError(f"{spec.key}: the benchmark counts the work of Llama-like models only; name one")
+    return specs
+
+
+def _tokens(model: HFModel, rows: int, sizes: PassSizes) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, sizes.length)).astype(np.int32)
