@@ -11,6 +11,7 @@ from exl2jax.calibration.records import STANDARD
 from exl2jax.calibration.source import KNOWN
 from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json, Plugins
 from exl2jax.cli.shared import deliver, load_variants, set_up, settings_file
+from exl2jax.errors import SettingsError
 from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
@@ -81,6 +82,9 @@ def convert_command(
         bool, typer.Option("--with-accuracies", help="Measure stock's accuracies too, for stock's tools to read.")
     ] = False,
     allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
+    candidates: Annotated[
+        str | None, typer.Option("--candidates", help="Rows of settings: stock, free, or a JSON file of your own.")
+    ] = None,
     moe_calibration: Annotated[
         str, typer.Option("--moe-calibration", help="Tokens to calibrate experts on: routed, or all.")
     ] = "routed",
@@ -130,7 +134,7 @@ def convert_command(
         "length": length,
         "measurement_length": measurement_length,
         "seed": seed,
-        "preset": _recipe(preset, variant),
+        "preset": _recipe(preset, variant, candidates),
         "with_accuracies": with_accuracies,
         "pins": tuple(pin or ()),
         "exclude_bits": tuple(exclude_bits or ()),
@@ -146,12 +150,15 @@ def convert_command(
     return 0
 
 
-def _recipe(preset: str, variants: list[str] | None) -> str | Recipe:
+def _recipe(preset: str, variants: list[str] | None, candidates: str | None) -> str | Recipe:
     """The preset's name, or the recipe that it makes with variants."""
-    if not variants:
-        return preset
-    pairs = [text.partition("=") for text in variants]
-    return recipe_from({"preset": preset, **{kind: name for kind, _, name in pairs}}, preset)
+    pairs = [(kind, name) for kind, _, name in (text.partition("=") for text in variants or ())]
+    pairs += [("candidates", candidates)] if candidates else []
+    kinds = [kind for kind, _ in pairs]
+    twice = [kind for kind in kinds if kinds.count(kind) > 1]
+    if twice:
+        raise SettingsError(f"two variants of one kind, {twice[0]}; give one")
+    return recipe_from({"preset": preset, **dict(pairs)}, preset) if pairs else preset
 
 
 def _source(
@@ -169,7 +176,7 @@ def _resumed(context: typer.Context, out_dir: Path, asked: dict[str, Any]) -> Co
     """The settings of the job in a work directory, and over them the flags that were given now."""
     record = WorkDirectory(out_dir).settings()
     flags = {n for n in context.params if (s := context.get_parameter_source(n)) and s.name != "DEFAULT"}
-    renamed = {"pin": "pins", "variant": "preset"}
+    renamed = {"pin": "pins", "variant": "preset", "candidates": "preset"}
     flags |= {renamed[n] for n in flags & set(renamed)}
     given = {n: v for n, v in asked.items() if n in flags or (n == "cal_dataset" and flags & CALIBRATION)}
     return resumed_config(out_dir, record, given)

@@ -22,8 +22,8 @@ TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
 """Calibration where the plan says nothing: the built-in set."""
 GPTQ_EFFICIENCY = 0.15
 """Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
-SETTINGS_MEASURED = {"fisher": 7, "accuracy": 18}
-PASSES = {"fisher": 5, "accuracy": 12}
+SETTINGS_MEASURED = {"fisher": 7, "divergence": 7, "accuracy": 18}
+PASSES = {"fisher": 5, "divergence": 5, "accuracy": 12}
 """Forward passes that a measurement is worth, backward passes and candidates included."""
 
 

@@ -9,9 +9,9 @@ from exl2jax.errors import SettingsError
 from exl2jax.pipeline.limits import Limits
 from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, find_recipe
 from exl2jax.qparams import FORMAT_BITS
+from exl2jax.variants import Choice, choose
 
-SOLVERS = ("exact", "annealing")
-
+DEFAULT_SOLVER = "exact"
 MOE_CALIBRATIONS = ("routed", "all")
 
 
@@ -50,7 +50,7 @@ class ConversionConfig:
     seed: int = 0
     preset: str | Recipe = DEFAULT_PRESET
     with_accuracies: bool = False
-    allocation: str = "exact"
+    allocation: str = DEFAULT_SOLVER
     pins: tuple[str, ...] = ()
     exclude_bits: tuple[int, ...] = ()
     checkpoint_interval: float = 180.0
@@ -64,16 +64,13 @@ class ConversionConfig:
             raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
         head_qparams(self.head_bits)
         _ = self.limits
-        if self.recipe.objective is not None and self.allocation != "exact":
-            raise SettingsError("--allocation annealing picks an objective of its own; take exact with an objective")
+        self._check_allocation()
         if self.recipe.tuning is not None and self.dataset_rows is not None and self.dataset_rows < 2:
             raise SettingsError(f"-r/--dataset_rows is {self.dataset_rows}; tuning holds rows out and needs at least 2")
         if self.output_measurement is not None and self.compile_full is not None:
             raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
         if self.output_measurement is not None and self.measurement is not None:
             raise SettingsError("-om/--output_measurement makes a measurement; -m/--measurement already is one")
-        if self.allocation not in SOLVERS:
-            raise SettingsError(f"--allocation is {self.allocation!r}; it must be one of {', '.join(SOLVERS)}")
         if self.moe_calibration not in MOE_CALIBRATIONS:
             choices = ", ".join(MOE_CALIBRATIONS)
             raise SettingsError(f"--moe-calibration is {self.moe_calibration!r}; it must be one of {choices}")
@@ -94,6 +91,27 @@ class ConversionConfig:
         """The algorithm's choices: those that the preset's name stands for, or the recipe given in its place."""
         recipe = find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
         return replace(recipe, accuracies=True) if self.with_accuracies else recipe
+
+    @property
+    def solver(self) -> Choice:
+        """The solver that the recipe or `allocation` names."""
+        return self.recipe.chosen("solver") or choose("solver", self.allocation)
+
+    def _check_allocation(self) -> None:
+        """Refuse a solver with what it cannot do, and choices that the measurement has made already."""
+        if self.recipe.chosen("solver") is not None and self.allocation != DEFAULT_SOLVER:
+            raise SettingsError("--allocation and the variant solver are one choice; give one of them")
+        if self.recipe.objective is not None and self.solver.name == "annealing":
+            raise SettingsError("--allocation annealing picks an objective of its own; take exact with an objective")
+        # By a measurement that holds accuracies only, rows are chosen whatever the recipe.
+        free = self.recipe.pricing != "accuracy" and self.recipe.table is None and self.measurement is None
+        if free and self.solver.name != DEFAULT_SOLVER:
+            raise SettingsError(
+                f"--allocation {self.solver.name} chooses among rows of candidates, which {self.recipe.name} has none "
+                "of; take --preset stock or --candidates stock"
+            )
+        if self.measurement is not None and self.recipe.pricing == "accuracy" and self.recipe.table is not None:
+            raise SettingsError("-m/--measurement holds its own candidates; leave --candidates out, or measure anew")
 
     @property
     def limits(self) -> Limits:

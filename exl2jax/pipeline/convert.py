@@ -59,7 +59,7 @@ def convert(config: ConversionConfig, control: Control | None = None) -> Convers
     context = Context.open(config, control or Control())
     config.limits.require_matches(context.specs)
     if config.measurement is None and config.output_measurement is None:
-        require_reachable(context.specs, config.bits, context.recipe.pricing)
+        require_reachable(context.specs, config.bits, context.recipe.pricing, context.recipe.table)
     with spread(config.devices), context.work.locked():
         if config.no_resume:
             context.work.clear()
@@ -153,11 +153,12 @@ class _Conversion:
     def _quantize(self, state: JobState) -> JobState:
         if self.config.measurement is None:
             self._require_unchanged(self.work.measurement, state)
-        strategy = self._allocate()
+        strategy, measured_by = self._allocate()
         state = self._with_rows(partial(quantize_pass, strategy=strategy), state, measure=False)
-        return replace(state, records={**state.records, "strategy": strategy_record(strategy)})
+        return replace(state, records={**state.records, "strategy": strategy_record(strategy, measured_by)})
 
-    def _allocate(self) -> Strategy:
+    def _allocate(self) -> tuple[Strategy, str]:
+        """The allocation, and the variants that its measurement was made with."""
         path = self.config.measurement or self.work.measurement
         measurement = self.config.limits.apply(read_measurement(path, self.context.specs), self.context.specs)
         strategy = allocate(
@@ -165,13 +166,14 @@ class _Conversion:
             self.context.specs,
             self.config.bits,
             pricing=self._pricing(measurement),
-            solver=self.config.allocation,
+            solver=self.config.solver,
             seed=self.config.seed,
             objective=self.context.recipe.objective,
+            table=self.context.recipe.table,
         )
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
-        return strategy
+        return strategy, measurement.method
 
     def _pricing(self, measurement: Measurement) -> Pricing:
         """What the recipe asks for, or the other where the measurement does not have it."""

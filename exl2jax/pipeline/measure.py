@@ -1,6 +1,6 @@
 """The measurement pass: what every candidate of every module does to that module's output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
-from exl2jax.ops import HessianFactor
+from exl2jax.ops import HessianFactor, relative_frobenius
 from exl2jax.pipeline.linear import Task, factor_hessian, quantize_many
 from exl2jax.pipeline.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.pipeline.scan import Carry
@@ -16,6 +16,7 @@ from exl2jax.pipeline.stream import collect, forward
 from exl2jax.pipeline.trials import Stack, candidate_errors
 from exl2jax.qparams import QParams
 from exl2jax.variants import STOCK, Method
+from exl2jax.variants.candidates import STOCK_TABLE, Table
 
 STATES = "row"
 """Name of the hidden states in a carry."""
@@ -36,11 +37,13 @@ def measure_step(
     mask: np.ndarray | None,
     routed_only: bool = True,
     method: Method = STOCK,
+    table: Table = STOCK_TABLE,
+    of_rows: Callable[[jax.Array, jax.Array], jax.Array] = relative_frobenius,
 ) -> tuple[Carry, dict[str, tuple[Candidate, ...]]]:
     """Measure one module and move on with its unquantized outputs: the candidates of each of its slots by key.
 
-    Settings that several candidates share are quantized once. Accuracy is `1 - mean over rows of
-    ||out - ref|| / ||ref||` with the residual included, but for the branches of a parallel block.
+    Settings that several candidates share are quantized once. Accuracy is `1 -` the mean over rows of the error
+    `of_rows`, stock's `||out - ref|| / ||ref||`, with the residual included, but for the branches of a parallel block.
     """
     spec, states = block.spec, carry[STATES]
     params = jax.device_put(block.params)
@@ -50,10 +53,10 @@ def measure_step(
     factors = module_factors(spec, collected.hessians, method)
     found = {}
     for slot in spec.slots:
-        rows = candidate_rows(slot)
+        rows = candidate_rows(slot, table)
         stacks = _quantize_candidates(slot, rows, params, factors, method)
         reference = collected.states if slot is spec else forward(decoder, slot.kind, params, states)
-        errors = candidate_errors(decoder, slot, params, stacks, states, reference, mask)
+        errors = candidate_errors(decoder, slot, params, stacks, states, reference, mask, of_rows)
         found[slot.key] = tuple(
             Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
             for row, error in zip(rows, errors, strict=True)

@@ -5,25 +5,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exl2jax.candidates import ATTENTION, MLP, Row
 from exl2jax.errors import MeasurementError
 from exl2jax.models import ModuleSpec, slots_of
 from exl2jax.models.modules import (
     ATTENTION_KIND,
     BRANCH_ATTENTION_KINDS,
-    BRANCH_MLP_KIND,
-    MLP_KIND,
-    MOE_KIND,
     SLIDING_KIND,
 )
 from exl2jax.pipeline.sensitivity import SECTION, Sensitivity
 from exl2jax.qparams import QParams
 from exl2jax.storage import read_json, write_json
+from exl2jax.variants.candidates import STOCK_TABLE, Table
 
-TABLES: dict[str, tuple[Row, ...]] = {
-    **dict.fromkeys((ATTENTION_KIND, SLIDING_KIND, *BRANCH_ATTENTION_KINDS), ATTENTION),
-    **dict.fromkeys((MLP_KIND, BRANCH_MLP_KIND, MOE_KIND), MLP),
-}
+WITH_ATTENTION = (ATTENTION_KIND, SLIDING_KIND, *BRANCH_ATTENTION_KINDS)
+"""Slots that take the rows of q, k, v, o; the others those of gate, up, down."""
+
+METHOD = "method"
+"""Key, in a measurement file, of the variants that made it."""
 
 MIN_ERROR = 0.0
 MIN_ACCURACY = 1e-6
@@ -38,16 +36,20 @@ CLOSING_KEYS = ("model.norm.norm", "lm_head.linear")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One setting of all linears of a module: `qparams` by linear name, bits on disk, accuracy in (0, 1]."""
+    """One setting of all linears of a module: `qparams` by linear name, bits on disk, accuracy in (0, 1].
+
+    `cost` in nats stands in place of the accuracy where it is priced.
+    """
 
     qparams: Mapping[str, QParams]
     total_bits: int
-    accuracy: float
+    accuracy: float = 1.0
+    cost: float | None = None
 
     @property
     def error(self) -> float:
-        """`1 - accuracy`, what allocation spends bits against."""
-        return max(1 - self.accuracy, MIN_ERROR)
+        """The cost or `1 - accuracy`, what allocation spends bits against."""
+        return self.cost if self.cost is not None else max(1 - self.accuracy, MIN_ERROR)
 
     def to_json(self) -> dict[str, Any]:
         """The stock record."""
@@ -57,10 +59,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What bits are allocated by: candidates by module key in module order (stock's), or costs of linears (ours)."""
+    """What bits are allocated by: candidates by module key in module order (stock's), or costs of linears (ours).
+
+    `method` names the variants that it was measured with, empty for stock's.
+    """
 
     modules: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    method: str = ""
 
     def to_json(self, last_module_idx: int) -> dict[str, Any]:
         """The stock file, and our section beside; complete when `last_module_idx` is the head's index."""
@@ -70,7 +76,8 @@ class Measurement:
             found = [c.to_json() for c in rows]
             records[outer] = records.get(outer, {}) | {branch: found} if branch else found
         ours = {} if self.sensitivity is None else {SECTION: self.sensitivity.to_json()}
-        return {"measurement": records, "last_module_idx": last_module_idx, **ours}
+        made_by = {METHOD: self.method} if self.method else {}
+        return {"measurement": records, "last_module_idx": last_module_idx, **made_by, **ours}
 
     def write(self, path: Path, specs: Sequence[ModuleSpec]) -> None:
         """Write the file; a complete measurement closes with the unmeasured norm and head."""
@@ -87,13 +94,14 @@ def module_bits(spec: ModuleSpec, qparams: Mapping[str, QParams]) -> int:
     return sum(qparams[linear.name].total_bits(linear.rows, linear.columns) for linear in spec.linears)
 
 
-def candidate_rows(spec: ModuleSpec) -> tuple[dict[str, QParams], ...]:
-    """The stock candidates of a slot, one mapping per row of its table; an MLP without a gate has none for it.
+def candidate_rows(spec: ModuleSpec, table: Table = STOCK_TABLE) -> tuple[dict[str, QParams], ...]:
+    """The candidates of a slot, one mapping per row of its part of the table; an MLP without a gate has none for it.
 
     All experts of a mixture take the same setting.
     """
     roles = list(dict.fromkeys(linear.role for linear in spec.linears))
-    rows = [dict(zip(roles, row[-len(roles) :], strict=True)) for row in TABLES[spec.kind]]
+    found = table.attention if spec.kind in WITH_ATTENTION else table.mlp
+    rows = [dict(zip(roles, row[-len(roles) :], strict=True)) for row in found]
     return tuple({linear.name: row[linear.role] for linear in spec.linears} for row in rows)
 
 
@@ -107,8 +115,9 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
     rows = record.get("measurement") if isinstance(record, dict) else None
     wanted = specs if partial is None else specs[:partial]
     sensitivity = _sensitivity(path, record, wanted)
+    method = str(record.get(METHOD, "")) if isinstance(record, dict) else ""
     if sensitivity is not None and not rows:
-        return Measurement(sensitivity=sensitivity)
+        return Measurement(sensitivity=sensitivity, method=method)
     if not isinstance(rows, dict) or not rows:
         raise MeasurementError(f"{path}: holds no measurement; run the measurement pass again")
     known = {spec.key for spec in specs}
@@ -116,7 +125,7 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
     if extra and partial is None:
         raise MeasurementError(f"{path}: module {extra[0]} is not in this model; the file belongs to another one")
     modules = {slot.key: _candidates(path, slot, _records(rows, slot.key)) for slot in slots_of(wanted)}
-    return Measurement(modules=modules, sensitivity=sensitivity)
+    return Measurement(modules=modules, sensitivity=sensitivity, method=method)
 
 
 def read_sensitivity(path: Path, specs: Sequence[ModuleSpec]) -> Sensitivity | None:

@@ -126,7 +126,9 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
     def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
         linears = {key: costs for found in outputs for key, costs in found.items()}
         sensitivity = Sensitivity(method=method, rows=fisher_rows, linears=linears)
-        Measurement(sensitivity=sensitivity).write(context.work.measurement, context.specs)
+        Measurement(sensitivity=sensitivity, method=context.recipe.measured_by).write(
+            context.work.measurement, context.specs
+        )
 
     def read(count: int) -> list[dict[str, LinearCosts]]:
         found = read_measurement(context.work.measurement, context.specs, partial=count).sensitivity
@@ -160,7 +162,9 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
 
     def write(outputs: Sequence[dict[str, tuple[Candidate, ...]]]) -> None:
         modules = {key: rows for found in outputs for key, rows in found.items()}
-        Measurement(modules=modules, sensitivity=sensitivity).write(path, context.specs)
+        Measurement(modules=modules, sensitivity=sensitivity, method=context.recipe.measured_by).write(
+            path, context.specs
+        )
 
     def read(count: int) -> list[dict[str, tuple[Candidate, ...]]]:
         known = read_measurement(path, context.specs, partial=count).modules
@@ -174,6 +178,8 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
             mask=rows.attention_mask,
             routed_only=context.config.routed_only,
             method=context.recipe.method,
+            table=context.recipe.measured_table,
+            of_rows=context.recipe.error_of_rows,
         ),
         lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
         context.specs,

@@ -54,7 +54,7 @@ class Plan:
 
 def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
     """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing."""
-    low, high = reach(context.specs, context.recipe.pricing)
+    low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
     output, disk = _output_size(context, high), _disk(context, rows, high)
     free = shutil.disk_usage(_existing(context.config.out_dir)).free
     memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -80,7 +80,7 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
 
 def require_feasible(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
     """Raise the first thing that a plan would refuse."""
-    low, high = reach(context.specs, context.recipe.pricing)
+    low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
     disk, free = _disk(context, rows, high), shutil.disk_usage(_existing(context.config.out_dir)).free
     for error in _refusals(context, low, high, disk, free):
         raise error

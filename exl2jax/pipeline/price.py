@@ -11,7 +11,7 @@ import numpy as np
 
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec
-from exl2jax.ops import HessianFactor, gptq_tile_losses
+from exl2jax.ops import HessianFactor
 from exl2jax.pallas import kernels_for
 from exl2jax.pipeline.linear import in_threads, require_half_range
 from exl2jax.pipeline.measure import STATES, Block, module_factors
@@ -25,7 +25,7 @@ from exl2jax.variants import STOCK, Method
 class PriceStep:
     """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key.
 
-    Of `method` it takes order and damping; what an error costs is priced with stock's scales and rounding.
+    `method` quantizes the linears whose errors are priced.
     """
 
     decoder: Decoder
@@ -54,7 +54,7 @@ class PriceStep:
             linear, setting = task
             # The Hessian is a sum over its tokens divided by rows.
             weight = jnp.asarray(self.fisher[linear.key]) * (0.5 * states.shape[0] / max(tokens[linear.name], 1))
-            found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight)
+            found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight, self.method)
             if not np.isfinite(found).all():
                 raise NumericalError(
                     f"{linear.key}: its costs hold NaN or infinity; the activations of this calibration data overflow"
@@ -74,7 +74,9 @@ class PriceStep:
         return {STATES: collected.states}, costs
 
 
-def _losses(kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array) -> np.ndarray:
+def _losses(
+    kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array, method: Method
+) -> np.ndarray:
     groups = pure_qparams(setting).groups(kernel.shape[0])
-    losses = gptq_tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight, kernels_for())
+    losses = method.tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight, kernels_for())
     return np.asarray(losses, np.float64)

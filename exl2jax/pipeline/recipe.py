@@ -1,17 +1,26 @@
 """Recipes: which of the algorithm's choices a conversion makes, as one frozen value, and the presets that name them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import jax
+
 from exl2jax.errors import SettingsError
+from exl2jax.ops import relative_frobenius
+from exl2jax.pipeline import solvers  # noqa: F401  (they register themselves)
 from exl2jax.variants import KINDS, Choice, Method, choose
+from exl2jax.variants.candidates import STOCK_TABLE, Table, asked_candidates
+from exl2jax.variants.registry import STOCK_NAME
 
 type Pricing = Literal["fisher", "divergence", "accuracy"]
 
 STRONGEST = 1.0
 
-IDLE_IN_MEASUREMENT = ("objective", "tuning")
+FIELD_KINDS = ("error", "hessian")
+"""Kinds of variants that are fields of a recipe under the names of the papers."""
+
+IDLE_IN_MEASUREMENT = ("objective", "tuning", "solver")
 """Kinds of variants that come after the measurement."""
 
 
@@ -58,11 +67,62 @@ class Recipe:
             raise SettingsError(
                 f"recipe {self.name}: two variants of one kind, {max(kinds, key=kinds.count)}; give one"
             )
+        self._check_rows(kinds)
         if "objective" in kinds and self.pricing != "accuracy":
             raise SettingsError(
                 f"recipe {self.name}: an objective needs pricing accuracy (preset stock); by {self.pricing} the "
                 "expected KL divergence is what is summed"
             )
+
+    def _check_rows(self, kinds: Sequence[str]) -> None:
+        """Refuse choices about rows of candidates where there are none."""
+        table = self.chosen("candidates")
+        if table is not None and table.name == "free" and self.pricing == "accuracy":
+            raise SettingsError(
+                f"recipe {self.name}: free candidates need pricing fisher or divergence (presets best and fast); "
+                "accuracies are measured for rows of a table"
+            )
+        solver = self.chosen("solver")
+        if solver is not None and solver.name != "exact" and self.pricing != "accuracy" and self.table is None:
+            raise SettingsError(
+                f"recipe {self.name}: the solver {solver.name} chooses among rows of candidates; by {self.pricing} "
+                "every linear is free: take exact, or candidates of a table"
+            )
+        if "error" in kinds and not self.measures_rows:
+            raise SettingsError(f"recipe {self.name}: an error of rows needs pricing accuracy, not {self.pricing}")
+
+    def chosen(self, kind: str) -> Choice | None:
+        """The variant of a kind, None where nothing is said."""
+        return next((choice for choice in self.variants if choice.kind == kind), None)
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether candidates of modules are measured one by one."""
+        return self.pricing == "accuracy" or self.accuracies
+
+    @property
+    def table(self) -> Table | None:
+        """The table of candidates that was chosen, None where it was not, or where projections are free."""
+        choice = self.chosen("candidates")
+        return None if choice is None else choice.function(choice.settings)
+
+    @property
+    def measured_table(self) -> Table:
+        """The candidates whose accuracies are measured."""
+        return self.table or STOCK_TABLE
+
+    @property
+    def error_of_rows(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The error of a module's output, row by row."""
+        choice = self.chosen("error")
+        return relative_frobenius if choice is None else choice.function(choice.settings).of_rows
+
+    @property
+    def measured_by(self) -> str:
+        """The variants that a measurement depends on, in words; empty for stock's."""
+        kinds = ("scales", "rounding", "order", "damping", "error")
+        chosen = [choice for choice in self.variants if choice.kind in kinds and choice.name != STOCK_NAME]
+        return ", ".join(sorted(choice.text for choice in chosen))
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -87,12 +147,13 @@ class Recipe:
     @property
     def objective(self) -> Choice | None:
         """What allocation sums, None for stock's sum of errors."""
-        return next((choice for choice in self.variants if choice.kind == "objective"), None)
+        return self.chosen("objective")
 
     @property
     def tuning(self) -> Choice | None:
         """How modules are tuned once they are quantized, None for not at all."""
-        return next((choice for choice in self.variants if choice.kind == "tuning" and choice.name != "none"), None)
+        choice = self.chosen("tuning")
+        return None if choice is None or choice.name == "none" else choice
 
     @property
     def carries_reference(self) -> bool:
@@ -103,7 +164,8 @@ class Recipe:
     def measuring(self) -> "Recipe":
         """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
-        kept = tuple(choice for choice in self.variants if choice.kind not in IDLE_IN_MEASUREMENT)
+        out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
+        kept = tuple(choice for choice in self.variants if choice.kind not in out)
         return replace(self, name="measuring", propagation=0.0, residual=0.0, variants=kept, **idle)
 
 
@@ -134,8 +196,13 @@ def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
     """
     preset = find_recipe(choices.get("preset", DEFAULT_PRESET))
     known = [field.name for field in fields(Recipe) if field.name not in ("name", "variants")]
+    choices = {
+        key: asked_candidates(v) if key == "candidates" and isinstance(v, str) else v for key, v in choices.items()
+    }
     variants = tuple(choose(kind, choices[kind]) for kind in KINDS if kind in choices)
     changes = {key: value for key, value in choices.items() if key != "preset" and key not in KINDS}
+    variants, more = _as_fields(variants, changes, name)
+    changes |= more
     for key, value in changes.items():
         if key not in known:
             there = ", ".join(("preset", *known, *KINDS))
@@ -144,6 +211,26 @@ def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
         if type(value) not in kinds:
             raise SettingsError(f"recipe {name}: {key} must be like {getattr(preset, key)!r}, got {value!r:.40}")
     return replace(preset, name=name, variants=variants, **changes)
+
+
+def _as_fields(
+    variants: Sequence[Choice], changes: Mapping[str, Any], name: str
+) -> tuple[tuple[Choice, ...], dict[str, Any]]:
+    """The variants that stay, and the fields of the recipe that the others are: both are one choice, said once."""
+    kept, out = list[Choice](), dict[str, Any]()
+    for choice in variants:
+        if choice.kind not in FIELD_KINDS:
+            kept.append(choice)
+            continue
+        made = choice.function(choice.settings)
+        found = made.fields if choice.kind == "error" else made
+        twice = [field for field in found if field in changes]
+        if twice:
+            raise SettingsError(f"recipe {name}: {choice.kind} {choice.name} decides {twice[0]}; give one of the two")
+        out |= found
+        if choice.kind == "error" and made.of_rows is not relative_frobenius:
+            kept.append(choice)
+    return tuple(kept), out
 
 
 def recipe_of_record(record: Mapping[str, Any]) -> Recipe:

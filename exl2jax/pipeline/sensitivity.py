@@ -54,6 +54,15 @@ class LinearCosts:
             known[bits, 64] = np.sqrt(known[bits, 32] * known[bits, 128])
         return {(b, g): known[b, g] for b in sorted(self.widths, reverse=True) for g in SIZES}
 
+    def cost(self, qparams: QParams) -> float:
+        """Cost of a mixture of allowed widths, in nats."""
+        known, sizes = self.costs(), dict(zip(qparams.bits, qparams.group_size, strict=True))
+        tiles = [
+            (g.bits, slice(g.start // ROW_MULTIPLE, (g.start + g.rows) // ROW_MULTIPLE))
+            for g in qparams.groups(self.rows)
+        ]
+        return sum(float(known[bits, sizes[bits]][part].sum()) for bits, part in tiles)
+
     @property
     def ends(self) -> tuple[QParams, QParams]:
         """The cheapest and the dearest setting of the allowed widths."""

@@ -20,6 +20,11 @@ WEAKER = (
     "the measurement holds stock's accuracies only: bits were allocated by them, a weaker guide than the preset's own"
 )
 
+OTHER_METHOD = (
+    "the measurement was made with other variants ({made}) than the linears are quantized with ({own}): "
+    "errors may differ from those that bits were allocated by"
+)
+
 
 def summarize(
     context: Context, state: JobState, target: Path, shards: Sequence[Path], reports: Sequence[ModuleReport]
@@ -31,6 +36,8 @@ def summarize(
     notes = [n for c in state.records.get("calibration", {}).values() for n in c.get("notes", [])]
     strategy = state.records["strategy"]
     weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing != "accuracy" else []
+    measured_by, own = strategy["measured_by"], context.recipe.measured_by
+    other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if measured_by != own else []
     trouble = [line for report in reports for line in report.trouble]
     return ConversionResult(
         output=str(target),
@@ -47,14 +54,15 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *trouble, *notes),
+        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *trouble, *notes),
     )
 
 
-def strategy_record(strategy: Strategy) -> dict[str, Any]:
+def strategy_record(strategy: Strategy, measured_by: str) -> dict[str, Any]:
     """What was chosen and how, as the job keeps it."""
     return {
         "pricing": strategy.pricing,
+        "measured_by": measured_by,
         "solver": strategy.solver,
         "bpw": strategy.bpw,
         "objective": strategy.objective,

@@ -6,7 +6,7 @@ stage (q and k of an attention) share what comes before it, and only the second 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,8 +57,9 @@ def candidate_errors(
     states: np.ndarray,
     reference: np.ndarray,
     mask: np.ndarray | None,
+    of_rows: Callable[[jax.Array, jax.Array], jax.Array] = relative_frobenius,
 ) -> np.ndarray:
-    """Mean over rows of `||out - ref|| / ||ref||` for each candidate, residual included: `[candidates]` float64."""
+    """Mean over rows of the error `of_rows` for each candidate, residual included: `[candidates]` float64."""
     mask = full_mask(states, mask)
     params = on_all_devices(params)
     stacks = {name: Stack(on_all_devices(stack.weights), stack.picks) for name, stack in stacks.items()}
@@ -68,7 +69,7 @@ def candidate_errors(
         h, ref, weight = (jnp.asarray(chunk.take(x)) for x in (states, reference, mask))
         errors: dict[int, jax.Array] = {}
         for candidate, out in outputs(decoder, spec, params, stacks, h):
-            errors[candidate] = _row_errors(out, ref, weight)
+            errors[candidate] = _row_errors(of_rows, out, ref, weight)
         parts.append(np.stack([chunk.read(errors[i]) for i in range(len(errors))]))
     return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
 
@@ -165,7 +166,9 @@ def _forward(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Arra
     return decoder.forward(kind, params, h).hidden
 
 
-@jax.jit
-def _row_errors(out: jax.Array, ref: jax.Array, weight: jax.Array) -> jax.Array:
-    """Relative error of each row `[R]`, padding apart."""
-    return relative_frobenius(out * weight[:, :, None], ref * weight[:, :, None])
+@partial(jax.jit, static_argnums=0)
+def _row_errors(
+    of_rows: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array, ref: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Error of each row `[R]`, padding apart."""
+    return of_rows(out * weight[:, :, None], ref * weight[:, :, None])

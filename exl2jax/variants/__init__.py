@@ -2,9 +2,10 @@
 
 A variant is a function with a name, a docstring that gives its source, and a frozen configuration. `variant` registers
 one, `choose` names one with settings, `Method` is what the pipeline quantizes a linear with.
+The solvers of the allocation register where they are, in `exl2jax.pipeline.solvers`.
 """
 
-from exl2jax.variants import damping, objective, order, rounding, scales, tuning  # noqa: F401  (they register themselves)
+from exl2jax.variants import candidates, damping, measures, objective, order, rounding, scales, tuning  # noqa: F401  (they register themselves)
 from exl2jax.variants.method import STOCK, Method
 from exl2jax.variants.plugins import load_entry_points, load_plugin
 from exl2jax.variants.registry import KINDS, Choice, NoSettings, Variant, choose, find, names, variant

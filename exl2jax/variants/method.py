@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from exl2jax.ops import XLA, HessianFactor, Kernels, QuantizedLinear, dequantize, factorize, gptq
+from exl2jax.ops import (
+    XLA,
+    HessianFactor,
+    Kernels,
+    QuantizedLinear,
+    dequantize,
+    factorize,
+    gptq,
+    gptq_tile_losses,
+)
 from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
 from exl2jax.ops.scales import ScaleChoice
-from exl2jax.qparams import Group
+from exl2jax.qparams import ROW_MULTIPLE, Group
 from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
 from exl2jax.variants.rounding import Ordered, Rounded, by_row
 
@@ -55,7 +64,7 @@ class Method:
         self, w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA
     ) -> QuantizedLinear:
         """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` are for stock's choices."""
-        if self.scales == STOCK.scales and self.rounding == STOCK.rounding:
+        if self._stock_walk:
             return gptq(w, factor, groups, kernels)
         ordered = Ordered(w[factor.perm], factor, tuple(groups))
         found: Rounded = self.rounding.function(ordered, _Search(choice=self.scales), self.rounding.settings)
@@ -63,9 +72,35 @@ class Method:
         weight = dequantize(found.codes, scale, bits).astype(jnp.float16)[factor.inv_perm]
         return QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, ordered.groups, weight)
 
+    def tile_losses(
+        self,
+        w: jax.Array,
+        factor: HessianFactor,
+        groups: Sequence[Group],
+        column_weight: jax.Array,
+        kernels: Kernels = XLA,
+    ) -> jax.Array:
+        """What `quantize` would cost, by tile of 32 permuted rows `[K / 32]`, as `ops.gptq_tile_losses` defines it."""
+        if self._stock_walk:
+            return gptq_tile_losses(w, factor, groups, column_weight, kernels)
+        return _tile_losses(w - self.quantize(w, factor, groups).weight.astype(jnp.float32), factor, column_weight)
+
+    @property
+    def _stock_walk(self) -> bool:
+        return self.scales == STOCK.scales and self.rounding == STOCK.rounding
+
 
 STOCK = Method()
 """What stock does, and every preset."""
+
+
+@jax.jit
+def _tile_losses(error: jax.Array, factor: HessianFactor, column_weight: jax.Array) -> jax.Array:
+    """Tiles of `sum_n c_n (E^T H E)_nn` for a weight error `E [K, N]`: `E^T (H + l I) E` is `|U^-T E|^2`."""
+    ordered = error[factor.perm]
+    scaled = jax.scipy.linalg.solve_triangular(factor.u, ordered, trans=1, lower=False)
+    rows = (jnp.square(scaled) - factor.damping * jnp.square(ordered)) @ column_weight
+    return jnp.maximum(jnp.sum(rows.reshape(-1, ROW_MULTIPLE), axis=1), 0.0)
 
 
 @partial(jax.jit, static_argnames=("order", "damping"))

@@ -12,12 +12,16 @@ KINDS = {
     "order": "order(diagonal [K], settings) -> perm [K], the rows' place in the file",
     "damping": "damp(ordered hessian [K, K], settings) -> (first damping, factor at failure)",
     "objective": "losses(errors [options], settings) -> what allocation sums over modules",
+    "solver": "solve(problem, seed, settings) -> Solved, an option per slot within the budget",
+    "candidates": "table(settings) -> Table of rows of settings, None where every projection is free",
+    "error": "measure(settings) -> Measure, what bits are spent against",
+    "hessian": "fields(settings) -> propagation and residual of the recipe",
     "tuning": "tune(block: Tunable, settings) -> Tuned, a module once its linears are quantized",
 }
 """Kinds of variants and what their functions take and give."""
 
 STOCK_NAME = "stock"
-STOCK_NAMES = {"tuning": "none"}
+STOCK_NAMES = {"tuning": "none", "solver": "exact"}
 """Names of what is done where nothing is chosen: that of most kinds, and of those that have another."""
 
 
@@ -55,6 +59,12 @@ class Choice:
     def function(self) -> Callable[..., Any]:
         """The registered function, which takes `settings` last."""
         return find(self.kind, self.name).function
+
+    @property
+    def text(self) -> str:
+        """`KIND=NAME:SETTING=VALUE,...`, as `--variant` takes it."""
+        values = ",".join(f"{f.name}={getattr(self.settings, f.name)}" for f in fields(self.settings))
+        return f"{self.kind}={self.name}" + (f":{values}" if values else "")
 
 
 _registry: dict[tuple[str, str], Variant] = {}

@@ -7,10 +7,10 @@ import pytest
 
 from exl2jax.errors import MeasurementError
 from exl2jax.models import ModuleSpec, module_specs, open_model
-from exl2jax.pipeline import allocate as allocation
-from exl2jax.pipeline import annealing
+from exl2jax.pipeline import annealing, solvers
 from exl2jax.pipeline.allocate import allocate, feasible_bpw
 from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits, read_measurement
+from exl2jax.variants import choose
 from tests.oracles.knapsack import best_loss
 
 
@@ -40,7 +40,7 @@ def measurement(specs: tuple[ModuleSpec, ...]) -> Measurement:
 def short_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annealing, "PROPOSALS", 50)
     monkeypatch.setattr(annealing, "COOLING", 0.9)
-    monkeypatch.setattr(allocation, "RUNS", 4)
+    monkeypatch.setattr(solvers, "RUNS", 4)
 
 
 def total_error(measurement: Measurement, qparams: object) -> float:
@@ -51,7 +51,7 @@ def total_error(measurement: Measurement, qparams: object) -> float:
 
 @pytest.mark.parametrize("bits", [3.6, 4.125, 5.5, 8.0])
 def test_exact_is_the_optimum(measurement: Measurement, specs: tuple[ModuleSpec, ...], bits: float) -> None:
-    strategy = allocate(measurement, specs, bits, pricing="accuracy", solver="exact", seed=0)
+    strategy = allocate(measurement, specs, bits, pricing="accuracy", solver=choose("solver", "exact"), seed=0)
     rows = list(measurement.modules.values())
     weights = sum(spec.weights for spec in specs)
     best = best_loss(
@@ -64,7 +64,7 @@ def test_exact_is_the_optimum(measurement: Measurement, specs: tuple[ModuleSpec,
 
 
 def test_what_a_strategy_says_is_what_it_chose(measurement: Measurement, specs: tuple[ModuleSpec, ...]) -> None:
-    strategy = allocate(measurement, specs, 4.0, pricing="accuracy", solver="exact", seed=0)
+    strategy = allocate(measurement, specs, 4.0, pricing="accuracy", solver=choose("solver", "exact"), seed=0)
     assert list(strategy.qparams) == [spec.key for spec in specs]
     assert strategy.total_bits == sum(module_bits(spec, strategy.qparams[spec.key]) for spec in specs)
     assert strategy.objective == pytest.approx(total_error(measurement, strategy.qparams))
@@ -75,8 +75,8 @@ def test_what_a_strategy_says_is_what_it_chose(measurement: Measurement, specs: 
 def test_exact_is_never_worse_than_annealing(
     measurement: Measurement, specs: tuple[ModuleSpec, ...], bits: float
 ) -> None:
-    annealed = allocate(measurement, specs, bits, pricing="accuracy", solver="annealing", seed=1)
-    exact = allocate(measurement, specs, bits, pricing="accuracy", solver="exact", seed=1)
+    annealed = allocate(measurement, specs, bits, pricing="accuracy", solver=choose("solver", "annealing"), seed=1)
+    exact = allocate(measurement, specs, bits, pricing="accuracy", solver=choose("solver", "exact"), seed=1)
     assert annealed.bpw <= bits
     assert total_error(measurement, exact.qparams) <= total_error(measurement, annealed.qparams) + 1e-12
     assert annealed.gap is None
@@ -86,7 +86,8 @@ def test_exact_is_never_worse_than_annealing(
 @pytest.mark.usefixtures("short_annealing")
 def test_annealing_repeats_under_its_seed(measurement: Measurement, specs: tuple[ModuleSpec, ...]) -> None:
     first, second = (
-        allocate(measurement, specs, 4.0, pricing="accuracy", solver="annealing", seed=5) for _ in range(2)
+        allocate(measurement, specs, 4.0, pricing="accuracy", solver=choose("solver", "annealing"), seed=5)
+        for _ in range(2)
     )
     assert first == second
 
@@ -100,12 +101,12 @@ def test_out_of_reach_is_refused_with_the_range(
     cheapest = sum(min(c.total_bits for c in rows) for rows in measurement.modules.values())
     assert low == cheapest / weights
     with pytest.raises(MeasurementError, match=rf"-b 2\.1: .* reach {low:.4f} to {high:.4f} bits per weight"):
-        allocate(measurement, specs, 2.1, pricing="accuracy", solver=solver, seed=0)
+        allocate(measurement, specs, 2.1, pricing="accuracy", solver=choose("solver", solver), seed=0)
 
 
 def test_the_least_reachable_target_is_reached(measurement: Measurement, specs: tuple[ModuleSpec, ...]) -> None:
     low, _ = feasible_bpw(measurement, specs, "accuracy")
-    strategy = allocate(measurement, specs, low + 1e-9, pricing="accuracy", solver="exact", seed=0)
+    strategy = allocate(measurement, specs, low + 1e-9, pricing="accuracy", solver=choose("solver", "exact"), seed=0)
     assert strategy.bpw == pytest.approx(low)
 
 
@@ -115,7 +116,7 @@ def test_the_stock_measurement_of_the_demo_model(demo_model: Path, shared: Path)
     measurement = read_measurement(shared / "data" / "golden" / "stock_measurement_smollm2.json", specs)
     assert len(measurement.modules) == 60
     for bits in (3.0, 4.0):
-        strategy = allocate(measurement, specs, bits, pricing="accuracy", solver="exact", seed=0)
+        strategy = allocate(measurement, specs, bits, pricing="accuracy", solver=choose("solver", "exact"), seed=0)
         assert bits - 0.01 < strategy.bpw <= bits
         assert strategy.gap is not None
         assert strategy.gap <= 1e-6 * strategy.objective

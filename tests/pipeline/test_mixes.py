@@ -75,6 +75,7 @@ def test_a_mixture_is_a_setting_of_the_format(tiles: int, seed: int, exponent: f
     table = costs.costs()
     cost = sum(table[g.bits, size_of[g.bits]][g.start // 32 : (g.start + g.rows) // 32].sum() for g in groups)
     assert found.cost == pytest.approx(cost, rel=1e-9)
+    assert costs.cost(found.qparams) == pytest.approx(cost, rel=1e-9)
 
 
 def test_free_choice_spends_the_budget_and_proves_its_gap() -> None:

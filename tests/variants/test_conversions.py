@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from exl2jax import ConversionConfig, cli, convert
+from exl2jax.candidates import MLP
 from exl2jax.errors import SettingsError
 from exl2jax.evaluate.inspect import inspect
 from exl2jax.evaluate.verify import verify
+from exl2jax.pipeline import annealing, solvers
 from exl2jax.pipeline.recipe import recipe_from
 from exl2jax.variants import choose, load_plugin, names
 from tests.support.tiny_model import write_tiny_llama
@@ -63,10 +65,128 @@ def test_each_variant_alone(base: ConversionConfig, prices: Path, tmp_path: Path
     assert report.bits_per_weight <= 4.0
 
 
-@pytest.mark.parametrize("name", names("objective"))
-def test_each_objective(base: ConversionConfig, accuracies: Path, tmp_path: Path, name: str) -> None:
-    recipe = recipe_from({"preset": "stock", "objective": name}, "mine")
+OF_ROWS = [(kind, name) for kind in ("objective", "solver") for name in names(kind)[kind == "solver" :]]
+"""Every objective, and every solver but stock's."""
+
+
+@pytest.mark.parametrize(("kind", "name"), OF_ROWS)
+def test_each_variant_of_rows(
+    base: ConversionConfig, accuracies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    monkeypatch.setattr(annealing, "PROPOSALS", 50)
+    monkeypatch.setattr(solvers, "RUNS", 4)
+    recipe = recipe_from({"preset": "stock", kind: name}, "mine")
     assert verify(made(base, tmp_path, preset=recipe, measurement=accuracies)).ok
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"preset": "stock", "error": "squared"},
+        {"preset": "fast", "error": {"name": "divergence", "rows": 1}},
+        {"preset": "stock", "error": {"name": "fisher", "rows": 1}},
+        {"preset": "best", "error": "stock"},
+    ],
+    ids=lambda choices: str(choices["error"]),
+)
+def test_each_error_measure(base: ConversionConfig, tmp_path: Path, choices: dict[str, Any]) -> None:
+    """Measured, allocated and quantized by it; the shorter fields of a recipe are the same choice."""
+    recipe = recipe_from(choices, "mine")
+    assert verify(made(base, tmp_path, preset=recipe)).ok
+    record = json.loads((tmp_path / "work" / "measurement.json").read_text())
+    assert ("sensitivity" in record) == (recipe.pricing != "accuracy")
+    assert record.get("method") == ("error=squared" if choices["error"] == "squared" else None)
+
+
+def test_the_same_choice_by_its_fields() -> None:
+    by_kind = recipe_from({"preset": "fast", "hessian": "asymmetric:strength=0.25,residual=0.75"}, "mine")
+    assert by_kind == recipe_from({"preset": "fast", "propagation": 0.25, "residual": 0.75}, "mine")
+    assert recipe_from({"preset": "best", "hessian": "stock"}, "x").propagates is False
+    by_kind = recipe_from({"error": "divergence:rows=3"}, "mine")
+    assert by_kind == recipe_from({"pricing": "divergence", "divergence_rows": 3}, "mine")
+
+
+@pytest.mark.parametrize("hessian", names("hessian"))
+def test_each_hessian(base: ConversionConfig, prices: Path, tmp_path: Path, hessian: str) -> None:
+    recipe = recipe_from({"preset": "fast", "hessian": hessian}, "mine")
+    assert verify(made(base, tmp_path, preset=recipe, measurement=prices)).ok
+
+
+ROW = {"bits": [4, 3], "bits_prop": [0.25, 0.75], "group_size": 32}
+WIDE = {"bits": [6], "bits_prop": [1], "group_size": {"6": 64}}
+OWN = {"attention": [dict.fromkeys("qkvo", x) for x in (ROW, WIDE)]}
+OWN["mlp"] = [dict.fromkeys(("gate", "up", "down"), x) for x in (ROW, WIDE)]
+
+
+@pytest.mark.parametrize("preset", ["fast", "stock"])
+def test_candidates_of_ones_own(base: ConversionConfig, prices: Path, tmp_path: Path, preset: str) -> None:
+    """Every module has a row of the file: by its prices, and by its measured accuracies."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(OWN))
+    recipe = recipe_from({"preset": preset, "candidates": str(path)}, "mine")
+    given = {"measurement": prices} if preset == "fast" else {}
+    found = inspect(made(base, tmp_path, preset=recipe, bits=5.0, **given))
+    assert {frozenset(x.widths) for x in found if x.key != "lm_head"} <= {frozenset({4, 3}), frozenset({6})}
+    job = json.loads((tmp_path / "work" / "job_new.json").read_text())
+    assert job["records"]["strategy"]["pricing"] == recipe.pricing
+    path.write_text(json.dumps(OWN | {"mlp": OWN["mlp"][:1]}))
+    assert cli.main(["convert", "-o", str(tmp_path / "work")]) == 2, "the rows changed since"
+
+
+@pytest.mark.parametrize("name", ["stock", "free"])
+def test_candidates_by_name(base: ConversionConfig, prices: Path, tmp_path: Path, name: str) -> None:
+    recipe = recipe_from({"preset": "fast", "candidates": name}, "mine")
+    made(base, tmp_path, preset=recipe, measurement=prices)
+    modules = json.loads((tmp_path / "work" / "job_new.json").read_text())["records"]["strategy"]["modules"]
+    rows = {tuple(x.bits for x in row) for row in MLP}
+    chosen = tuple(tuple(x["bits"]) for x in modules["model.layers.0.mlp"].values())
+    assert name == "free" or chosen in rows
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "not a JSON file"),
+        ([], "must be an object of attention and mlp"),
+        ({"attention": OWN["attention"], "mlp": []}, r"mlp must be a list of at least one row"),
+        ({**OWN, "mlp": [{"gate": ROW}]}, r"mlp\[0\] must hold gate, up, down"),
+        ({**OWN, "mlp": [*OWN["mlp"], {**OWN["mlp"][0], "up": {**ROW, "bits": [3, 4]}}]}, r"mlp\[2\].up: .*falling"),
+        (
+            {**OWN, "attention": [{name: {**ROW, "group_size": 48} for name in "qkvo"}]},
+            r"attention\[0\].q: .*32, 64 or 128",
+        ),
+        ({**OWN, "attention": [dict.fromkeys("qkvo", 4)]}, r"attention\[0\].q: must have bits"),
+    ],
+)
+def test_wrong_candidates_name_the_file_and_the_row(tmp_path: Path, record: Any, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    with pytest.raises(SettingsError, match=rf"--candidates .*rows.json: {message}"):
+        recipe_from({"preset": "stock", "candidates": str(path)}, "mine")
+
+
+def test_candidates_from_flags_and_settings(base: ConversionConfig, prices: Path, tmp_path: Path) -> None:
+    rows, settings = tmp_path / "rows.json", tmp_path / "settings.toml"
+    rows.write_text(json.dumps(OWN))
+    settings.write_text(f'candidates = "{rows}"\ndataset_rows = 2\nlength = 48\nbits = 5.0\n')
+    assert cli.main([*arguments(base, prices, tmp_path), "--settings", str(settings)]) == 0
+    [choice] = json.loads((tmp_path / "work" / "job_new.json").read_text())["inputs"]["preset"]["variants"]
+    assert (choice["kind"], choice["name"], len(choice["settings"]["sha256"])) == ("candidates", "file", 64)
+    assert cli.main([*arguments(base, prices, tmp_path / "b"), "--candidates", "none.json"]) == 2
+    assert cli.main([*arguments(base, prices, tmp_path / "c"), "--candidates", "mine"]) == 2
+
+
+def test_a_measurement_of_another_method_is_named(base: ConversionConfig, prices: Path, tmp_path: Path) -> None:
+    recipe = recipe_from({"preset": "fast", "rounding": "nearest"}, "mine")
+    result = convert(replace(base, out_dir=tmp_path / "a", measurement=prices, preset=recipe))
+    assert any("made with other variants (stock's)" in line and "rounding=nearest" in line for line in result.warnings)
+    own = convert(replace(base, out_dir=tmp_path / "b", preset=recipe))
+    assert not any("other variants" in line for line in own.warnings)
+    costs = [
+        json.loads(path.read_text())["sensitivity"]["linears"] for path in (prices, tmp_path / "b/measurement.json")
+    ]
+    stock, nearest = (sum(sum(tiles) for x in each.values() for tiles in x.values()) for each in costs)
+    assert nearest > 1.05 * stock, "priced by what it does: no feedback costs more"
 
 
 def test_a_variant_enters_measurement_and_quantization(base: ConversionConfig, tmp_path: Path) -> None:
@@ -84,6 +204,12 @@ def test_a_variant_enters_measurement_and_quantization(base: ConversionConfig, t
         ({"preset": "best", "objective": "logs"}, "an objective needs pricing accuracy"),
         ({"preset": "stock", "scales": {"name": "grid", "powr": 2}}, "no setting 'powr'"),
         ({"preset": "stock", "rounding": "up"}, "must be one of stock, descent"),
+        ({"preset": "stock", "candidates": "free"}, "free candidates need pricing fisher"),
+        ({"preset": "best", "solver": "annealing"}, "chooses among rows of candidates"),
+        ({"preset": "best", "error": "squared", "pricing": "fisher"}, "error squared decides pricing; give one"),
+        ({"preset": "best", "hessian": "asymmetric", "propagation": 0.1}, "hessian asymmetric decides propagation"),
+        ({"hessian": "asymmetric:strength=1.5"}, "must lie between 0 and 1"),
+        ({"error": "divergence:rows=0"}, "divergence_rows is 0"),
     ],
 )
 def test_wrong_combinations_are_refused_at_once(choices: dict[str, Any], message: str) -> None:
@@ -95,6 +221,18 @@ def test_annealing_has_an_objective_of_its_own(base: ConversionConfig) -> None:
     recipe = recipe_from({"preset": "stock", "objective": "logs"}, "mine")
     with pytest.raises(SettingsError, match="annealing picks an objective"):
         replace(base, preset=recipe, allocation="annealing")
+
+
+def test_wrong_combinations_of_settings(base: ConversionConfig, accuracies: Path) -> None:
+    stock, table = (recipe_from({"preset": "stock", **x}, "m") for x in ({"solver": "exact"}, {"candidates": "stock"}))
+    for changes, message in (
+        ({"preset": "best", "allocation": "annealing"}, "--allocation annealing chooses among rows"),
+        ({"preset": stock, "allocation": "annealing"}, "are one choice"),
+        ({"preset": table, "measurement": accuracies}, "holds its own candidates"),
+        ({"allocation": "magic"}, "must be one of exact, annealing"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            replace(base, **changes)
 
 
 def test_pins_and_exclusions(base: ConversionConfig, prices: Path, tmp_path: Path) -> None:

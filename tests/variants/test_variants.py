@@ -185,3 +185,22 @@ def test_what_cannot_be_registered() -> None:
         variant("order", "mine", Loose)(documented)
     for kind in KINDS:
         assert all(find(kind, name).summary for name in names(kind))
+
+
+@pytest.mark.parametrize("choices", [{"rounding": "nearest"}, {"rounding": "descent"}, {"scales": "grid"}])
+def test_tile_losses_sum_to_the_weighted_error(problem: tuple[np.ndarray, np.ndarray], choices: dict[str, str]) -> None:
+    w, h = problem
+    chosen, weight = method(**choices), np.linspace(0.5, 2, COLUMNS, dtype=np.float32)
+    linear, factor = quantized(problem, **choices)
+    tiles = chosen.tile_losses(jnp.asarray(w), factor, GROUPS, jnp.asarray(weight))
+    error = np.asarray(linear.weight, np.float64) - w
+    expected = np.sum(weight * np.einsum("kn,kl,ln->n", error, np.asarray(h, np.float64), error))
+    assert tiles.shape == (ROWS // 32,)
+    assert float(jnp.sum(tiles)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_tile_losses_of_stocks_own_grid_are_stocks(problem: tuple[np.ndarray, np.ndarray]) -> None:
+    w, weight = jnp.asarray(problem[0]), jnp.ones(COLUMNS)
+    factor = STOCK.factorize(jnp.asarray(problem[1]))
+    plain, tuned = (m.tile_losses(w, factor, GROUPS, weight) for m in (method(scales="grid"), STOCK))
+    np.testing.assert_allclose(plain, tuned, rtol=0.1)
