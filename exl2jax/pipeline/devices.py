@@ -30,14 +30,17 @@ _rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
 
 
 def join_processes() -> None:
-    """Become one of several processes where the environment says so; `SettingsError` where it says half of it."""
+    """Become one of several processes where the environment says so; `SettingsError` where that fails."""
     if COORDINATOR not in os.environ or jax.distributed.is_initialized():
         return
     try:
         count, index = (int(os.environ[name]) if name in os.environ else None for name in (COUNT, INDEX))
         jax.distributed.initialize(num_processes=count, process_id=index)
-    except ValueError as e:
-        raise SettingsError(f"{COORDINATOR} is set: {COUNT} and {INDEX} must be numbers beside it ({e})") from e
+    except (ValueError, RuntimeError) as e:
+        raise SettingsError(
+            f"{COORDINATOR} is {os.environ[COORDINATOR]!r}, but the processes do not come together: it must be "
+            f"HOST:PORT of the first one, {COUNT} and {INDEX} numbers ({e})"
+        ) from e
 
 
 @contextmanager

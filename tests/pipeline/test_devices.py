@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from exl2jax import ConversionConfig, convert
-from exl2jax.errors import SettingsError
-from exl2jax.pipeline.devices import spread
+from exl2jax.errors import JobError, SettingsError
+from exl2jax.pipeline.devices import as_first_process, join_processes, require_agreement, spread
 from tests.support.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +139,31 @@ def test_more_devices_than_there_are(model: Path, tmp_path: Path) -> None:
         pass
     with pytest.raises(SettingsError, match="--devices is 0"):
         convert(ConversionConfig(in_dir=model, out_dir=tmp_path, devices=0))
+
+
+def test_processes_at_different_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_agreement("alone, there is nobody to disagree")
+    other = np.frombuffer(b"price after 2 modules".ljust(256), np.uint8)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
+    require_agreement("price after 2 modules")
+    with pytest.raises(JobError, match=r"price after 3 modules and price after 2 modules.*-nr"):
+        require_agreement("price after 3 modules")
+    monkeypatch.setattr(jax, "devices", lambda: [None, None])
+    with pytest.raises(SettingsError, match="over 2 processes takes all 2"), spread(1):
+        pass
+
+
+def test_the_first_process_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert as_first_process(True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda own: ~own)
+    assert as_first_process(False)
+
+
+def test_half_an_environment_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    join_processes()  # nothing is said, nothing happens
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
+    with pytest.raises(SettingsError, match=r"JAX_COORDINATOR_ADDRESS is 'localhost:1'.*JAX_NUM_PROCESSES"):
+        join_processes()
