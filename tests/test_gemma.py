@@ -1,20 +1,14 @@
 """The second model's builder, on a GGUF's metadata and names made by hand: nothing is downloaded."""
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from scripts.gemma import build_tokenizer, hf_key, merges_of
+
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "<0xC3>", "<0xBF>", "ab", "abc", "bc", "▁a", "▁", "a", "b", "c"]
 KINDS = [3, 3, 3, 3, 4, 6, 6, 1, 1, 1, 1, 1, 1, 1, 1]
 SCORES = [-1000.0, -1000.0, -1000.0, -1000.0, -1000.0, 0.0, 0.0, -3.0, -9.0, -1.0, -2.0, -10.0, -11.0, -12.0, -13.0]
-
-
-@pytest.fixture(scope="module")
-def gemma() -> ModuleType:
-    pytest.importorskip("gguf", reason="needs the optional dependencies of the demo")
-    return importlib.import_module("scripts.gemma")
 
 
 @pytest.fixture
@@ -30,20 +24,20 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def test_merges_come_by_the_score_of_what_they_make(gemma: ModuleType) -> None:
-    found = gemma.merges_of(TOKENS, KINDS, SCORES)
+def test_merges_come_by_the_score_of_what_they_make() -> None:
+    found = merges_of(TOKENS, KINDS, SCORES)
     # bc (-1), " a" (-2), ab (-3), then both ways to abc (-9); bytes, control and user's tokens take no part.
     assert found == [("b", "c"), ("▁", "a"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 
-def test_the_tokenizer_merges_as_sentencepiece_does(gemma: ModuleType, metadata: dict[str, Any]) -> None:
-    tokenizer = gemma.build_tokenizer(metadata)
+def test_the_tokenizer_merges_as_sentencepiece_does(metadata: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer(metadata)
     assert tokenizer.encode("abc", add_special_tokens=False).tokens == ["abc"]  # by bc, the best-scored pair
     assert tokenizer.encode("ab a\n\nÿ").tokens == ["<bos>", "ab", "▁a", "\n\n", "<0xC3>", "<0xBF>"]
     assert tokenizer.decode(tokenizer.encode("ab a\n\nÿ").ids) == "ab a\n\nÿ"
 
 
-def test_tensor_names(gemma: ModuleType) -> None:
-    assert gemma.hf_key("token_embd.weight") == "language_model.model.embed_tokens.weight"
-    assert gemma.hf_key("blk.7.ffn_norm.weight") == ("language_model.model.layers.7.pre_feedforward_layernorm.weight")
-    assert gemma.hf_key("blk.0.attn_k_norm.weight") == "language_model.model.layers.0.self_attn.k_norm.weight"
+def test_tensor_names() -> None:
+    assert hf_key("token_embd.weight") == "language_model.model.embed_tokens.weight"
+    assert hf_key("blk.7.ffn_norm.weight") == ("language_model.model.layers.7.pre_feedforward_layernorm.weight")
+    assert hf_key("blk.0.attn_k_norm.weight") == "language_model.model.layers.0.self_attn.k_norm.weight"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from exl2jax.errors import ModelError
@@ -122,8 +121,7 @@ def rescale(value: np.ndarray, scale: np.ndarray, block: tuple[int, int], name: 
     if scale.shape != wanted:
         raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scale.shape)}, blocks of {block} need {list(wanted)}")
     factors = scale.astype(np.float32).repeat(block[0], axis=0).repeat(block[1], axis=1)
-    wide = value.view(ml_dtypes.float8_e4m3fn) if value.dtype.itemsize == 1 else value
-    return wide.astype(np.float32) * factors[: value.shape[0], : value.shape[1]]
+    return value.astype(np.float32) * factors[: value.shape[0], : value.shape[1]]
 
 
 def _module_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """The header of a safetensors file, checked against the file before anything is allocated for it."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -21,3 +22,12 @@ def check_header(path: Path) -> None:
         raise ValueError(f"a header of {length} bytes is announced, the file has {size}")
     if length > MAX_HEADER:
         raise ValueError(f"a header of {length} bytes is more than the {MAX_HEADER} that are read")
+
+
+def stored_bytes(path: Path, name: str) -> bytes:
+    """The bytes of a tensor in a file that the library has opened before, and whose header it has checked by that."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        start, stop = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        return file.read(stop - start)

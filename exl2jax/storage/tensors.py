@@ -5,18 +5,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+import ml_dtypes  # registers bfloat16 with NumPy, which safetensors then returns
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from exl2jax.errors import ModelError
 from exl2jax.storage.atomic import read_json
-from exl2jax.storage.headers import check_header
+from exl2jax.storage.headers import check_header, stored_bytes
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems take."""
 
 INDEX_NAME = "model.safetensors.index.json"
+
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+"""Dtypes that safetensors looks for in NumPy itself, where they are not."""
 
 
 class TensorFiles:
@@ -80,6 +83,9 @@ class TensorFiles:
         """The tensor in its stored dtype."""
         path = self.file(name)
         with _opened(path) as handle:
+            stored, shape = self._header(name)
+            if stored in FLOAT8:
+                return np.frombuffer(stored_bytes(path, name), FLOAT8[stored]).reshape(shape)
             return handle.get_tensor(name)
 
     def _header(self, name: str) -> tuple[str, tuple[int, ...]]:

@@ -9,11 +9,11 @@ from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.evaluate.verify import verify
-from exl2jax.models import module_specs, open_model, slots_of
+from exl2jax.models import module_specs, open_model
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.spelling import stock_spelling
-from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits
 from scripts.architectures import render
+from tests.support.made_up import made_up_measurement
 from tests.support.stock_names import STOCK
 from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
 
@@ -71,19 +71,6 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(9).integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
     found = evaluate(target, ids, source)
     assert found.kl_divergence is not None and found.kl_divergence < 1.0  # unrelated logits differ by about 4
-
-
-def made_up_measurement(source: Path, path: Path) -> Path:
-    """A complete stock measurement whose accuracies grow with the bits."""
-    specs = module_specs(open_model(source).config)
-    modules = {}
-    for slot in slots_of(specs):
-        rows = [(row, module_bits(slot, row)) for row in candidate_rows(slot)]
-        modules[slot.key] = tuple(
-            Candidate(qparams=row, total_bits=bits, accuracy=1 - 2.0 ** (-bits / slot.weights)) for row, bits in rows
-        )
-    Measurement(modules=modules).write(path, specs)
-    return path
 
 
 def check_weights(source: Path, target: Path) -> None:
