@@ -31,8 +31,8 @@ PASSES = {"fisher": 5, "divergence": 5, "accuracy": 12}
 class Estimate:
     """A cell before it runs: bytes of its weight files, seconds, and whether it is finished already.
 
-    Seconds hold the measurement for the first cell that needs it. They are rough: within a factor of three before
-    anything ran in the folder, closer once cells are finished there, whose times they are scaled to.
+    Seconds hold the measurement for the first cell that needs it. They are rough: stages of `make lab` were off
+    by up to a factor of two at the speed that fits the whole (docs/laboratory.md). Finished cells give the speed.
     """
 
     cell: str
