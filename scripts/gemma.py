@@ -206,6 +206,7 @@ def write_model(gguf_path: Path, directory: Path) -> None:
 def write_heldout(model_dir: Path, path: Path, length: int = 256) -> None:
     """Write the built-in held-out text as token rows `[rows, length]` int32, each beginning with `<bos>`."""
     tokenizer = load_tokenizer(model_dir)
+    assert tokenizer.bos_id is not None  # `write_model` named it
     rows = heldout_rows(tokenizer, length - 1).ids
     save_file({"input_ids": np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)}, path)
 
