@@ -64,11 +64,11 @@ class Peak:
     seconds: float
 
 
-def conversion_peak(shape: Shape, *options: str) -> Peak:
+def conversion_peak(shape: Shape, *options: str, cache: Path | None = None) -> Peak:
     """The peak of converting a random model of this shape under `options` of the command, bits among them.
 
-    Everything is compiled anew, which takes memory of its own. Raises `CalledProcessError` if the conversion fails;
-    what it said is on stderr.
+    What was compiled before comes from `cache`; without one everything is compiled anew, which takes memory of its own.
+    Raises `CalledProcessError` if the conversion fails; what it said is on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_llama(
@@ -88,12 +88,19 @@ def conversion_peak(shape: Shape, *options: str) -> Peak:
         done = subprocess.run(
             [sys.executable, "-c", CHILD, *command],
             cwd=ROOT,
-            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+            env=os.environ | _cache_settings(cache),
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
     return Peak(resident=1024 * int(done.stdout.split()[-1]), seconds=time.perf_counter() - begun)
+
+
+def _cache_settings(cache: Path | None) -> dict[str, str]:
+    """The environment in which JAX keeps all that it compiles in a folder, or nothing."""
+    if cache is None:
+        return {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
