@@ -140,7 +140,7 @@ def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) ->
 
 def _states(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
     """Bytes of the largest checkpoint's hidden states, the full-precision stream's among them."""
-    streams = 2 if context.recipe.propagates else 1
+    streams = 2 if context.recipe.carries_reference else 1
     width = context.model.config.hidden_size
     return max((streams * each.input_ids.size * width * FLOAT for each in rows.values()), default=0)
 

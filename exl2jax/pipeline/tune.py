@@ -25,6 +25,10 @@ UNTUNED = "router"
 """The name of what stands among the norms and is none."""
 
 
+LEAST_BIAS = 1e-2
+"""Unit of a bias that is zero throughout, so that it can move at all."""
+
+
 class Changes(NamedTuple):
     """Relative changes, zero at first: of each linear's maxima `[K / 32]` (as many as groups count), of each norm's
     weight and bias, of each linear's bias, in units of its root mean square.
@@ -147,7 +151,8 @@ def _moved_norm(norm: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, 
 
 
 def _moved_bias(bias: Any, delta: Any) -> Any:
-    return bias + delta * jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(bias, jnp.float32))))
+    size = jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(bias, jnp.float32))))
+    return bias + delta * jnp.maximum(size, LEAST_BIAS)
 
 
 def _half(value: Any, offset: np.float32) -> np.ndarray:
