@@ -36,7 +36,7 @@ test: setup ## run all tests
 test-fast: setup ## run the tests that take seconds
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
-torture: setup ## kill, refuse, corrupt and fuzz in full (a quarter of an hour); writes the figures of docs/reliability.md
+torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where nothing else runs); writes the figures of docs/reliability.md
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
 
 quality: demo-model ## measure what each choice of the algorithm is worth (most of an hour); the table of docs/quality.md
