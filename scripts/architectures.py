@@ -70,8 +70,14 @@ mend:
 
 Routers stay as they are. Each expert's linears are quantized by the Hessian of the tokens routed to it, or of all
 tokens with `--moe-calibration all`; an expert that no token reached gets the identity. The summary names experts that
-saw less than a tenth of an even share. All experts of a layer are in memory together while it is worked on, and each of
-them runs on every token, in one batched product, before the router's weights pick what counts.
+saw less than a tenth of an even share. Each expert runs on every token, in one batched product with the others, before
+the router's weights pick what counts.
+
+The experts of a layer are in memory together where 4 GiB hold them with all that belongs to them: weights, Hessians,
+factors, quantized copies (`EXPERT_BYTES` in `pipeline/blocks.py`). Otherwise every pass takes them in pieces: a few are
+read, worked on and let go before the next are read. A layer's output is a sum over its experts, and so are gradients
+and the states of candidates, so the result is the same but for the order of these sums. Pieces are not tuned, which the
+summary says, and the preset `stock` holds the outputs of all candidates meanwhile.
 """
 
 

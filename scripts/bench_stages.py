@@ -11,7 +11,8 @@ import numpy as np
 from exl2jax.errors import SettingsError
 from exl2jax.models import HFModel, ModelConfig, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
-from exl2jax.pipeline.measure import STATES, Block, measure_step
+from exl2jax.pipeline.blocks import Block
+from exl2jax.pipeline.measure import STATES, MeasureStep
 from exl2jax.pipeline.measurement import candidate_rows
 from exl2jax.pipeline.quantize import QuantizeStep
 from exl2jax.pipeline.recipe import find_recipe
@@ -108,9 +109,9 @@ def measurement(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.measured, sizes)
 
     def run(count: int) -> None:
-        carry = {STATES: embed(model, ids)}
+        carry, step = {STATES: embed(model, ids)}, MeasureStep(decoder=decoder, mask=None)
         for spec in specs[:count]:
-            carry, _ = measure_step(carry, Block(spec, model.module_params(spec)), decoder=decoder, mask=None)
+            carry, _ = step(carry, Block.of(model, spec))
 
     forward = whole = Work(0)
     for spec in specs:
@@ -142,7 +143,7 @@ def quantization(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
             )
             carry = step.start(embed(model, ids))
             for spec in specs[:count]:
-                carry, _ = step(carry, Block(spec, model.module_params(spec)))
+                carry, _ = step(carry, Block.of(model, spec))
 
     forward = whole = Work(0)
     for spec in specs:

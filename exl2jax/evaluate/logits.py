@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from exl2jax.models import Model, ModuleSpec, build_decoder, module_specs, open_model
-from exl2jax.pipeline.stream import embed, forward, head_logits, row_chunks
+from exl2jax.pipeline.blocks import Block, forward_block
+from exl2jax.pipeline.stream import embed, head_logits, row_chunks
 
 
 def walk(model: Model, input_ids: np.ndarray) -> Iterator[tuple[ModuleSpec, np.ndarray]]:
-    """Every module and the hidden states `[R, T, D]` after it; one block resident, one array that moves along."""
+    """Every module and the hidden states `[R, T, D]` after it, one block resident."""
     decoder = build_decoder(model.config)
     states = embed(model, input_ids)
     for spec in module_specs(model.config):
-        forward(decoder, spec.kind, model.module_params(spec), states, out=states)
+        states = forward_block(decoder, Block.of(model, spec), states)
         yield spec, states
 
 

@@ -24,6 +24,7 @@ from exl2jax.models.modules import (
     MOE_KIND,
     PARALLEL_KINDS,
     SLIDING_KINDS,
+    ModuleSpec,
     stage_names,
 )
 
@@ -157,9 +158,18 @@ class Router(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """Experts that a router picks for each token: w1 and w3 of every expert first, then w2 of every expert."""
+    """Experts that a router picks for each token: w1 and w3 of every expert first, then w2 of every expert.
+
+    `experts` are those at hand, None for all. The outputs of pieces add up: the residual is part of the first.
+    """
 
     config: ModelConfig
+    experts: range | None = None
+
+    @property
+    def held(self) -> range:
+        """The experts at hand."""
+        return range(self.config.num_experts) if self.experts is None else self.experts
 
     def setup(self) -> None:
         """Declare the norm and the router, which both stay unquantized."""
@@ -168,21 +178,21 @@ class SparseMoe(nn.Module):
 
     def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
         """What each expert's w1 and w3 read, then what its w2 reads."""
-        experts = range(self.config.num_experts)
         if stage == 0:
-            return (self.norm(h),) * self.config.num_experts
+            return (self.norm(h),) * len(self.held)
         act = ACTIVATIONS[self.config.activation]
-        return tuple(act(outputs[f"w1.{e}"]) * outputs[f"w3.{e}"] for e in experts)
+        return tuple(act(outputs[f"w1.{e}"]) * outputs[f"w3.{e}"] for e in self.held)
 
     def routing(self, h: jax.Array) -> jax.Array:
-        """Weights of the experts, `[B, T, experts]`."""
-        return self.router(self.norm(h))
+        """Weights of the experts at hand, `[B, T, experts]`; the router sees them all."""
+        return self.router(self.norm(h))[..., self.held.start : self.held.stop]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state."""
+        """The new hidden state, or what these experts add to it."""
         weights = self.routing(h)
-        y = sum(weights[..., e, None] * outputs[f"w2.{e}"] for e in range(self.config.num_experts))
-        return h + _scaled(jnp.asarray(y), self.config.scales.residual)
+        y = sum(weights[..., i, None] * outputs[f"w2.{e}"] for i, e in enumerate(self.held))
+        y = _scaled(jnp.asarray(y), self.config.scales.residual)
+        return y if self.held.start else h + y
 
 
 class Head(nn.Module):
@@ -213,9 +223,17 @@ class Trace(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """The pure functions of a model's modules, by kind. Hashable, so it can be static under `jit`."""
+    """The pure functions of a model's modules, by kind. Hashable, so it can be static under `jit`.
+
+    `experts` are those of a mixture that it computes with, None for all.
+    """
 
     config: ModelConfig
+    experts: range | None = None
+
+    def of(self, spec: ModuleSpec) -> "Decoder":
+        """The decoder of a module, or of a piece of one."""
+        return self._replace(experts=spec.experts)
 
     def module(self, kind: str) -> Attention | MLP | SparseMoe:
         """The Flax module of a kind."""
@@ -225,14 +243,18 @@ class Decoder(NamedTuple):
         if kind in (MLP_KIND, BRANCH_MLP_KIND):
             return MLP(self.config, branch=kind == BRANCH_MLP_KIND)
         if kind == MOE_KIND:
-            return SparseMoe(self.config)
+            return SparseMoe(self.config, self.experts)
         if kind == ATTENTION_KIND or sliding or kind in BRANCH_ATTENTION_KINDS:
             return Attention(self.config, sliding, branch=kind in BRANCH_ATTENTION_KINDS)
         raise ValueError(f"no module of kind {kind}")
 
+    def names(self, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Names of the linears of a module by stage and group."""
+        return stage_names(self.config, kind, self.experts)
+
     def stages(self, kind: str) -> int:
         """How many stages the linears of a module come in."""
-        return len(stage_names(self.config, kind))
+        return len(self.names(kind))
 
     def inputs(self, kind: str, stage: int, params: Params, h: jax.Array, outputs: Outputs) -> Inputs:
         """What each group of linears of a stage reads, given the outputs of the stages before by linear name."""
@@ -248,7 +270,7 @@ class Decoder(NamedTuple):
 
     def linears(self, kind: str, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
         """Outputs of a stage's linears; those of experts, which are of one shape, in one batched product."""
-        groups = stage_names(self.config, kind)[stage]
+        groups = self.names(kind)[stage]
         if kind != MOE_KIND:
             return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
         out: dict[str, jax.Array] = {}

@@ -78,6 +78,7 @@ class ModuleSpec:
 
     `index` is its place as stock counts modules, from the embedding at 0.
     `slots` are the parts whose candidates are measured apart: the module itself, but for a parallel block.
+    `experts` are those that a piece of a mixture holds, None where it is no piece.
     """
 
     key: str
@@ -87,6 +88,7 @@ class ModuleSpec:
     norms: tuple[NormSpec, ...]
     stages: tuple[tuple[Group, ...], ...]
     branches: tuple["ModuleSpec", ...] = ()
+    experts: range | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -114,15 +116,17 @@ class ModuleSpec:
         return sum(linear.weights for linear in self.linears)
 
 
-def stage_names(config: ModelConfig, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Names of the linears of a module by stage and group."""
+def stage_names(
+    config: ModelConfig, kind: str, experts: range | None = None
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Names of the linears of a module by stage and group; `experts` of a mixture only, None for all."""
     up = ("gate_proj", "up_proj") if config.arch.mlp[0] else ("up_proj",)
     if kind in (MLP_KIND, BRANCH_MLP_KIND):
         return (up,), (_DOWN,)
     if kind in PARALLEL_KINDS:
         return ((*_QKV, *up),), (_O, _DOWN)
     if kind == MOE_KIND:
-        experts = range(config.num_experts)
+        experts = range(config.num_experts) if experts is None else experts
         return tuple((f"w1.{e}", f"w3.{e}") for e in experts), tuple((f"w2.{e}",) for e in experts)
     return (_QKV,), (_O,)
 

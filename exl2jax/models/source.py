@@ -69,10 +69,11 @@ class Model:
 
     def module_params(self, spec: ModuleSpec) -> dict[str, Any]:
         """Parameters of a module in the form `models.decoder` takes."""
-        params: dict[str, Any] = {norm.name: self._norm(norm) for norm in spec.norms}
-        for linear in spec.linears:
-            params[linear.name] = self.linear_params(linear)
-        return params
+        return self.plain_params(spec) | {linear.name: self.linear_params(linear) for linear in spec.linears}
+
+    def plain_params(self, spec: ModuleSpec) -> dict[str, Any]:
+        """Parameters of a module's norms and router."""
+        return {norm.name: self._norm(norm) for norm in spec.norms}
 
     def head_params(self) -> dict[str, Any]:
         """Parameters of the final norm and the head."""

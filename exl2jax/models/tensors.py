@@ -76,6 +76,10 @@ class SourceTensors:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied."""
         source, fused = self._find(name)
+        if fused is not None and fused.experts and not self._block:
+            # One expert's rows: all of a layer's together may not fit in memory.
+            value = self._files.read(source, _expert_rows(name, self._config))
+            return value.T if fused.transposed else value
         value = self._files.read(source)
         if self._files.dtype(source) == FLOAT8 and self._block:
             value = rescale(value, self._files.read(source + SCALE_SUFFIX), self._block, source)
@@ -150,10 +154,18 @@ def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
     return [sizes[part] for part in fused.parts]
 
 
+def _expert_rows(name: str, config: ModelConfig) -> slice:
+    """Rows of an expert, the last but two of a linear's name, in a tensor that holds those of all."""
+    start = int(name.split(".")[-3]) * config.intermediate_size
+    return slice(start, start + config.intermediate_size)
+
+
 def _part_rows(fused: Fused, name: str, config: ModelConfig) -> np.ndarray | slice:
     """Which rows of the fused tensor are those of a part, the linear that the tensor `name` belongs to."""
+    if fused.experts:
+        return _expert_rows(name, config)
     sizes = _part_sizes(fused, config)
-    index = int(name.split(".")[-3]) if fused.experts else fused.parts.index(_module_name(name))
+    index = fused.parts.index(_module_name(name))
     start = sum(sizes[:index])
     if not fused.interleaved:
         return slice(start, start + sizes[index])

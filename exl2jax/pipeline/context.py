@@ -10,9 +10,9 @@ from typing import Any
 from exl2jax.calibration import Tokenizer, load_tokenizer
 from exl2jax.errors import SettingsError, StorageError
 from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.job import FileCheckpoint, WorkDirectory, fingerprint
-from exl2jax.pipeline.measure import Block
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.quantize import HeadBlock
 from exl2jax.pipeline.recipe import Recipe
@@ -65,10 +65,10 @@ class Context:
         )
 
     def load(self, spec: ModuleSpec | LinearSpec) -> Block | HeadBlock:
-        """The block of a module, or of the head, with its weights."""
+        """The block of a module, or of the head, with its weights; a large mixture reads its experts later."""
         if isinstance(spec, LinearSpec):
             return HeadBlock(spec, self.model.head_params())
-        return Block(spec, self.model.module_params(spec))
+        return Block.of(self.model, spec)
 
     def scan[O](
         self,

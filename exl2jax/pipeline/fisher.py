@@ -8,7 +8,7 @@ second one over the modules in reverse, each recomputed from its stored input, s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.pipeline.blocks import Block, Piece, forward_block, joined
 from exl2jax.pipeline.devices import on_all_devices, to_host
-from exl2jax.pipeline.measure import STATES, Block
+from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import forward, full_mask, single_rows, token_chunks
+from exl2jax.pipeline.stream import full_mask, single_rows, token_chunks
 from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
@@ -80,7 +81,7 @@ class ForwardStep:
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, None]:
         """Run a module on the full-precision states."""
         states = carry[STATES]
-        out = forward(self.decoder, block.spec.kind, jax.device_put(block.params), states)
+        out = forward_block(self.decoder, block, states)
         if not np.isfinite(out).all():
             raise NumericalError(
                 f"{block.spec.key}: the full-precision output holds NaN or infinity on this calibration data"
@@ -98,22 +99,27 @@ class BackwardStep:
     tokens: int
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Columns]:
-        """Pull the gradients `[R, T, D]` back through a module, row by row."""
-        spec, gradient, states = block.spec, carry[GRADIENT], self.stack.read(block.spec)
-        columns = tuple((linear.name, linear.columns) for linear in spec.linears)
-        pull = partial(_row_backward, decoder=self.decoder, kind=spec.kind, columns=columns)
-        params, out = on_all_devices(jax.device_put(block.params)), np.empty_like(gradient)
+        """Pull the gradients `[R, T, D]` back through a module; those through its pieces add up."""
+        pull = partial(self._pull, states=self.stack.read(block.spec), gradient=carry[GRADIENT])
+        out, found = reduce(joined, map(pull, block.pieces(self.decoder)))
+        if not np.isfinite(out).all():
+            raise NumericalError(
+                f"{block.spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
+            )
+        return {GRADIENT: out}, found
+
+    def _pull(self, piece: Piece, states: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The gradients through a piece, row by row, and the Fisher information of its linears."""
+        columns = tuple((linear.name, linear.columns) for linear in piece.spec.linears)
+        pull = partial(_row_backward, decoder=piece.decoder, kind=piece.spec.kind, columns=columns)
+        params, out = on_all_devices(piece.params), np.empty_like(gradient)
         totals = {name: np.zeros(n, np.float64) for name, n in columns}
         for chunk in single_rows(len(states)):
             back, squares = pull(params, chunk.take(states), chunk.take(gradient))
             chunk.put(out, back)
             for name, value in squares.items():
                 totals[name] += to_host(value).astype(np.float64)
-        if not np.isfinite(out).all():
-            raise NumericalError(
-                f"{spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
-            )
-        return {GRADIENT: out}, {name: (t / self.tokens).astype(np.float32) for name, t in totals.items()}
+        return out, {name: (t / self.tokens).astype(np.float32) for name, t in totals.items()}
 
 
 def head_gradients(

@@ -18,7 +18,7 @@ from exl2jax.models import LinearSpec, ModuleSpec, head_spec
 from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
-from exl2jax.pipeline.measure import STATES, measure_step
+from exl2jax.pipeline.measure import STATES, MeasureStep
 from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement, read_sensitivity
 from exl2jax.pipeline.perturb import PERTURBED, Perturbation, PerturbStep, divergences, scaled
 from exl2jax.pipeline.price import PriceStep
@@ -172,8 +172,7 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
 
     _, outputs = context.scan(
         "measure",
-        partial(
-            measure_step,
+        MeasureStep(
             decoder=context.decoder,
             mask=rows.attention_mask,
             routed_only=context.config.routed_only,

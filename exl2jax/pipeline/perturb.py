@@ -9,7 +9,7 @@ the linears' outputs take the place of the prediction, and the factors alone say
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
-from exl2jax.models.modules import stage_names
 from exl2jax.ops import round_to_nearest
+from exl2jax.pipeline.blocks import Block, Piece
 from exl2jax.pipeline.fisher import Columns, InputStack
-from exl2jax.pipeline.measure import Block
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import forward, group_weights
+from exl2jax.pipeline.stream import group_weights
 from exl2jax.qparams import q
 
 PERTURBED = "perturbed"
@@ -62,24 +61,41 @@ class PerturbStep:
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Perturbation]:
         """Move the models perturbed before on through a module, and add the one that is perturbed here."""
-        spec, params = block.spec, jax.device_put(block.params)
-        own = self.stack.position(spec) * self.rows
-        inputs = self.stack.read(spec)[: self.rows]
+        own = self.stack.position(block.spec) * self.rows
+        inputs = self.stack.read(block.spec)[: self.rows]
+        streams = carry[PERTURBED].copy()
+        perturb = partial(self._perturb, before=streams[:own], inputs=inputs)
+        streams[: own + self.rows], found = reduce(_joined, map(perturb, block.pieces(self.decoder)))
+        return {PERTURBED: streams}, found
+
+    def _perturb(self, piece: Piece, before: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, Perturbation]:
+        """Run a piece of a module on the streams perturbed before, and rounded on the inputs of its own perturbation.
+
+        Returns the outputs of all of them, and what the rounding is predicted to do.
+        """
+        spec, params = piece.spec, piece.params
         rounded = {linear.name: _rounded(params[linear.name]["kernel"], linear) for linear in spec.linears}
         perturbed = params | {name: params[name] | {"kernel": kernel} for name, kernel in rounded.items()}
-        streams = carry[PERTURBED].copy()
-        if own:
-            streams[:own] = forward(self.decoder, spec.kind, params, streams[:own])
-        streams[own : own + self.rows] = forward(self.decoder, spec.kind, perturbed, inputs)
-        energy = _energies(self.decoder, spec.kind, params, rounded, jnp.asarray(inputs))
+        own = piece._replace(params=perturbed).forward(inputs)
+        outputs = np.concatenate([piece.forward(before), own]) if len(before) else own
+        energy = _energies(piece.decoder, spec.kind, params, rounded, jnp.asarray(inputs))
         columns = self._columns(spec, {name: np.asarray(out, np.float64) for name, (_, out) in energy.items()})
         predicted = sum(0.5 * float(np.asarray(e, np.float64) @ columns[name]) for name, (e, _) in energy.items())
-        return {PERTURBED: streams}, Perturbation(columns=columns, predicted=predicted)
+        return outputs, Perturbation(columns=columns, predicted=predicted)
 
     def _columns(self, spec: ModuleSpec, outputs: Mapping[str, np.ndarray]) -> Columns:
         if self.fisher is not None:
             return {linear.name: self.fisher[linear.key] for linear in spec.linears}
         return {name: np.full(e.shape, 1 / max(e.sum(), 1e-30), np.float32) for name, e in outputs.items()}
+
+
+def _joined(
+    first: tuple[np.ndarray, Perturbation], then: tuple[np.ndarray, Perturbation]
+) -> tuple[np.ndarray, Perturbation]:
+    """What two pieces of a module give together."""
+    (states, a), (more, b) = first, then
+    columns = {**a.columns, **b.columns}
+    return states + more, Perturbation(columns=columns, predicted=a.predicted + b.predicted)
 
 
 def scaled(found: Sequence[Perturbation], divergence: np.ndarray) -> list[Columns]:
@@ -122,7 +138,7 @@ def _energies(
     """Mean squares over a linear's tokens, by column, of its error and of its output."""
     inputs = [x for stage in decoder.forward(kind, params, h).inputs for x in stage]
     weights = group_weights(decoder.routed(kind, params, h), len(inputs), jnp.ones(h.shape[:2]))
-    names = [group for stage in stage_names(decoder.config, kind) for group in stage]
+    names = [group for stage in decoder.names(kind) for group in stage]
 
     def squares(name: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = params[name]["kernel"]

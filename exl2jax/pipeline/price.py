@@ -4,6 +4,7 @@ per candidate.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import HessianFactor
 from exl2jax.pallas import kernels_for
+from exl2jax.pipeline.blocks import Block, Piece, joined
 from exl2jax.pipeline.linear import in_threads, require_half_range
-from exl2jax.pipeline.measure import STATES, Block, module_factors
+from exl2jax.pipeline.measure import STATES, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
 from exl2jax.pipeline.stream import collect
@@ -35,14 +37,19 @@ class PriceStep:
     method: Method = STOCK
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, LinearCosts]]:
-        """Price the linears of a module and move on with its unquantized outputs.
+        """Price the linears of a module and move on with its unquantized outputs."""
+        price = partial(self._price, states=carry[STATES])
+        out, costs = reduce(joined, map(price, block.pieces(self.decoder)))
+        return {STATES: out}, costs
+
+    def _price(self, piece: Piece, states: np.ndarray) -> tuple[np.ndarray, dict[str, LinearCosts]]:
+        """Output of a piece of a module, and the costs of its linears.
 
         With `H` the mean of `x^T x` over the tokens that reach a linear, an error `E` costs
         `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert is asked.
         """
-        spec, states = block.spec, carry[STATES]
-        params = jax.device_put(block.params)
-        collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
+        spec, params = piece.spec, piece.params
+        collected = collect(piece.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
         if not np.isfinite(collected.states).all():
             raise NumericalError(
                 f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
@@ -71,7 +78,7 @@ class PriceStep:
             )
             for linear in spec.linears
         }
-        return {STATES: collected.states}, costs
+        return collected.states, costs
 
 
 def _losses(

@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 
 from exl2jax.models import Decoder, ModuleSpec
-from exl2jax.models.modules import stage_names
 from exl2jax.ops import HessianFactor, gram
 from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.stream import group_weights, or_identity, row_chunks
@@ -123,7 +122,7 @@ def _chunk(
     ys, hidden = _run(decoder, kind, stage, params, ref)
     weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
     if stage == decoder.stages(kind) - 1:
-        kernels = [params[name]["kernel"] for (name,) in stage_names(decoder.config, kind)[stage]]
+        kernels = [params[name]["kernel"] for (name,) in decoder.names(kind)[stage]]
         new = [_last(x, y, ref - h, w, k, strengths) for x, y, w, k in zip(xs, ys, weights, kernels, strict=True)]
     else:
         new = [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]

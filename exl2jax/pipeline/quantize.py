@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.models.modules import NormSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
+from exl2jax.pipeline.blocks import Block, Piece, cut
 from exl2jax.pipeline.compile import stored_norm, tensor_file
 from exl2jax.pipeline.head import quantize_head
 from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
-from exl2jax.pipeline.measure import STATES, Block, module_factors
+from exl2jax.pipeline.measure import STATES, module_factors
 from exl2jax.pipeline.propagate import Strengths, corrected_target, stage_terms
 from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
@@ -99,45 +101,55 @@ class QuantizeStep:
         """Quantize a block and move on with its quantized outputs."""
         if isinstance(block, HeadBlock):
             return self._head(carry, block)
-        carry, report = (self._propagated if self.recipe.propagates else self._plain)(carry, block)
-        if not np.isfinite(carry[STATES]).all():
+        run = partial(
+            self._propagated if self.recipe.propagates else self._plain,
+            states=carry[STATES],
+            reference=carry[REFERENCE],
+        )
+        done = reduce(Outcome.joined, map(run, block.pieces(self.decoder)))
+        if not np.isfinite(done.states).all():
             raise NumericalError(f"{block.spec.key}: the quantized output holds NaN or infinity")
-        return carry, report
+        error = relative_error(done.states, done.wanted, self.mask)
+        said = (*done.trouble, *starved_experts(block.spec, done.tokens))
+        if self.recipe.tuning is not None and len(cut(block.spec)) > 1:
+            said = (*said, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
+        report = ModuleReport(
+            key=block.spec.key,
+            bits=done.bits,
+            damping=done.damping,
+            trouble=said,
+            tuning=done.tuning,
+            own_norms=done.own_norms,
+            **{"stream_error" if self.recipe.propagates else "rfn_error": error},
+        )
+        return {STATES: done.states, REFERENCE: done.reference}, report
 
-    def _plain(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
+    def _plain(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
-        spec, states = block.spec, carry[STATES]
-        params = jax.device_put(block.params)
-        collected = collect(self.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
+        decoder, spec, params = piece
+        collected = collect(decoder, spec, params, states, self.mask, routed_only=self.routed_only)
         factors = module_factors(spec, collected.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         done = self._linears(spec, spec.linears, params, kernels, factors)
-        reference = forward(self.decoder, spec.kind, params, carry[REFERENCE])
-        quantized, kept = self._finish(spec, done, states, reference)
-        trouble = list(done.trouble)
-        states = forward(self.decoder, spec.kind, quantized, states, out=states)
-        error = relative_error(states, collected.states, self.mask)
-        trouble += [
+        said = [
             line
             for g, h in zip(spec.groups, collected.hessians, strict=True)
             for line in hessian_trouble(h, factors[g[0].name], g)
         ]
-        trouble += starved_experts(spec, collected.tokens)
-        report = _report(spec, factors, trouble, **kept, rfn_error=error)
-        return {STATES: states, REFERENCE: reference}, report
+        done = done._replace(trouble=(*done.trouble, *said))
+        tokens = collected.tokens[-len(spec.stages[-1]) :]
+        return self._outcome(piece, done, factors, tokens, states, piece.forward(reference), collected.states)
 
-    def _propagated(self, carry: Carry, block: Block) -> tuple[Carry, ModuleReport]:
+    def _propagated(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
-        spec, states, reference = block.spec, carry[STATES], carry[REFERENCE]
-        params = jax.device_put(block.params)
+        decoder, spec, params = piece
         done, said, tokens, following = _Quantized(params, {}, ()), list[str](), list[int](), reference
         factors: dict[str, HessianFactor] = {}
         kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
-        share = self.decoder.residual_share(spec.kind)
-        strengths = Strengths(self.recipe.propagation, self.recipe.residual * share)
+        strengths = Strengths(self.recipe.propagation, self.recipe.residual * decoder.residual_share(spec.kind))
         for stage, groups in enumerate(spec.stages):
             found = stage_terms(
-                self.decoder,
+                decoder,
                 spec,
                 stage,
                 params,
@@ -158,12 +170,31 @@ class QuantizeStep:
             linears = [x for group in groups for x in group]
             now = self._linears(spec, linears, done.params, targets, factors)
             done = now._replace(linears={**done.linears, **now.linears})
-            said, tokens, following = [*said, *now.trouble], tokens + found.tokens, found.reference
-        quantized, kept = self._finish(spec, done, states, following)
-        states = forward(self.decoder, spec.kind, quantized, states, out=states)
-        error = relative_error(states, following, self.mask)
-        said += starved_experts(spec, tokens)
-        return {STATES: states, REFERENCE: following}, _report(spec, factors, said, **kept, stream_error=error)
+            said, tokens, following = [*said, *now.trouble], found.tokens, found.reference
+        done = done._replace(trouble=tuple(said))
+        return self._outcome(piece, done, factors, tokens, states, following, following)
+
+    def _outcome(
+        self,
+        piece: Piece,
+        done: "_Quantized",
+        factors: Mapping[str, HessianFactor],
+        tokens: list[int],
+        states: np.ndarray,
+        reference: np.ndarray,
+        wanted: np.ndarray,
+    ) -> "Outcome":
+        """Store what is quantized and run it."""
+        params, kept = self._finish(piece, done, states, reference)
+        return Outcome(
+            states=forward(piece.decoder, piece.spec.kind, params, states, out=states if piece.whole else None),
+            wanted=wanted,
+            reference=reference,
+            damping={name: float(factor.damping) for name, factor in factors.items()},
+            trouble=done.trouble,
+            tokens=tokens,
+            **kept,
+        )
 
     def _linears(
         self,
@@ -186,14 +217,17 @@ class QuantizeStep:
         return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(trouble))
 
     def _finish(
-        self, spec: ModuleSpec, done: "_Quantized", states: np.ndarray, reference: np.ndarray
+        self, piece: Piece, done: "_Quantized", states: np.ndarray, reference: np.ndarray
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report."""
-        params, linears, report = done.params, done.linears, dict[str, Any]()
+        """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report.
+
+        Pieces of a mixture are not tuned: what they should give together is known only when the last one is stored.
+        """
+        spec, params, linears, report = piece.spec, done.params, done.linears, dict[str, Any]()
         norms: tuple[NormSpec, ...] = ()
-        if self.recipe.tuning is not None:
+        if self.recipe.tuning is not None and piece.whole:
             task = TuneTask(
-                decoder=self.decoder,
+                decoder=piece.decoder,
                 spec=spec,
                 params=params,
                 linears=linears,
@@ -246,17 +280,40 @@ class QuantizeStep:
         write_checked_tensors(tensor_file(self.out_tensor, spec.key), packed.tensors(spec.key))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What quantizing a module, or a piece of it, gave.
+
+    `states` are those after it, `wanted` those that they are judged by, `reference` the full-precision ones; `tokens`
+    went into the Hessian of each group of the last stage; the rest is for the report.
+    """
+
+    states: np.ndarray
+    wanted: np.ndarray
+    reference: np.ndarray
+    bits: int
+    damping: dict[str, float]
+    trouble: tuple[str, ...]
+    tokens: list[int]
+    tuning: Mapping[str, float] | None = None
+    own_norms: tuple[str, ...] = ()
+
+    def joined(self, then: "Outcome") -> "Outcome":
+        """Together with the next piece: states add up, the rest is put side by side."""
+        return Outcome(
+            states=self.states + then.states,
+            wanted=self.wanted + then.wanted,
+            reference=self.reference + then.reference,
+            bits=self.bits + then.bits,
+            damping=self.damping | then.damping,
+            trouble=self.trouble + then.trouble,
+            tokens=self.tokens + then.tokens,
+        )
+
+
 class _Quantized(NamedTuple):
     """Parameters of a module with the linears so far quantized, those linears, and what there is to say of them."""
 
     params: dict[str, Any]
     linears: dict[str, QuantizedLinear]
     trouble: tuple[str, ...]
-
-
-def _report(
-    spec: ModuleSpec, factors: Mapping[str, HessianFactor], trouble: Sequence[str], **figures: Any
-) -> ModuleReport:
-    """The report of a module whose linears used `factors`."""
-    damping = {name: float(factor.damping) for name, factor in factors.items()}
-    return ModuleReport(key=spec.key, damping=damping, trouble=tuple(trouble), **figures)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from exl2jax.errors import Interrupted
 from exl2jax.models import Decoder, Model, ModelConfig, build_decoder, module_specs
 from exl2jax.models.kv_cache import KeyValues, empty_cache, next_hidden, widened
 from exl2jax.models.modules import ATTENTION_KINDS
+from exl2jax.pipeline.blocks import Block, Piece
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.stream import head_logits
 from exl2jax.storage import write_tensors
@@ -37,8 +38,8 @@ RESIDENT_BYTES = 8 << 30
 STRETCHES = 8
 """The cache is widened this many times on the way to a full row: few compilations, little empty room."""
 
-type Walk = Callable[[], Iterator[tuple[str, Any]]]
-"""One pass over the model: kind and parameters of each module in order."""
+type Walk = Callable[[], Iterator[Block]]
+"""One pass over the model: each module in order, with its parameters."""
 
 
 class Embeddings(NamedTuple):
@@ -130,7 +131,7 @@ def _batch_rows(config: ModelConfig, length: int) -> int:
 def _walk(model: Model) -> Walk:
     """Passes over the model's modules, as many of them resident as fit."""
     specs = module_specs(model.config)
-    kept: list[Any] = []
+    kept: list[Block] = []
     room = RESIDENT_BYTES
     for spec in specs:
         room -= 4 * spec.weights
@@ -138,11 +139,11 @@ def _walk(model: Model) -> Walk:
             log.warning("sampling: %d of %d modules do not fit in memory and are read for every token",
                         len(specs) - len(kept), len(specs))  # fmt: skip
             break
-        kept.append(jax.tree.map(jnp.asarray, model.module_params(spec)))
+        kept.append(Block(spec, jax.tree.map(jnp.asarray, model.module_params(spec))))
 
-    def walk() -> Iterator[tuple[str, Any]]:
+    def walk() -> Iterator[Block]:
         for index, spec in enumerate(specs):
-            yield spec.kind, kept[index] if index < len(kept) else model.module_params(spec)
+            yield kept[index] if index < len(kept) else Block.of(model, spec)
 
     return walk
 
@@ -161,14 +162,14 @@ def _hidden_states(
             for i, cache in enumerate(caches):  # one after the other: never two whole sets in memory
                 caches[i] = widened(cache, position + stretch)
         hidden, module = jnp.asarray(embeddings.at(ids[:, position], position)), 0
-        for kind, params in walk():
-            if kind not in ATTENTION_KINDS:
-                hidden = _other_step(decoder, kind, params, hidden)
+        for block in walk():
+            if block.spec.kind not in ATTENTION_KINDS:
+                hidden = reduce(jnp.add, map(partial(_other_step, h=hidden), block.pieces(decoder)))
                 continue
             if module == len(caches):
                 caches.append(empty_cache(decoder.config, batch, stretch))
             hidden, caches[module] = _attention_step(
-                decoder, kind, params, hidden, caches[module], jnp.int32(position), length
+                decoder, block.spec.kind, block.params, hidden, caches[module], jnp.int32(position), length
             )
             module += 1
         yield hidden
@@ -177,8 +178,12 @@ def _hidden_states(
 _attention_step = jax.jit(next_hidden, static_argnums=(0, 1, 6), donate_argnums=4)
 
 
+def _other_step(piece: Piece, h: jax.Array) -> jax.Array:
+    return _forward(piece.decoder, piece.spec.kind, piece.params, h)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _other_step(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
+def _forward(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
     return decoder.forward(kind, params, h).hidden
 
 

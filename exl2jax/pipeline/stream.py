@@ -4,7 +4,7 @@ States are `[R, T, D]` float32 in host memory; a chunk is a few rows, padded to 
 compilation serves a whole run. Padded rows carry a zero mask and never reach a Hessian or an error.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,33 +130,22 @@ def collect(
 
     `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians. Those of an expert come
     from the tokens routed to it, or from all unless `routed_only`; an expert that no token reached gets the identity.
-    Where the Hessians are larger together than `HESSIAN_BYTES` they take several passes.
     """
     mask, params = full_mask(states, mask), on_all_devices(params)
     out = np.empty_like(states)
-    hessians: list[jax.Array] = []
-    tokens: list[int] = []
-    for part in _parts([group[0].rows for group in spec.groups]):
-        sums: Sums | None = None
-        for chunk in row_chunks(states):
-            h, m = chunk.take(states), chunk.take(mask)
-            sums = on_all_devices(_zeros(spec, part)) if sums is None else sums
-            hidden, sums = _collect_chunk(decoder, spec.kind, part, routed_only, params, h, m, sums)
-            chunk.put(out, hidden)
-        assert sums is not None  # chunks of a non-empty array are never empty
-        sums = on_one_device(sums)
-        found = [round(float(n)) for n in sums.tokens]
-        tokens += found
-        hessians += [or_identity(h / len(states), n) for h, n in zip(sums.hessians, found, strict=True)]
+    sums = on_all_devices(_zeros(spec))
+    for chunk in row_chunks(states):
+        h, m = chunk.take(states), chunk.take(mask)
+        hidden, sums = _collect_chunk(decoder, spec.kind, routed_only, params, h, m, sums)
+        chunk.put(out, hidden)
+    sums = on_one_device(sums)
+    tokens = [round(float(n)) for n in sums.tokens]
+    hessians = [or_identity(h / len(states), n) for h, n in zip(sums.hessians, tokens, strict=True)]
     return Collected(out, hessians, tokens)
 
 
-HESSIAN_BYTES = 4 << 30
-"""Hessians accumulated in one pass over the states; more of them, of many experts, take several passes."""
-
-
 class Sums(NamedTuple):
-    """Sums over the rows so far: `X^T X` and the number of tokens, for each group of a part."""
+    """Sums over the rows so far: `X^T X` and the number of tokens, for each group."""
 
     hessians: list[jax.Array]
     tokens: list[jax.Array]
@@ -175,27 +164,15 @@ def group_weights(routed: jax.Array | None, groups: int, mask: jax.Array) -> lis
     return [mask * routed[..., g % experts] for g in range(groups)]
 
 
-def _parts(sizes: Sequence[int]) -> list[range]:
-    """Cut the groups into runs whose Hessians fit."""
-    parts, start, room = [], 0, HESSIAN_BYTES
-    for g, size in enumerate(sizes):
-        room -= 4 * size * size
-        if room < 0 and g > start:
-            parts.append(range(start, g))
-            start, room = g, HESSIAN_BYTES - 4 * size * size
-    return [*parts, range(start, len(sizes))]
-
-
-def _zeros(spec: ModuleSpec, part: range) -> Sums:
-    sizes = [spec.groups[g][0].rows for g in part]
+def _zeros(spec: ModuleSpec) -> Sums:
+    sizes = [group[0].rows for group in spec.groups]
     return Sums([jnp.zeros((k, k), jnp.float32) for k in sizes], [jnp.float32(0) for _ in sizes])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def _collect_chunk(
     decoder: Decoder,
     kind: str,
-    part: range,
     routed_only: bool,
     params: Any,
     h: jax.Array,
@@ -206,10 +183,10 @@ def _collect_chunk(
     inputs = [x for stage in trace.inputs for x in stage]
     weights = group_weights(decoder.routed(kind, params, h) if routed_only else None, len(inputs), mask)
     hessians = [
-        accumulate_hessian(total, inputs[g] * weights[g][:, :, None])
-        for total, g in zip(sums.hessians, part, strict=True)
+        accumulate_hessian(total, x * weight[:, :, None])
+        for total, x, weight in zip(sums.hessians, inputs, weights, strict=True)
     ]
-    tokens = [total + jnp.sum(weights[g]) for total, g in zip(sums.tokens, part, strict=True)]
+    tokens = [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)]
     return trace.hidden, Sums(hessians, tokens)
 
 

@@ -61,8 +61,7 @@ def candidate_errors(
 ) -> np.ndarray:
     """Mean over rows of the error `of_rows` for each candidate, residual included: `[candidates]` float64."""
     mask = full_mask(states, mask)
-    params = on_all_devices(params)
-    stacks = {name: Stack(on_all_devices(stack.weights), stack.picks) for name, stack in stacks.items()}
+    params, stacks = on_all_devices(params), _everywhere(stacks)
     outputs = _expert_outputs if spec.kind == MOE_KIND else _outputs
     parts = []
     for chunk in row_chunks(states):
@@ -72,6 +71,36 @@ def candidate_errors(
             errors[candidate] = _row_errors(of_rows, out, ref, weight)
         parts.append(np.stack([chunk.read(errors[i]) for i in range(len(errors))]))
     return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
+
+
+def expert_outputs(
+    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], states: np.ndarray
+) -> np.ndarray:
+    """What some experts of a mixture add to its output under each candidate, `[candidates, R, T, D]`."""
+    out = np.empty((len(stacks[spec.linears[0].name].picks), *states.shape), np.float32)
+    params, stacks = on_all_devices(params), _everywhere(stacks)
+    for chunk in row_chunks(states):
+        for candidate, part in _expert_outputs(decoder, spec, params, stacks, jnp.asarray(chunk.take(states))):
+            chunk.put(out[candidate], part)
+    return out
+
+
+def output_error(
+    out: np.ndarray,
+    reference: np.ndarray,
+    mask: np.ndarray | None,
+    of_rows: Callable[[jax.Array, jax.Array], jax.Array],
+) -> float:
+    """Mean over rows of the error `of_rows` of an output `[R, T, D]`."""
+    mask, errors = full_mask(reference, mask), []
+    for chunk in row_chunks(reference):
+        arrays = (jnp.asarray(chunk.take(x)) for x in (out, reference, mask))
+        errors.append(chunk.read(_row_errors(of_rows, *arrays)))
+    return float(np.concatenate(errors).astype(np.float64).mean())
+
+
+def _everywhere(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+    return {name: Stack(on_all_devices(stack.weights), stack.picks) for name, stack in stacks.items()}
 
 
 def _expert_outputs(

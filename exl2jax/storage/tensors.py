@@ -79,14 +79,15 @@ class TensorFiles:
         self._header(name)
         return self._where[name]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor in its stored dtype; with `rows` only those are read."""
         path = self.file(name)
         with _opened(path) as handle:
             stored, shape = self._header(name)
             if stored in FLOAT8:
-                return np.frombuffer(stored_bytes(path, name), FLOAT8[stored]).reshape(shape)
-            return handle.get_tensor(name)
+                whole = np.frombuffer(stored_bytes(path, name), FLOAT8[stored]).reshape(shape)
+                return whole if rows is None else whole[rows]
+            return handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
 
     def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
         if name not in self._headers:

@@ -11,7 +11,9 @@ from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.evaluate.verify import verify
 from exl2jax.models import module_specs, open_model
 from exl2jax.models.architectures import ARCHITECTURES
+from exl2jax.models.modules import MOE_KIND
 from exl2jax.models.spelling import stock_spelling
+from exl2jax.pipeline import blocks
 from scripts.architectures import render
 from tests.support.made_up import made_up_measurement
 from tests.support.stock_names import STOCK
@@ -21,6 +23,10 @@ ROWS, LENGTH = 16, 32
 
 MEASURED = ("gemma3", "gpt2", "qwen3_moe", "cohere")
 """Measured as well as quantized: one of every kind of module. The others take a measurement that is made up."""
+
+
+IN_PIECES = ("dbrx",)
+"""Converted with room for two of the four experts at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +48,12 @@ def test_the_documentation_is_current() -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_conversion(name: str, tokens: Path, tmp_path: Path) -> None:
+def test_conversion(name: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = TINY[name]
     source = write_tiny(tmp_path / "source", tiny)
+    if name in IN_PIECES:
+        mixture = next(s for s in module_specs(open_model(source).config) if s.kind == MOE_KIND)
+        monkeypatch.setattr(blocks, "EXPERT_BYTES", 2 * blocks.expert_bytes(mixture))
     target = tmp_path / "exl2"
     measurement = None if name in MEASURED else made_up_measurement(source, tmp_path / "measurement.json")
     result = convert(

@@ -14,7 +14,7 @@ import pytest
 
 from exl2jax import ConversionConfig, convert
 from exl2jax.models import HFModel, build_decoder, module_specs, open_model
-from exl2jax.pipeline.measure import Block
+from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.quantize import QuantizeStep
 from exl2jax.pipeline.recipe import find_recipe

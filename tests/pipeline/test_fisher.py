@@ -10,8 +10,9 @@ import pytest
 
 from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, Model, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
-from exl2jax.pipeline.measure import STATES, Block
+from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.stream import embed
 from tests.oracles.fisher import Llama, Probe, slope
 from tests.oracles.llama import plain_frequencies

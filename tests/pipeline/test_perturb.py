@@ -9,8 +9,9 @@ from exl2jax import ConversionConfig, convert
 from exl2jax.errors import SettingsError
 from exl2jax.evaluate.verify import verify
 from exl2jax.models import Decoder, Model, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.fisher import ForwardStep, InputStack
-from exl2jax.pipeline.measure import STATES, Block
+from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.perturb import PERTURBED, ROUNDING, TOKEN_STRIDE, PerturbStep, divergences, scaled
 from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.stream import embed, forward
