@@ -23,6 +23,10 @@ WALK_OPS = 12
 subtract, divide by the diagonal, convert the code."""
 
 
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What JAX calls the event."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spent:
     """Seconds of one run, on the wall and of the process's cores, and those that XLA compiled before it."""
@@ -51,7 +55,7 @@ class Rates:
 
 def timed(run: Callable[[], Any], repeat: int, first: Callable[[], Any] | None = None) -> Spent:
     """The fastest of `repeat` runs after one of `first`, which compiles: `run` itself where nothing shorter does."""
-    with _compiling() as compiling:
+    with compilations() as compiling:
         jax.block_until_ready((first or run)())
     wall, cpu = [], []
     for _ in range(repeat):
@@ -68,12 +72,12 @@ def plain_seconds(run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _compiling() -> Iterator[list[float]]:
-    """Seconds of XLA's compilations meanwhile, those of all threads."""
+def compilations() -> Iterator[list[float]]:
+    """Seconds of each of XLA's compilations meanwhile, in all threads, those answered by a cache on disk included."""
     seconds: list[float] = []
 
-    def listen(event: str, duration_secs: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
             seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

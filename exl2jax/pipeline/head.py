@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec
-from exl2jax.ops import gram, round_to_nearest
+from exl2jax.ops import round_to_nearest
 from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
-from exl2jax.pipeline.propagate import CrossTerms, Strengths, corrected_target, cross_terms
+from exl2jax.pipeline.propagate import CrossTerms, Strengths, added, corrected_target, cross_terms
 from exl2jax.pipeline.stream import full_mask, row_chunks
 from exl2jax.pipeline.trouble import hessian_trouble, linear_trouble
 from exl2jax.qparams import QParams
@@ -69,9 +69,5 @@ def head_terms(
 def _accumulate(
     decoder: Decoder, params: Any, h: jax.Array, wanted: jax.Array | None, mask: jax.Array, terms: CrossTerms | None
 ) -> CrossTerms:
-    x = decoder.head_input(params, h)
-    if wanted is None:
-        new = CrossTerms(gram((x * mask[:, :, None]).reshape(-1, x.shape[-1])))
-    else:
-        new = cross_terms(x, decoder.head_input(params, wanted), mask)
-    return new if terms is None else jax.tree.map(jnp.add, terms, new)
+    y = None if wanted is None else decoder.head_input(params, wanted)
+    return added(terms, cross_terms(decoder.head_input(params, h), y, mask))

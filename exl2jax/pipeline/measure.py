@@ -1,6 +1,6 @@
 """The measurement pass: what every candidate of every module does to that module's output."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import iadd
@@ -9,15 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, relative_frobenius
 from exl2jax.pipeline.blocks import Block, Piece, cut
 from exl2jax.pipeline.linear import Task, factor_hessian, quantize_many
 from exl2jax.pipeline.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.pipeline.scan import Carry
-from exl2jax.pipeline.stream import collect, forward
-from exl2jax.pipeline.trials import Stack, candidate_errors, expert_outputs, output_error
+from exl2jax.pipeline.stream import ErrorOfRows, collect, forward, relative_error, require_finite
+from exl2jax.pipeline.trials import Stack, candidate_errors, expert_outputs
 from exl2jax.variants import STOCK, Method
 from exl2jax.variants.candidates import STOCK_TABLE, Table
 
@@ -38,7 +37,7 @@ class MeasureStep:
     routed_only: bool = True
     method: Method = STOCK
     table: Table = STOCK_TABLE
-    of_rows: Callable[[jax.Array, jax.Array], jax.Array] = relative_frobenius
+    of_rows: ErrorOfRows = relative_frobenius
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, tuple[Candidate, ...]]]:
         """Measure one module and move on with its unquantized output."""
@@ -48,7 +47,7 @@ class MeasureStep:
         else:
             run = partial(self._experts, states=states)
             out, *trials = reduce(iadd, map(run, block.pieces(self.decoder, settings)))
-            errors = {block.spec.key: [output_error(trial, out, self.mask, self.of_rows) for trial in trials]}
+            errors = {block.spec.key: [relative_error(trial, out, self.mask, self.of_rows) for trial in trials]}
         found = {
             slot.key: tuple(
                 Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
@@ -79,10 +78,7 @@ class MeasureStep:
         """The full-precision output, and the factors of the Hessians."""
         spec = piece.spec
         found = collect(piece.decoder, spec, piece.params, states, self.mask, routed_only=self.routed_only)
-        if not np.isfinite(found.states).all():
-            raise NumericalError(
-                f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
-            )
+        require_finite(found.states, spec)
         return found.states, module_factors(spec, found.hessians, self.method)
 
     def _settings(self, spec: ModuleSpec) -> int:

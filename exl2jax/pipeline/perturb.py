@@ -21,6 +21,7 @@ from exl2jax.ops import round_to_nearest
 from exl2jax.pipeline.blocks import Block, Piece
 from exl2jax.pipeline.fisher import Columns, InputStack
 from exl2jax.pipeline.scan import Carry
+from exl2jax.pipeline.scoring import divergence, log_probabilities
 from exl2jax.pipeline.stream import group_weights
 from exl2jax.qparams import q
 
@@ -119,7 +120,7 @@ def divergences(
     weight = weight[:, ::TOKEN_STRIDE]
     totals = np.zeros(len(streams) // rows)
     for r in range(rows):
-        full = _log_probabilities(decoder, params, reference[r, ::TOKEN_STRIDE])
+        full = log_probabilities(decoder, params, reference[r, ::TOKEN_STRIDE])
         for m in range(len(totals)):
             kl = _divergence(decoder, params, streams[m * rows + r, ::TOKEN_STRIDE], full)
             totals[m] += np.asarray(kl, np.float64) @ weight[r]
@@ -152,11 +153,5 @@ def _energies(
 
 
 @partial(jax.jit, static_argnums=0)
-def _log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(decoder.logits(params, h[None])[0], axis=-1)
-
-
-@partial(jax.jit, static_argnums=0)
 def _divergence(decoder: Decoder, params: Any, h: jax.Array, full: jax.Array) -> jax.Array:
-    log_p = _log_probabilities(decoder, params, h)
-    return jnp.sum(jnp.exp(full) * (full - log_p), axis=-1)
+    return divergence(full, log_probabilities(decoder, params, h))

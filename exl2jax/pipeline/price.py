@@ -19,7 +19,7 @@ from exl2jax.pipeline.linear import in_threads, require_half_range
 from exl2jax.pipeline.measure import STATES, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
-from exl2jax.pipeline.stream import collect
+from exl2jax.pipeline.stream import collect, require_finite
 from exl2jax.variants import STOCK, Method
 
 
@@ -50,10 +50,7 @@ class PriceStep:
         """
         spec, params = piece.spec, piece.params
         collected = collect(piece.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
-        if not np.isfinite(collected.states).all():
-            raise NumericalError(
-                f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data"
-            )
+        require_finite(collected.states, spec)
         factors = module_factors(spec, collected.hessians, self.method)
         tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}
 

@@ -16,7 +16,7 @@ from jax import lax
 from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, gram
 from exl2jax.pipeline.devices import on_all_devices, on_one_device
-from exl2jax.pipeline.stream import group_weights, or_identity, row_chunks
+from exl2jax.pipeline.stream import full_mask, group_weights, or_identity, row_chunks
 
 
 class Strengths(NamedTuple):
@@ -83,12 +83,12 @@ def stage_terms(
 ) -> StageTerms:
     """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
-    An expert's tokens are those that the
-    quantized model routes to it, unless not `routed_only`; without any its Hessian is the identity.
+    An expert's tokens are those that the quantized model routes to it, unless not `routed_only`; without any its
+    Hessian is the identity.
     """
     last = stage == len(spec.stages) - 1
     sums, out = None, np.empty_like(reference) if last else reference
-    mask = np.ones(states.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    mask = full_mask(states, mask)
     params, quantized = on_all_devices((params, quantized))
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
@@ -126,14 +126,23 @@ def _chunk(
         new = [_last(x, y, ref - h, w, k, strengths) for x, y, w, k in zip(xs, ys, weights, kernels, strict=True)]
     else:
         new = [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
-    counts = [jnp.sum(w) for w in weights]
-    return hidden, (new, counts) if sums is None else jax.tree.map(jnp.add, sums, (new, counts))
+    return hidden, added(sums, (new, [jnp.sum(w) for w in weights]))
 
 
-def cross_terms(x: jax.Array, y: jax.Array, weight: jax.Array) -> CrossTerms:
-    """Products of a chunk's inputs, quantized `x` and full-precision `y` `[B, T, K]`, each token by its `weight`."""
-    x, y = _tokens(x, weight), _tokens(y, weight)
-    return CrossTerms(gram(x), cross=jnp.matmul(x.T, y - x, precision=lax.Precision.HIGHEST))
+def added[T](sums: T | None, more: T) -> T:
+    """Sums over the chunks so far, None before the first, and one chunk's."""
+    return more if sums is None else jax.tree.map(jnp.add, sums, more)
+
+
+def cross_terms(x: jax.Array, y: jax.Array | None, weight: jax.Array) -> CrossTerms:
+    """Products of a chunk's inputs, quantized `x` and full-precision `y` `[B, T, K]`, each token by its `weight`.
+
+    Without `y` there is the Hessian alone.
+    """
+    x = _tokens(x, weight)
+    if y is None:
+        return CrossTerms(gram(x))
+    return CrossTerms(gram(x), cross=jnp.matmul(x.T, _tokens(y, weight) - x, precision=lax.Precision.HIGHEST))
 
 
 def _last(

@@ -258,7 +258,7 @@ class QuantizeStep:
             self.mask,
             qparams,
             method,
-            reference=carry[REFERENCE] if self.recipe.propagates else None,
+            reference=carry[REFERENCE],
             strength=self.recipe.propagation,
         )
         self._store(block.spec, packed.packed)

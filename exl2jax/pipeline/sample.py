@@ -24,7 +24,7 @@ from exl2jax.models.kv_cache import KeyValues, empty_cache, next_hidden, widened
 from exl2jax.models.modules import ATTENTION_KINDS
 from exl2jax.pipeline.blocks import Block, Piece
 from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.stream import head_logits
+from exl2jax.pipeline.stream import forward_chunk, head_logits
 from exl2jax.storage import write_tensors
 
 log = logging.getLogger(__name__)
@@ -179,12 +179,7 @@ _attention_step = jax.jit(next_hidden, static_argnums=(0, 1, 6), donate_argnums=
 
 
 def _other_step(piece: Piece, h: jax.Array) -> jax.Array:
-    return _forward(piece.decoder, piece.spec.kind, piece.params, h)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
-    return decoder.forward(kind, params, h).hidden
+    return forward_chunk(piece.decoder, piece.spec.kind, piece.params, h)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

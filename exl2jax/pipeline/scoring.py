@@ -59,8 +59,15 @@ def perplexity(nll: np.ndarray, mask: np.ndarray | None = None) -> float:
         return float(np.exp(np.sum(nll * weight, dtype=np.float64) / np.sum(weight)))
 
 
-def _log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
+    """Of the next token after each of final states `[N, D]`: `[N, vocab]`."""
     return jax.nn.log_softmax(decoder.logits(params, h[None])[0], axis=-1)
+
+
+def divergence(log_ref: jax.Array, log_p: jax.Array) -> jax.Array:
+    """KL(ref || p) `[N]` in nats, from log probabilities `[N, vocab]`."""
+    return jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
 
 
 def _picked(log_p: jax.Array, ids: jax.Array) -> jax.Array:
@@ -69,15 +76,15 @@ def _picked(log_p: jax.Array, ids: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _nll(decoder: Decoder, params: Any, h: jax.Array, ids: jax.Array) -> jax.Array:
-    return _picked(_log_probabilities(decoder, params, h), ids)
+    return _picked(log_probabilities(decoder, params, h), ids)
 
 
 @partial(jax.jit, static_argnums=0)
 def _compare(
     decoder: Decoder, params: Any, h: jax.Array, ids: jax.Array, ref_params: Any, ref_h: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    log_p = _log_probabilities(decoder, params, h)
-    log_ref = _log_probabilities(decoder, ref_params, ref_h)
-    kl = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+    log_p = log_probabilities(decoder, params, h)
+    log_ref = log_probabilities(decoder, ref_params, ref_h)
+    kl = divergence(log_ref, log_p)
     agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_ref, axis=-1)
     return _picked(log_p, ids), kl, agree.astype(jnp.float32)

@@ -4,7 +4,7 @@ States are `[R, T, D]` float32 in host memory; a chunk is a few rows, padded to 
 compilation serves a whole run. Padded rows carry a zero mask and never reach a Hessian or an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, Model, ModuleSpec
 from exl2jax.ops import accumulate_hessian, relative_frobenius
 from exl2jax.pipeline.devices import (
@@ -27,9 +28,13 @@ from exl2jax.pipeline.devices import (
 CHUNK_TOKENS = 2048
 """Tokens of a chunk, at least one row: enough to keep every core busy, little enough to stay in cache."""
 
-
 LOGITS = 1 << 24
 """Logits held at once, 64 MB of them: enough for efficient products, little beside the head itself."""
+
+
+type ErrorOfRows = Callable[[jax.Array, jax.Array], jax.Array]
+"""From an output and what it should be, `[B, T, D]`, the error of each row `[B]`; a function of a module, so that it is
+compiled once."""
 
 
 class Chunk(NamedTuple):
@@ -151,6 +156,12 @@ class Sums(NamedTuple):
     tokens: list[jax.Array]
 
 
+def require_finite(states: np.ndarray, spec: ModuleSpec) -> None:
+    """Raise `NumericalError` where a module's full-precision output is not finite."""
+    if not np.isfinite(states).all():
+        raise NumericalError(f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data")
+
+
 def or_identity(hessian: jax.Array, tokens: int) -> jax.Array:
     """The Hessian, or the identity where no token went into it."""
     return hessian if tokens else jnp.eye(hessian.shape[0], dtype=hessian.dtype)
@@ -194,26 +205,31 @@ def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: n
     """Run a module over all rows; `out` may be `states` itself."""
     out, params = np.empty_like(states) if out is None else out, on_all_devices(params)
     for chunk in row_chunks(states):
-        chunk.put(out, _forward_chunk(decoder, kind, params, chunk.take(states)))
+        chunk.put(out, forward_chunk(decoder, kind, params, chunk.take(states)))
     return out
 
 
-def relative_error(out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None) -> float:
-    """Mean over rows of `||out - ref|| / ||ref||`, the stock converter's `rfn_error` of a module, padding apart."""
-    mask = full_mask(out, mask)
-    errors = []
-    for c in row_chunks(out):
-        weight = mask[c.start : c.stop, :, None]
-        errors.append(np.asarray(_row_errors(out[c.start : c.stop] * weight, ref[c.start : c.stop] * weight)))
+def relative_error(
+    out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None, of_rows: ErrorOfRows = relative_frobenius
+) -> float:
+    """Mean over rows of the error `of_rows`, padding apart; its default gives the stock converter's `rfn_error`."""
+    mask, errors = full_mask(out, mask), []
+    for chunk in row_chunks(out):
+        arrays = (chunk.take(x) for x in (out, ref, mask))
+        errors.append(chunk.read(row_errors(of_rows, *arrays)))
     return float(np.mean(np.concatenate(errors), dtype=np.float64))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _forward_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
+def forward_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
+    """A module's output on a chunk `[B, T, D]`."""
     return decoder.forward(kind, params, h).hidden
 
 
-_row_errors = jax.jit(relative_frobenius)
+@partial(jax.jit, static_argnums=0)
+def row_errors(of_rows: ErrorOfRows, out: jax.Array, ref: jax.Array, weight: jax.Array) -> jax.Array:
+    """Error of each row of a chunk `[B]`, tokens by their `weight [B, T]`."""
+    return of_rows(out * weight[:, :, None], ref * weight[:, :, None])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -6,7 +6,7 @@ stage (q and k of an attention) share what comes before it, and only the second 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from exl2jax.models.layers import apply_linear
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.ops import relative_frobenius
 from exl2jax.pipeline.devices import on_all_devices
-from exl2jax.pipeline.stream import full_mask, row_chunks
+from exl2jax.pipeline.stream import ErrorOfRows, forward_chunk, full_mask, row_chunks, row_errors
 
 
 class Stack(NamedTuple):
@@ -57,7 +57,7 @@ def candidate_errors(
     states: np.ndarray,
     reference: np.ndarray,
     mask: np.ndarray | None,
-    of_rows: Callable[[jax.Array, jax.Array], jax.Array] = relative_frobenius,
+    of_rows: ErrorOfRows = relative_frobenius,
 ) -> np.ndarray:
     """Mean over rows of the error `of_rows` for each candidate, residual included: `[candidates]` float64."""
     mask = full_mask(states, mask)
@@ -68,7 +68,7 @@ def candidate_errors(
         h, ref, weight = (jnp.asarray(chunk.take(x)) for x in (states, reference, mask))
         errors: dict[int, jax.Array] = {}
         for candidate, out in outputs(decoder, spec, params, stacks, h):
-            errors[candidate] = _row_errors(of_rows, out, ref, weight)
+            errors[candidate] = row_errors(of_rows, out, ref, weight)
         parts.append(np.stack([chunk.read(errors[i]) for i in range(len(errors))]))
     return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
 
@@ -85,20 +85,6 @@ def expert_outputs(
     return out
 
 
-def output_error(
-    out: np.ndarray,
-    reference: np.ndarray,
-    mask: np.ndarray | None,
-    of_rows: Callable[[jax.Array, jax.Array], jax.Array],
-) -> float:
-    """Mean over rows of the error `of_rows` of an output `[R, T, D]`."""
-    mask, errors = full_mask(reference, mask), []
-    for chunk in row_chunks(reference):
-        arrays = (jnp.asarray(chunk.take(x)) for x in (out, reference, mask))
-        errors.append(chunk.read(_row_errors(of_rows, *arrays)))
-    return float(np.concatenate(errors).astype(np.float64).mean())
-
-
 def _everywhere(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
     return {name: Stack(on_all_devices(stack.weights), stack.picks) for name, stack in stacks.items()}
 
@@ -109,7 +95,7 @@ def _expert_outputs(
     """The output of a mixture of experts under each candidate, which sets all experts alike."""
     for candidate in range(len(stacks[spec.linears[0].name].picks)):
         trial = {name: _with_kernel(params[name], stack, candidate) for name, stack in stacks.items()}
-        yield candidate, _forward(decoder, spec.kind, _apart(spec, params) | trial, h)
+        yield candidate, forward_chunk(decoder, spec.kind, _apart(spec, params) | trial, h)
 
 
 def _outputs(
@@ -188,16 +174,3 @@ def _output(
     decoder: Decoder, kind: str, last: str, rest: Any, linear: Any, between: jax.Array, h: jax.Array
 ) -> jax.Array:
     return decoder.output(kind, rest, h, {last: apply_linear(linear, between)})
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
-    return decoder.forward(kind, params, h).hidden
-
-
-@partial(jax.jit, static_argnums=0)
-def _row_errors(
-    of_rows: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array, ref: jax.Array, weight: jax.Array
-) -> jax.Array:
-    """Error of each row `[R]`, padding apart."""
-    return of_rows(out * weight[:, :, None], ref * weight[:, :, None])

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, ModuleSpec
-from exl2jax.ops import QuantizedLinear, dequantize, half_scale
+from exl2jax.ops import QuantizedLinear
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pipeline.stream import full_mask, rows_at_once
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.variants import Choice
+from exl2jax.variants.rounding import Rounded, weight_of
 from exl2jax.variants.tuning import Tunable, Tuned
 
 UNTUNED = "router"
 """The name of what stands among the norms and is none."""
-
 
 LEAST_BIAS = 1e-2
 """Unit of a bias that is zero throughout, so that it can move at all."""
@@ -112,7 +112,7 @@ class TuneTask:
         mask, total, count = full_mask(self.states, self.mask), 0.0, 0.0
         for part, real in _padded(rows, size):
             weight = mask[part] * real[:, None]
-            sums = _errors(params, self.states[part], self.reference[part], weight, self.decoder, self.spec.kind)
+            sums = _errors(self.decoder, self.spec.kind, params, self.states[part], self.reference[part], weight)
             total, count = total + float(sums), count + float(weight.sum())
         return total / max(count, 1.0)
 
@@ -133,16 +133,9 @@ def _with_maxima(linear: QuantizedLinear, delta: np.ndarray) -> QuantizedLinear:
     count = len(linear.groups)
     maxima = np.asarray(linear.qscale_max, np.float32) * (1 + delta[:count])
     maxima = np.clip(maxima, 0, HALF_MAX).astype(np.float16)
-    of_row = _groups_of_rows(linear)
-    bits = np.asarray([group.bits for group in linear.groups], np.float32)[of_row, None]
-    qs = np.asarray(linear.qs)[of_row]
-    weight = _dequantized(linear.codes, qs, maxima[of_row, None], bits, jnp.argsort(linear.perm))
-    return linear._replace(qscale_max=jnp.asarray(maxima), weight=weight)
-
-
-@jax.jit
-def _dequantized(codes: jax.Array, qs: jax.Array, maxima: jax.Array, bits: jax.Array, inv_perm: jax.Array) -> jax.Array:
-    return dequantize(codes, half_scale(maxima, qs), bits).astype(jnp.float16)[inv_perm]
+    found = Rounded(linear.codes, linear.qs, jnp.asarray(maxima))
+    weight = weight_of(found, linear.groups, jnp.argsort(linear.perm))
+    return linear._replace(qscale_max=found.qscale_max, weight=weight)
 
 
 def _moved_norm(norm: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,10 +161,7 @@ def _sum_of_errors(decoder: Decoder, kind: str, params: Any, h: jax.Array, ref: 
     return jnp.sum(error * mask / (energy + 1e-6 * jnp.mean(energy) + 1e-30))
 
 
-_errors = jax.jit(
-    lambda params, h, ref, mask, decoder, kind: _sum_of_errors(decoder, kind, params, h, ref, mask),
-    static_argnums=(4, 5),
-)
+_errors = jax.jit(_sum_of_errors, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnames=("decoder", "kind"))

@@ -13,7 +13,6 @@ from exl2jax.ops import (
     HessianFactor,
     Kernels,
     QuantizedLinear,
-    dequantize,
     factorize,
     gptq,
     gptq_tile_losses,
@@ -22,7 +21,7 @@ from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
 from exl2jax.ops.scales import ScaleChoice
 from exl2jax.qparams import ROW_MULTIPLE, Group
 from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
-from exl2jax.variants.rounding import Ordered, Rounded, by_row
+from exl2jax.variants.rounding import Ordered, Rounded, weight_of
 
 ORDER, DAMPING, SCALES, ROUNDING = (
     Choice(kind=kind, name=STOCK_NAME, settings=NoSettings()) for kind in ("order", "damping", "scales", "rounding")
@@ -68,8 +67,7 @@ class Method:
             return gptq(w, factor, groups, kernels)
         ordered = Ordered(w[factor.perm], factor, tuple(groups))
         found: Rounded = self.rounding.function(ordered, _Search(choice=self.scales), self.rounding.settings)
-        scale, bits = by_row(found, ordered.groups)
-        weight = dequantize(found.codes, scale, bits).astype(jnp.float16)[factor.inv_perm]
+        weight = weight_of(found, ordered.groups, factor.inv_perm)
         return QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, ordered.groups, weight)
 
     def tile_losses(

@@ -146,6 +146,11 @@ def by_row(found: Rounded, groups: tuple[Group, ...]) -> tuple[jax.Array, jax.Ar
     return tuple(jnp.repeat(x, counts, axis=0, total_repeat_length=total) for x in (scale, bits))  # type: ignore[return-value]
 
 
+def weight_of(found: Rounded, groups: tuple[Group, ...], inv_perm: jax.Array) -> jax.Array:
+    """The weight that this dequantizes to, `[K, N]` float16 in original row order."""
+    return dequantize(found.codes, *by_row(found, groups)).astype(jnp.float16)[inv_perm]
+
+
 @jax.jit
 def _sweep(w: jax.Array, h: jax.Array, codes: jax.Array, scale: jax.Array, bits: jax.Array) -> jax.Array:
     """The best code of each row given all others: the weight that zeroes the row's gradient, rounded."""

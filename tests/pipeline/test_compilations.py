@@ -4,11 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,10 +17,10 @@ from exl2jax.pipeline.quantize import QuantizeStep
 from exl2jax.pipeline.recipe import find_recipe
 from exl2jax.pipeline.stream import embed
 from exl2jax.qparams import q
+from scripts.bench_rates import compilations
 from tests.support.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
-COMPILED = "/jax/core/compile/backend_compile_duration"
 BLOCKS = 8
 SETTINGS = [q("4/3", ".5/.5", "32"), q("5/4", ".5/.5", "32"), q("6", "1", "32"), q("3", "1", "32")]
 """Settings of the blocks in turn: four blocks meet all that eight do."""
@@ -44,26 +41,10 @@ print("RESULT", json.dumps({"seconds": spent["/jax/core/compile/backend_compile_
 """
 
 
-@contextmanager
-def counted() -> Iterator[list[str]]:
-    """The compilations that happen meanwhile, those answered by a cache on disk included."""
-    seen: list[str] = []
-
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED:
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 class Meter:
     """Progress that notes how many compilations there were after each module of each stage."""
 
-    def __init__(self, seen: list[str]) -> None:
+    def __init__(self, seen: list[float]) -> None:
         self.seen, self.counts, self.stage = seen, dict[str, list[int]](), ""
 
     def start(self, stage: str, total: int, done: int) -> None:
@@ -87,7 +68,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_measuring_compiles_for_the_first_block_only(path: Path, tmp_path: Path) -> None:
-    with counted() as seen:
+    with compilations() as seen:
         meter = Meter(seen)
         config = ConversionConfig(
             in_dir=path,
@@ -124,7 +105,7 @@ def test_eight_blocks_are_quantized_with_the_compilations_of_four(path: Path, pr
         check_rows=2,
     )
     carry, after = step.start(embed(model, ids)), [0]
-    with counted() as seen:
+    with compilations() as seen:
         for spec in specs:
             carry, _ = step(carry, Block(spec, model.module_params(spec)))
             after.append(len(seen))
