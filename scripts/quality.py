@@ -47,9 +47,6 @@ VARIANTS: dict[str, Recipe] = {
     "16 fisher rows": replace(BEST, fisher_rows=16),
 }
 EVERY_TARGET = ("stock", "fisher", "best")
-AT_THREE_BITS = ("stock + propagation", "without residual", "scaled by divergence", "fast")
-"""Variants of the study that are compared at every target, and at three bits only; the others by `--only`."""
-
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
 """Calibration subsets of the noise floor, for `best` at three bits."""
@@ -73,8 +70,8 @@ def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterat
     """The trials of the study, the most telling first."""
     for bits in targets:
         yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
-    for variant in only or AT_THREE_BITS:
-        if variant not in EVERY_TARGET:
+    for variant in VARIANTS:
+        if variant not in EVERY_TARGET and (not only or variant in only):
             yield Trial(variant=variant, bits=3.0)
     if not only or "best" in only:
         yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))

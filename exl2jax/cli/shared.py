@@ -37,7 +37,8 @@ def set_up(console: Console) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "exl2jax" / "xla"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_MEGABYTES * 2**20)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # Every one: hundreds of short compilations take seconds together.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def say(message: str) -> None:
