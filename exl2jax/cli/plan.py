@@ -27,6 +27,12 @@ def plan_command(
     dataset_rows: Annotated[int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows.")] = None,
     measurement_rows: Annotated[int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows.")] = None,
     length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
+    measurement: Annotated[
+        Path | None, typer.Option("-m", "--measurement", help="Allocate by this measurement: the size is then exact.")
+    ] = None,
+    shard_size: Annotated[
+        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
+    ] = 8192,
     preset: Annotated[str, typer.Option("--preset", help="best, fast or stock.")] = DEFAULT_PRESET,
     as_json: Json = False,
 ) -> int:
@@ -43,10 +49,13 @@ def plan_command(
             measurement_rows=measurement_rows,
             length=length,
             measurement_length=length,
+            measurement=measurement,
+            shard_size=shard_size,
             preset=preset,
         )
         context = Context.open(config, Control())
         built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
-        plan = make_plan(context, {"measure": built.build(measure=True), "quantize": built.build(measure=False)})
+        passes = {"quantize": False} if measurement else {"measure": True, "quantize": False}
+        plan = make_plan(context, {name: built.build(measure=measure) for name, measure in passes.items()})
     deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     return 1 if plan.refused else 0

@@ -41,6 +41,21 @@ class PackedLinear:
         return 8 * sum(getattr(self, name).nbytes for name in TENSOR_NAMES)
 
 
+def stored_shapes(
+    groups: tuple[Group, ...], rows: int, columns: int, *, bias: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype, as safetensors spells it, and shape of each tensor that a `[rows, columns]` matrix is stored as."""
+    n, count = padded_columns(columns), len(groups)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "q_weight": ("I32", (sum(group.words for group in groups), n)),
+        "q_scale": ("I32", (count, n // 8)),
+        "q_scale_max": ("F16", (count,)),
+        "q_groups": ("I16", (2 * count,)),
+        "q_invperm": ("I32", (rows,)),
+    }
+    return found | {"bias": ("F16", (n,))} if bias else found
+
+
 @jax.jit
 def pack_scales(qs: jax.Array) -> jax.Array:
     """Pack scale indices `qs [G, N]` in 1..16 into `[G, N/8]` int32, minus one, lowest nibble = lowest column."""

@@ -9,9 +9,20 @@ import numpy as np
 from exl2jax.errors import JobError, ModelError, StorageError
 from exl2jax.models import HFModel, embedding_shapes, head_norm_spec, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
-from exl2jax.models.modules import NormSpec
+from exl2jax.models.modules import LinearSpec, NormSpec
+from exl2jax.ops.packing import stored_shapes
 from exl2jax.pipeline.job import WorkDirectory
-from exl2jax.storage import ShardWriter, copy_file, is_shard, make_directory, read_checked_tensors, write_json
+from exl2jax.qparams import QParams
+from exl2jax.storage import (
+    ShardWriter,
+    TensorHead,
+    copy_file,
+    is_shard,
+    make_directory,
+    read_checked_tensors,
+    shards_size,
+    write_json,
+)
 from exl2jax.storage.tensors import INDEX_NAME
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -31,6 +42,35 @@ def compile_model(
     for name, tensor in _tensors(model, out_tensor, own_norms):
         writer.add(name, tensor)
     return writer.finish()
+
+
+def compiled_size(model: HFModel, qparams: Mapping[str, QParams], *, shard_mb: float) -> int:
+    """Bytes of the shards that `compile_model` writes when every linear, the head too, is quantized by its `qparams`.
+
+    `qparams` go by the linears' keys. Norms count as the source stores them.
+    """
+    return shards_size(_heads(model, qparams), shard_mb)
+
+
+def _heads(model: HFModel, qparams: Mapping[str, QParams]) -> Iterator[TensorHead]:
+    """What the shards' headers will say of every tensor, in the order of `_tensors`."""
+
+    def plain(names: Iterable[str]) -> Iterator[TensorHead]:
+        return (TensorHead(name, model.files.dtype(name), model.files.shape(name)) for name in names)
+
+    def packed(linear: LinearSpec) -> Iterator[TensorHead]:
+        groups = qparams[linear.key].groups(linear.rows)
+        shapes = stored_shapes(groups, linear.rows, linear.columns, bias=linear.bias)
+        return (TensorHead(f"{linear.key}.{name}", *stored) for name, stored in shapes.items())
+
+    yield from plain(embedding_shapes(model.config))
+    for spec in module_specs(model.config):
+        yield from plain(spec.plain)
+        for linear in spec.linears:
+            yield from packed(linear)
+    yield from plain(head_norm_spec(model.config).tensors)
+    yield from packed(head_spec(model.config))
+    yield from plain(model.copied())
 
 
 def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, Any]) -> None:

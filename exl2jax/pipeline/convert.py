@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, StorageError
-from exl2jax.pipeline.allocate import Strategy, allocate, require_reachable
+from exl2jax.pipeline.allocate import Strategy, require_reachable
 from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.compile import compile_model, copy_source_files
@@ -19,7 +19,7 @@ from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context, digest
 from exl2jax.pipeline.devices import spread
 from exl2jax.pipeline.job import JobState
-from exl2jax.pipeline.measurement import Measurement, read_measurement
+from exl2jax.pipeline.measurement import read_measurement
 from exl2jax.pipeline.passes import (
     accuracy_pass,
     backward_pass,
@@ -31,9 +31,9 @@ from exl2jax.pipeline.passes import (
 )
 from exl2jax.pipeline.plan import require_feasible
 from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.recipe import Pricing
 from exl2jax.pipeline.result import ConversionResult
-from exl2jax.pipeline.summary import WEAKER, quantization_config, strategy_record, summarize
+from exl2jax.pipeline.strategy import choose_strategy, limited_measurement
+from exl2jax.pipeline.summary import quantization_config, strategy_record, summarize
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.storage import make_directory
 
@@ -159,29 +159,11 @@ class _Conversion:
 
     def _allocate(self) -> tuple[Strategy, str]:
         """The allocation, and the variants that its measurement was made with."""
-        path = self.config.measurement or self.work.measurement
-        measurement = self.config.limits.apply(read_measurement(path, self.context.specs), self.context.specs)
-        strategy = allocate(
-            measurement,
-            self.context.specs,
-            self.config.bits,
-            pricing=self._pricing(measurement),
-            solver=self.config.solver,
-            seed=self.config.seed,
-            objective=self.context.recipe.objective,
-            table=self.context.recipe.table,
-        )
+        measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
+        strategy = choose_strategy(self.context, measurement)
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
         return strategy, measurement.method
-
-    def _pricing(self, measurement: Measurement) -> Pricing:
-        """What the recipe asks for, or the other where the measurement does not have it."""
-        wanted = self.context.recipe.pricing
-        if wanted != "accuracy" and measurement.sensitivity is None:
-            log.warning("allocation: %s", WEAKER)
-            return "accuracy"
-        return "fisher" if wanted == "accuracy" and not measurement.modules else wanted
 
     def _deliver_measurement(self, state: JobState) -> ConversionResult:
         target = self.config.output_measurement

@@ -11,11 +11,13 @@ from typing import Any
 from exl2jax.calibration import CalibrationRows
 from exl2jax.candidates import head_qparams
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
-from exl2jax.models import head_spec
+from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.models.tensors import SourceTensors
-from exl2jax.pipeline.allocate import reach
+from exl2jax.pipeline.allocate import feasible_bpw, reach
+from exl2jax.pipeline.compile import compiled_size
 from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.qparams import padded_columns
 from exl2jax.storage import TensorFiles
@@ -29,8 +31,9 @@ HEADER = 160
 class Plan:
     """Sizes in bytes. `low_bpw` and `high_bpw` are what any allocation reaches, over the decoder's linears.
 
-    `output_size` is that of the compiled weights when the whole budget is spent, which is the most they can take;
-    `disk` what the work directory and the result take at their largest; `memory` an estimate of the host's.
+    `output_size` is that of the compiled weights: by a measurement exactly (`output_exact`), without one when the whole
+    budget is spent, which is the most they can take. `disk` is what the work directory and the result take at their
+    largest, `memory` an estimate of the host's.
     `refused` says what a conversion would refuse, `warnings` what it would go on with.
     """
 
@@ -38,6 +41,7 @@ class Plan:
     low_bpw: float
     high_bpw: float
     output_size: int
+    output_exact: bool
     source_size: int
     disk: int
     disk_free: int
@@ -53,10 +57,12 @@ class Plan:
 
 
 def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
-    """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing."""
-    low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
-    output, disk = _output_size(context, high), _disk(context, rows, high)
-    free = shutil.disk_usage(_existing(context.config.out_dir)).free
+    """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
+
+    A measurement that the job names is read, and bits are allocated by it.
+    """
+    low, high, exact, refused = _budget(context)
+    disk, free = _disk(context, rows, high), _free(context)
     memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tokens = {name: _tokens(each) for name, each in rows.items()}
     linears = [linear for spec in context.specs for linear in spec.linears]
@@ -66,42 +72,63 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
         bits=context.config.bits,
         low_bpw=low,
         high_bpw=high,
-        output_size=output,
+        output_size=_output_size(context, high) if exact is None else exact,
+        output_exact=exact is not None,
         source_size=sum(path.stat().st_size for path in context.model.files.files),
         disk=disk,
         disk_free=free,
         memory=memory,
         memory_present=present,
         calibration_tokens=tokens,
-        refused=tuple(str(e) for e in _refusals(context, low, high, disk, free)),
+        refused=tuple(str(e) for e in (*refused, *_disk_refusals(context, disk, free))),
         warnings=(*short, *(tight if memory > present else [])),
     )
 
 
 def require_feasible(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
-    """Raise the first thing that a plan would refuse."""
+    """Raise the first thing that a plan would refuse; what a measurement reaches, its allocation judges."""
     low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
-    disk, free = _disk(context, rows, high), shutil.disk_usage(_existing(context.config.out_dir)).free
-    for error in _refusals(context, low, high, disk, free):
+    refused = [] if context.config.measurement is not None else _target_refusals(context, low, high)
+    for error in (*refused, *_disk_refusals(context, _disk(context, rows, high), _free(context))):
         raise error
 
 
-def _refusals(context: Context, low: float, high: float, disk: int, free: int) -> list[Exl2JaxError]:
-    config, out = context.config, list[Exl2JaxError]()
-    weights = sum(spec.weights for spec in context.specs)
-    # A measurement that is given may hold other candidates: allocation judges it by its own.
-    if config.measurement is None and config.output_measurement is None and int(weights * config.bits) < low * weights:
-        text = f"-b {config.bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b"
-        out.append(MeasurementError(text))
+def _budget(context: Context) -> tuple[float, float, int | None, list[Exl2JaxError]]:
+    """Least and greatest bits per weight, the size by a given measurement, and why the target is refused."""
+    if context.config.measurement is None:
+        low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
+        return low, high, None, _target_refusals(context, low, high)
+    measurement = limited_measurement(context, context.config.measurement)
+    pricing = usable_pricing(context, measurement)
+    low, high = feasible_bpw(measurement, context.specs, pricing, context.recipe.table)
+    try:
+        strategy = choose_strategy(context, measurement)
+    except MeasurementError as e:
+        return low, high, None, [e]
+    chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
+    chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
+    return low, high, compiled_size(context.model, chosen, shard_mb=context.config.shard_size), []
+
+
+def _target_refusals(context: Context, low: float, high: float) -> list[Exl2JaxError]:
+    config, weights = context.config, sum(spec.weights for spec in context.specs)
+    if config.output_measurement is not None or int(weights * config.bits) >= low * weights:
+        return []
+    return [
+        MeasurementError(f"-b {config.bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
+    ]
+
+
+def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]:
     missing = disk - _present(context) - free
-    if missing > 0:
-        out.append(
-            StorageError(
-                f"{config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
-                f"free {missing / 1e6:.0f} MB more or choose another -o"
-            )
+    if missing <= 0:
+        return []
+    return [
+        StorageError(
+            f"{context.config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
+            f"free {missing / 1e6:.0f} MB more or choose another -o"
         )
-    return out
+    ]
 
 
 def _linears_size(context: Context, high: float) -> int:
@@ -170,6 +197,11 @@ def _present(context: Context) -> int:
     """Bytes that an earlier run left in the work directory and the result: a resume needs so much less."""
     folders = [context.work.path, *([context.config.compile_full] if context.config.compile_full else [])]
     return sum(p.stat().st_size for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+
+
+def _free(context: Context) -> int:
+    """Bytes free where the work directory is or will be."""
+    return shutil.disk_usage(_existing(context.config.out_dir)).free
 
 
 def _existing(path: Path) -> Path:

@@ -92,9 +92,8 @@ def plan_table(plan: Plan) -> Table:
     """What a conversion will take and give."""
     table = _two_columns("Plan")
     table.add_row("bits per weight", f"{plan.low_bpw:.4f} to {plan.high_bpw:.4f} can be reached, asked {plan.bits:g}")
-    table.add_row(
-        "output", f"at most {plan.output_size / MEGABYTE:.1f} MB (source {plan.source_size / MEGABYTE:.1f} MB)"
-    )
+    size = f"{plan.output_size / MEGABYTE:.1f} MB (source {plan.source_size / MEGABYTE:.1f} MB)"
+    table.add_row("output", size if plan.output_exact else f"at most {size}")
     table.add_row("disk", f"{plan.disk / MEGABYTE:.1f} MB needed, {plan.disk_free / MEGABYTE:.1f} MB free")
     table.add_row("memory", f"about {plan.memory / MEGABYTE:.0f} MB, {plan.memory_present / MEGABYTE:.0f} MB present")
     for name, tokens in plan.calibration_tokens.items():

@@ -14,12 +14,14 @@ from exl2jax.storage.atomic import (
     write_tensors,
 )
 from exl2jax.storage.checked import read_checked_tensors, write_checked_tensors
-from exl2jax.storage.shards import ShardWriter, is_shard
+from exl2jax.storage.headers import TensorHead
+from exl2jax.storage.shards import ShardWriter, is_shard, shards_size
 from exl2jax.storage.tensors import TensorFiles
 
 __all__ = [
     "ShardWriter",
     "TensorFiles",
+    "TensorHead",
     "copy_file",
     "is_shard",
     "make_directory",
@@ -27,6 +29,7 @@ __all__ = [
     "read_json",
     "remove",
     "reserve",
+    "shards_size",
     "storing",
     "sweep",
     "write_atomically",

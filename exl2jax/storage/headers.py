@@ -1,11 +1,41 @@
 """The header of a safetensors file, checked against the file before anything is allocated for it."""
 
 import json
+import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 MAX_HEADER = 32 * 2**20
 """Largest header that is read: a hundred thousand tensors in one file need half of it."""
+
+_DTYPES = ("U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+"""The library writes tensors by dtype, the last of these first, and by name within one."""
+
+
+class TensorHead(NamedTuple):
+    """What a header says of a tensor: name, dtype as safetensors spells it, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * int("".join(c for c in self.dtype.partition("_")[0] if c.isdigit())) // 8
+
+
+def file_size(tensors: Sequence[TensorHead], metadata: dict[str, str]) -> int:
+    """Bytes of the safetensors file that these tensors and this metadata will make."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    stop = 0
+    for t in sorted(tensors, key=lambda t: (-_DTYPES.index(t.dtype), t.name)):
+        start, stop = stop, stop + t.nbytes
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [start, stop]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + stop
 
 
 def check_header(path: Path) -> None:

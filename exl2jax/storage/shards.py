@@ -1,14 +1,17 @@
 """Writing many tensors into shards of bounded size, all visible at once or not at all."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from exl2jax.errors import StorageError
 from exl2jax.storage.atomic import TEMPORARY_SUFFIX, remove, rename, storing, sync, write_tensors
+from exl2jax.storage.headers import TensorHead, file_size
 
 MEGABYTE = 1024 * 1024
+METADATA = {"format": "pt"}
 _PENDING = "output_temp_{:05}.safetensors.part"
 _OURS = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors|output_temp_\d{5}\.safetensors\.part")
 """Names that a conversion gives; a killed one leaves them with the temporary suffix too."""
@@ -17,6 +20,23 @@ _OURS = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors|output_temp_\d{5}\.sa
 def is_shard(name: str) -> bool:
     """Whether a file name is one that `ShardWriter` gives, and clears before it writes again."""
     return _OURS.fullmatch(name) is not None
+
+
+def shards_size(tensors: Iterable[TensorHead], shard_mb: float) -> int:
+    """Bytes of all the shards that a `ShardWriter` makes of these tensors, headers included."""
+    shards: list[list[TensorHead]] = [[]]
+    held, limit = 0, _limit(shard_mb)
+    for tensor in tensors:
+        if shards[-1] and held + tensor.nbytes > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    return sum(file_size(shard, METADATA) for shard in shards)
+
+
+def _limit(shard_mb: float) -> float:
+    return shard_mb * MEGABYTE if shard_mb > 0 else float("inf")
 
 
 class ShardWriter:
@@ -28,7 +48,7 @@ class ShardWriter:
     def __init__(self, directory: Path, shard_mb: float) -> None:
         """Write into `directory`, at most `shard_mb` MiB a shard (0: one file); clears what an earlier try left."""
         self._directory = directory
-        self._limit = shard_mb * MEGABYTE if shard_mb > 0 else float("inf")
+        self._limit = _limit(shard_mb)
         self._waiting: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._shards = 0
@@ -65,5 +85,5 @@ class ShardWriter:
 
     def _flush(self) -> None:
         self._shards += 1
-        write_tensors(self._directory / _PENDING.format(self._shards), self._waiting, {"format": "pt"})
+        write_tensors(self._directory / _PENDING.format(self._shards), self._waiting, METADATA)
         self._waiting, self._bytes = {}, 0

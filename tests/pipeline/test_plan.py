@@ -36,6 +36,22 @@ def test_the_plan_is_kept(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFi
     assert used < 1.3 * int(plan["disk"])  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("shard_mb", [0.0, 0.05])
+def test_the_size_by_a_measurement_is_exact(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard_mb: float
+) -> None:
+    convert(scene.config(tmp_path, shard_size=shard_mb))
+    given = str(tmp_path / "work" / "measurement.json")
+    code, plan = planned(scene, capsys, "-b", "4.5", "-m", given, "-ss", str(shard_mb))
+    shards = list((tmp_path / "exl2").glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard_mb > 0)
+    assert code == 0 and plan["output_exact"] is True
+    assert plan["output_size"] == sum(p.stat().st_size for p in shards)
+    assert list(plan["calibration_tokens"]) == ["quantize"]  # type: ignore[call-overload]
+    code, plan = planned(scene, capsys, "-b", "2", "-m", given)
+    assert code == 1 and "these candidates reach" in str(plan["refused"]) and plan["output_exact"] is False
+
+
 def test_bits_out_of_reach_are_refused_before_anything_is_computed(
     scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
