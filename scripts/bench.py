@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the machine, then every operation and both passes against the limit that their shapes set.
+"""Measure the machine, then operations, the parts of a block and both passes against the limit that their shapes set.
 
 The limit is what the counted work takes at the measured rates. Ratios are of core seconds, so that they hold on a busy
 machine; on a GPU they are of seconds on the wall. Beside each stands a plain NumPy loop of the stock algorithm.
@@ -27,6 +27,7 @@ from exl2jax.models import HFModel, open_model
 from exl2jax.ops import HessianFactor, Kernels, accumulate_hessian, factorize, gptq, pack_codes
 from exl2jax.pallas import kernels_for
 from exl2jax.qparams import q
+from scripts.bench_parts import parts
 from scripts.bench_plain import plain_gptq, plain_pack
 from scripts.bench_rates import Rates, Spent, cost, measure_rates, plain_seconds, timed
 from scripts.bench_stages import PLAIN_COLUMNS, PassSizes, gptq_work, measurement, plain_pass, quantization
@@ -134,6 +135,12 @@ def stages(rates: Rates, model: HFModel, modules: int, sizes: PassSizes, plain: 
         yield row(f"{name}, all its work", spent, rates.limit(*stage.whole), slow)
 
 
+def profile(rates: Rates, model: HFModel, sizes: PassSizes) -> Iterator[Row]:
+    """The first block's parts of the quantization pass."""
+    for part in parts(model, sizes):
+        yield row(part.name, timed(part.run, 5), rates.limit(*part.work, moved=part.moved))
+
+
 def show(rates: Rates, rows: Sequence[Row]) -> None:
     """Print the table."""
     table = Table(
@@ -154,6 +161,18 @@ def show(rates: Rates, rows: Sequence[Row]) -> None:
     Console(width=130).print(table)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of docs/performance.md."""
+    head = ("", "seconds", "core seconds", "limit", "ratio", "plain loop", "times faster")
+    lines = [head, ("---",) * len(head)]
+    for r in rows:
+        own = r.limit_seconds * r.ratio
+        plain = ("", "") if r.plain_seconds is None else (f"{r.plain_seconds:.3g}", f"{r.plain_seconds / own:.1f}")
+        numbers = (f"{v:.3g}" for v in (r.seconds, r.cpu_seconds, r.limit_seconds))
+        lines.append((r.name, *numbers, f"{r.ratio:.2f}", *plain))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     standard = PassSizes()
@@ -161,7 +180,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="model of the passes")
     parser.add_argument("--quick", action="store_true", help="the operations at the model's sizes, and one block")
     parser.add_argument("--sizes", default="", help="sizes to take, such as 576x1536,4096x4096; all if not given")
-    parser.add_argument("--only", choices=("operations", "stages"), help="leave the others out")
+    parser.add_argument("--only", choices=("operations", "stages", "parts"), help="leave the others out")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loops out")
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), default="cpu", help="where to run; on gpu kernels are compared"
@@ -169,6 +188,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default=f"{standard.measured},{standard.quantized}", help="rows of the two passes")
     parser.add_argument("--length", type=int, default=standard.length, help="tokens of a row")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", type=Path, help="run nothing; print what a run with --json left here as Markdown")
     return parser.parse_args(argv)
 
 
@@ -181,21 +201,27 @@ def _size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     given = arguments(argv)
+    if given.markdown:
+        print(markdown([Row(**found) for found in json.loads(given.markdown.read_text())["rows"]]))
+        return 0
     jax.config.update("jax_platforms", "cuda" if given.device == "gpu" else "cpu")
     kernels = {n: kernels_for(n) for n in (("xla", "pallas") if given.device == "gpu" else ("xla",))}
     every = GPU_SIZES if given.device == "gpu" else SIZES[:3] if given.quick else SIZES
     sizes = [_size(s) for s in given.sizes.split(",")] if given.sizes else every
-    parts: list[Callable[[Rates], Iterator[Row]]] = []
-    if given.only != "stages":
-        parts.append(lambda rates: operations(rates, sizes, not given.no_plain, kernels))
+    runs: list[Callable[[Rates], Iterator[Row]]] = []
+    if given.only in (None, "operations"):
+        runs.append(lambda rates: operations(rates, sizes, not given.no_plain, kernels))
     if given.only != "operations":
         model: Any = open_model(given.model)
         modules = BLOCK if given.quick else BLOCK * model.config.num_layers
         measured, quantized = (int(n) for n in given.rows.split(","))
         passes = PassSizes(measured=measured, quantized=quantized, length=given.length)
-        parts.append(lambda rates: stages(rates, model, modules, passes, not given.no_plain))
+        if given.only != "stages":
+            runs.append(lambda rates: profile(rates, model, passes))
+        if given.only != "parts":
+            runs.append(lambda rates: stages(rates, model, modules, passes, not given.no_plain))
     rates = measure_rates()
-    rows = [found for part in parts for found in part(rates)]
+    rows = [found for run in runs for found in run(rates)]
     if given.json:
         print(json.dumps({"rates": dataclasses.asdict(rates), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
     else:

@@ -141,7 +141,8 @@ def collect(
     sums = on_all_devices(_zeros(spec))
     for chunk in row_chunks(states):
         h, m = chunk.take(states), chunk.take(mask)
-        hidden, sums = _collect_chunk(decoder, spec.kind, routed_only, params, h, m, sums)
+        hidden, inputs, weights = _trace_chunk(decoder, spec.kind, routed_only, params, h, m)
+        sums = _add_chunk(sums, inputs, weights)
         chunk.put(out, hidden)
     sums = on_one_device(sums)
     tokens = [round(float(n)) for n in sums.tokens]
@@ -180,25 +181,25 @@ def _zeros(spec: ModuleSpec) -> Sums:
     return Sums([jnp.zeros((k, k), jnp.float32) for k in sizes], [jnp.float32(0) for _ in sizes])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
-def _collect_chunk(
-    decoder: Decoder,
-    kind: str,
-    routed_only: bool,
-    params: Any,
-    h: jax.Array,
-    mask: jax.Array,
-    sums: Sums,
-) -> tuple[jax.Array, Sums]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _trace_chunk(
+    decoder: Decoder, kind: str, routed_only: bool, params: Any, h: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """A chunk's new hidden states, what each group of linears read, and the weight of each token for each group."""
     trace = decoder.forward(kind, params, h)
     inputs = [x for stage in trace.inputs for x in stage]
     weights = group_weights(decoder.routed(kind, params, h) if routed_only else None, len(inputs), mask)
+    return trace.hidden, inputs, weights
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_chunk(sums: Sums, inputs: list[jax.Array], weights: list[jax.Array]) -> Sums:
+    """The sums with a chunk's added; compiled apart from the forward pass, of which XLA would repeat parts here."""
     hessians = [
         accumulate_hessian(total, x * weight[:, :, None])
         for total, x, weight in zip(sums.hessians, inputs, weights, strict=True)
     ]
-    tokens = [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)]
-    return trace.hidden, Sums(hessians, tokens)
+    return Sums(hessians, [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)])
 
 
 def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

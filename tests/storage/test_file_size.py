@@ -1,6 +1,5 @@
 """The predicted size of a safetensors file against the file that the library writes."""
 
-
 import ml_dtypes
 import numpy as np
 from hypothesis import given
