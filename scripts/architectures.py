@@ -34,8 +34,9 @@ For each of them a tiny random model with all its options on is committed as a r
   the runtime looks up, copies what is not quantized to the bit, and its predictions stay close to the source's
   (`tests/models/test_architectures.py`).
 
-- **The way back.** What `exl2jax dequantize` writes of a Llama with biases, a Gemma 2 and a Mixtral loads complete in
-  `transformers`, whose logits are ours of the EXL2 directory within 1e-3 (`make parity`).
+- **The way back.** What `exl2jax dequantize` writes of the result has the source's tensor names and shapes, and is the
+  same model to half precision (`tests/models/test_architectures.py`). Each architecture that `transformers` has itself
+  loads complete there, and its logits are ours of the EXL2 directory within 1e-3 (`make parity`).
 
 `LlamaForCausalLM` is proven on a trained model as well, the demo model SmolLM2-135M.
 """

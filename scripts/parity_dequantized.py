@@ -2,31 +2,43 @@
 
     .venv/bin/python -m scripts.parity_dequantized FOLDER
 
-For each case `FOLDER/NAME` holds the plain directory, `FOLDER/NAME.npz` tokens and our logits of it.
+For each case `FOLDER/NAME.source` holds the model, `FOLDER/NAME` the plain directory, `FOLDER/NAME.npz` tokens and our
+logits of the EXL2 directory between them.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from exl2jax import ConversionConfig, convert, open_model
 from exl2jax.evaluate import model_logits
+from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.pipeline.dequantize import dequantize_model
-from tests.support.parity_cases import TINY_CASES, make_input_ids
+from tests.support.made_up import made_up_measurement
+from tests.support.parity_cases import TINY_CASES, ParityCase, make_input_ids
+from tests.support.tiny_architectures import TINY
 
-CASES = ("untied_biases", "gemma2", "mixtral")
-"""Biases and a head of its own; norms around zero, caps and a tied head; experts."""
+NATIVE = tuple(
+    name for name, tiny in TINY.items() if ARCHITECTURES[tiny.architecture].proof.startswith(tiny.architecture)
+)
+"""The architectures that `transformers` has itself: the others are compared with a stand-in."""
+
+CASES = ("untied_biases", *NATIVE)
 
 ROWS, LENGTH = 2, 48
 
 
-def write(name: str, folder: Path) -> None:
+def write(case: ParityCase, folder: Path) -> None:
     """Convert the case to 4 bits per weight and leave what `dequantize` makes of the result."""
-    case = next(case for case in TINY_CASES if case.name == name)
+    name = case.name
     exl2, plain = folder / f"{name}.exl2", folder / name
+    if case.tiny:  # of a float32 source, half precision would round embeddings and norms
+        case = replace(case, tiny=replace(case.tiny, dtype="bfloat16"))
+    source = case.write(folder / f"{name}.source")
     config = ConversionConfig(
-        in_dir=case.write(folder / f"{name}.source"),
+        in_dir=source,
         out_dir=folder / f"{name}.work",
         compile_full=exl2,
         preset="fast",
@@ -35,6 +47,7 @@ def write(name: str, folder: Path) -> None:
         length=LENGTH,
         measurement_rows=ROWS,
         measurement_length=LENGTH,
+        measurement=made_up_measurement(source, folder / f"{name}.measurement.json"),
     )
     convert(config)
     dequantize_model(exl2, plain)
@@ -43,5 +56,6 @@ def write(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for wanted in CASES:
-        write(wanted, Path(sys.argv[1]))
+    for wanted in TINY_CASES:
+        if wanted.name in CASES:
+            write(wanted, Path(sys.argv[1]))

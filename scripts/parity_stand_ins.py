@@ -27,14 +27,18 @@ class StandIn(NamedTuple):
     change: Callable[[Any], None] | None = None
 
 
+def auto_class(config: Config) -> Any:
+    """What loads a model of `transformers`, with its vision tower where it has one."""
+    return AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+
+
 def load_reference(directory: Path) -> Any:
     """The torch model of a directory in float32, or its stand-in."""
     config = json.loads((directory / "config.json").read_text())
     name = config["architectures"][0]
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     if name not in STAND_INS:
-        auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
-        return auto.from_pretrained(directory, **options)
+        return auto_class(config).from_pretrained(directory, **options)
     stand_in = STAND_INS[name]
     tensors: Tensors = {}
     for file in sorted(directory.glob("*.safetensors")):

@@ -12,6 +12,7 @@ from exl2jax.models.modules import (
     slots_of,
 )
 from exl2jax.models.source import Exl2Model, HFModel, Model, load_exl2, open_model
+from exl2jax.models.tensors import to_source
 
 __all__ = [
     "Decoder",
@@ -30,4 +31,5 @@ __all__ = [
     "open_model",
     "read_config",
     "slots_of",
+    "to_source",
 ]

@@ -11,6 +11,14 @@ POST_NORMS = Norms(
     mlp_post="post_feedforward_layernorm",
 )
 _GPT2_NORMS = Norms(attention="ln_1", mlp="ln_2")
+_GPT2_RENAMES = (
+    ("^transformer.", "model."),
+    ("^model.ln_f.", "model.norm."),
+    ("^model.h.", "model.layers."),
+    ("^model.wte.", "model.embed_tokens."),
+    (".attn.", ".self_attn."),
+    (".self_attn.c_proj.", ".self_attn.o_proj."),
+)
 
 LLAMA_LIKE = (
     Architecture(
@@ -148,15 +156,8 @@ BIASED = (
         mlp_bias=True,
         mlp=(None, "mlp.c_fc", "mlp.c_proj"),
         fused=(Fused(source="self_attn.c_attn", parts=_FUSED_QKV),),
-        renames=(
-            ("^transformer.", ""),
-            ("^ln_f.", "model.norm."),
-            (".attn.c_proj.", ".self_attn.o_proj."),
-            (".attn.", ".self_attn."),
-            ("^h.", "model.layers."),
-            ("^wte.", "model.embed_tokens."),
-            ("^wpe.", "model.wpe."),
-        ),
+        aliases=tuple((f"^{name}.", f"transformer.{name}.") for name in ("h", "ln_f", "wte", "wpe")),
+        renames=_GPT2_RENAMES,
         transposed=True,
         norm="layer",
         norm_bias=True,
@@ -182,14 +183,7 @@ BIASED = (
         mlp_bias=True,
         mlp=(None, "mlp.c_fc", "mlp.c_proj"),
         fused=(Fused(source="self_attn.c_attn", parts=_FUSED_QKV),),
-        renames=(
-            ("transformer.ln_f", "model.norm"),
-            ("transformer.", "model."),
-            (".attn.c_proj.", ".self_attn.o_proj."),
-            (".attn.", ".self_attn."),
-            (".h.", ".layers."),
-            (".wte.", ".embed_tokens."),
-        ),
+        renames=_GPT2_RENAMES,
         norm="layer",
         norm_bias=True,
         norms=_GPT2_NORMS,

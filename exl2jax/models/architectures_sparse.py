@@ -44,7 +44,7 @@ SPARSE = (
             Fused(source="block_sparse_moe.experts.w2", parts=("w2",), experts=True, transposed=True),
         ),
         renames=(
-            ("transformer.", "model."),
+            ("^transformer.", "model."),
             (".blocks.", ".layers."),
             (".ffn.experts.mlp.w1", ".block_sparse_moe.experts.w1.weight"),
             (".ffn.experts.mlp.v1", ".block_sparse_moe.experts.v1.weight"),

@@ -1,8 +1,8 @@
 """What an entry of the architecture registry says, and finding the entry of a model. The entries: `architectures`.
 
 Everything a Hugging Face architecture does differently inside the common decoder skeleton is a field here, with the
-Llama way as its default. Tensor names are those that the stock runtime looks up; `renames`, `fused` and `transposed`
-lead from a source's names to them.
+Llama way as its default. Tensor names are those that the stock runtime looks up; `aliases`, `renames`, `fused` and
+`transposed` lead from a source's names to them.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,8 @@ class Architecture:
 
     Linears: `qkv_bias`, `o_bias`, `mlp_bias` say which carry a bias. `mlp` names gate, up and down within a layer (gate
     None: no gate). `fused`, `renames` (old, new; `^` anchors at the start) and `transposed` (weights `[in, out]`)
-    describe the source's tensors.
+    describe the source's tensors; all three are undone on the way back, so each replacement must have an inverse.
+    `aliases` come first: they lead from other names that sources are published under to the one that `renames` expect.
 
     Norms: `norm` is `rms` or `layer`, `norm_bias` whether it has a bias, `norm_offset` what is added to its weight,
     `eps_keys` where `config.json` holds its epsilon (stock's key first; none: 1e-5). `head_norm` normalises queries and
@@ -82,6 +83,7 @@ class Architecture:
     mlp_bias: Switch = False
     mlp: tuple[str | None, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     fused: tuple[Fused, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
     norm: str = "rms"

@@ -1,13 +1,16 @@
-"""A source's tensors under the names that the stock runtime gives them: renamed, taken apart, transposed, rescaled."""
+"""A source's tensors under the names that the stock runtime gives them: renamed, taken apart, transposed, rescaled.
 
-from collections.abc import Iterator
+`SourceTensors` leads there, `to_source` back.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from exl2jax.errors import ModelError
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.registry import Fused
+from exl2jax.models.registry import Architecture, Fused
 from exl2jax.storage import TensorFiles
 
 FLOAT8 = "F8_E4M3"
@@ -32,7 +35,7 @@ class SourceTensors:
         self._block = block
         self._sources: dict[str, str] = {}
         for name in files:
-            canonical = rename(name, config.arch.renames)
+            canonical = canonical_name(name, config.arch)
             if canonical in self._sources:
                 first = self._sources[canonical]
                 raise ModelError(f"{files.file(name)}: {name} and {first} both stand for {canonical}; remove one")
@@ -48,7 +51,7 @@ class SourceTensors:
         """Shape of a tensor, from the header."""
         source, fused = self._find(name)
         shape = self._files.shape(source)
-        if len(shape) == 2 and self._is_transposed(name):
+        if len(shape) == 2 and _is_transposed(name, self._config):
             shape = shape[::-1]
         if fused is None:
             return shape
@@ -78,11 +81,11 @@ class SourceTensors:
         source, fused = self._find(name)
         rows = None if fused is None else _part_rows(fused, name, self._config)
         # Only the part's own rows, where they lie together: the experts of a layer may not all fit in memory.
-        part = rows if isinstance(rows, slice) and not self._block and not self._is_transposed(name) else None
+        part = rows if isinstance(rows, slice) and not self._block and not self._config.arch.transposed else None
         value = self._files.read(source, part)
         if self._files.dtype(source) == FLOAT8 and self._block:
             value = rescale(value, self._files.read(source + SCALE_SUFFIX), self._block, source)
-        if value.ndim == 2 and self._is_transposed(name):
+        if value.ndim == 2 and _is_transposed(name, self._config):
             value = value.T
         if fused is None:
             return value
@@ -99,17 +102,60 @@ class SourceTensors:
         return name, None  # the reader says that it is missing
 
     def _fused(self, name: str) -> Fused | None:
-        for fused in self._config.arch.fused:
-            if _module_name(name) in fused.parts and _fused_name(name, fused) in self._sources:
-                return fused
-        return None
+        fused = _fused_of(name, self._config.arch)
+        return fused if fused and _fused_name(name, fused) in self._sources else None
 
-    def _is_transposed(self, name: str) -> bool:
-        return self._config.arch.transposed and ".layers." in name
+
+def to_source(
+    names: Iterable[str], read: Callable[[str], np.ndarray], config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors under canonical names as a source has them: put together, transposed, renamed. The inverse of
+    `SourceTensors`, but for aliases.
+
+    `read` gives a tensor by its canonical name, linears `[out_features, in_features]`. One tensor of the source is made
+    at a time, in the order of their first parts. Raises `ModelError` where `names` lack parts of one.
+    """  # noqa: D205
+    wholes: dict[str, list[str]] = {}
+    for name in names:
+        fused = _fused_of(name, config.arch)
+        wholes.setdefault(_fused_name(name, fused) if fused else name, []).append(name)
+    for whole, parts in wholes.items():
+        fused = _fused_of(parts[0], config.arch)
+        value = _joined(whole, parts, fused, read, config) if fused else read(whole)
+        if value.ndim == 2 and _is_transposed(whole, config):
+            value = value.T
+        yield source_name(whole, config.arch), np.ascontiguousarray(value)
+
+
+def _joined(
+    whole: str, parts: list[str], fused: Fused, read: Callable[[str], np.ndarray], config: ModelConfig
+) -> np.ndarray:
+    """The fused tensor that `parts` make up; besides it one part is held."""
+    sizes = _part_sizes(fused, config)
+    if len(parts) != len(sizes):
+        raise ModelError(f"{whole} is made of {len(sizes)} tensors, only these are there: {', '.join(parts)}")
+    value = np.empty(0)
+    for i, name in enumerate(parts):
+        part = read(name).T if fused.transposed else read(name)
+        if i == 0:
+            value = np.empty((sum(sizes), *part.shape[1:]), part.dtype)
+        value[_part_rows(fused, name, config)] = part
+    return value
+
+
+def canonical_name(name: str, arch: Architecture) -> str:
+    """What the stock runtime calls a tensor of the source."""
+    return rename(name, arch.aliases + arch.renames)
+
+
+def source_name(name: str, arch: Architecture) -> str:
+    """What the source calls a tensor of the stock runtime: the renames undone, the last one first."""
+    undone = (("^" + new, old[1:]) if old.startswith("^") else (new, old) for old, new in reversed(arch.renames))
+    return rename(name, tuple(undone))
 
 
 def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    """A source's tensor name with the replacements made in order; `^` anchors one at the start."""
+    """A tensor's name with the replacements made in order; `^` anchors one at the start."""
     for old, new in renames:
         if not old.startswith("^"):
             name = name.replace(old, new)
@@ -131,6 +177,17 @@ def _module_name(name: str) -> str:
     """The linear that a tensor belongs to: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     parts = name.split(".")
     return parts[-2] if len(parts) > 1 else ""
+
+
+def _fused_of(name: str, arch: Architecture) -> Fused | None:
+    """How the source holds a tensor together with others, if it may."""
+    inside = ".layers." in name
+    return next((fused for fused in arch.fused if inside and _module_name(name) in fused.parts), None)
+
+
+def _is_transposed(name: str, config: ModelConfig) -> bool:
+    """Whether the source holds a weight as `[in_features, out_features]`."""
+    return config.arch.transposed and ".layers." in name
 
 
 def _fused_name(name: str, fused: Fused) -> str:

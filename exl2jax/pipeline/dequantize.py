@@ -1,4 +1,8 @@
-"""The way back: an EXL2 directory as a plain Hugging Face directory in float16, which any tool loads."""
+"""The way back: an EXL2 directory as a plain Hugging Face directory in float16, which any tool loads.
+
+`transformers` loads it wherever it has the architecture. It has none of its own for Yi, MiniCPM, Index, InternLM2,
+Orion and Gemmoe: those load with the Python files that came with the source, where there were any, as they are copied.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from exl2jax.errors import NumericalError, SettingsError
-from exl2jax.models import Exl2Model, head_spec, load_exl2, module_specs
+from exl2jax.models import Exl2Model, head_spec, load_exl2, module_specs, to_source
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.models.modules import embedding_shapes
+from exl2jax.models.spelling import TEXT_SECTION
 from exl2jax.ops.packing import TENSOR_NAMES
 from exl2jax.storage import copy_file, make_directory, write_json, write_tensors
 from exl2jax.storage.tensors import INDEX_NAME
@@ -21,9 +26,11 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 def dequantize_model(directory: Path, out: Path) -> int:
     """Write the model of an EXL2 directory to `out` with the source's tensor names, float16; returns its bytes.
 
-    Linears are exactly what the runtime reconstructs. A head that was tied to the embedding becomes a tensor of its
-    own, since it was quantized and the embedding was not. Raises `SettingsError` when `out` holds weights already,
-    `NumericalError` when a tensor does not fit half precision.
+    Tensors that the source fuses or transposes are so again. Where sources of an architecture spell names differently,
+    they come in the one spelling that its `renames` start from. Linears are exactly what the runtime reconstructs. A
+    head that was tied to the embedding becomes a tensor of its own, as it was quantized and the embedding was not.
+    Raises `SettingsError` when `out` holds weights already, `NumericalError` when a tensor does not fit half precision,
+    `ModelError` when tensors are missing.
     """
     model = load_exl2(directory)
     make_directory(out, "the output directory")
@@ -39,22 +46,37 @@ def dequantize_model(directory: Path, out: Path) -> int:
 
 
 def _plain_config(raw: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-    return {**kept, "tie_word_embeddings": False, "dtype": "float16"}
+    """The config of a plain model; its sections lose the dtypes of the source as well."""
+    sections = {k: _without_dtype(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in raw.items()}
+    plain = {**_without_dtype(sections), "tie_word_embeddings": False, "dtype": "float16"}
+    plain.pop("quantization_config", None)
+    if isinstance(text := plain.get(TEXT_SECTION), dict):
+        plain[TEXT_SECTION] = {**text, "tie_word_embeddings": False}
+    # The rows of the head had length one before they were quantized.
+    return plain | {"norm_head": 0} if "norm_head" in plain else plain
+
+
+def _without_dtype(section: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in section.items() if k not in ("torch_dtype", "dtype")}
 
 
 def _tensors(model: Exl2Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor in the source's names and layout, the embedding first."""
-    stored = [name for name in model.files if name.rpartition(".")[2] not in TENSOR_NAMES]
-    linears = {x.key: x for spec in module_specs(model.config) for x in spec.linears}
-    linears[head_spec(model.config).key] = head_spec(model.config)
-    first = embedding_shapes(model.config)
-    for name in sorted(stored, key=lambda n: (n not in first, n)):
-        tensor, owner = model.files.read(name), name.removesuffix(".bias")
+    head = head_spec(model.config)
+    linears = {x.key: x for spec in module_specs(model.config) for x in spec.linears} | {head.key: head}
+    weights = {f"{key}.weight": linear for key, linear in linears.items()}
+    biases = {f"{key}.bias": linear for key, linear in linears.items()}
+
+    def read(name: str) -> np.ndarray:
+        if name in weights:
+            return model.kernel(weights[name]).T
+        tensor = model.files.read(name)
         # The biases of linears are padded as their columns are.
-        yield name, _half(tensor[: linears[owner].columns] if owner in linears else tensor, name)
-    for key, linear in linears.items():
-        yield f"{key}.weight", np.ascontiguousarray(model.kernel(linear).T)
+        return _half(tensor[: biases[name].columns] if name in biases else tensor, name)
+
+    stored = [name for name in model.files if name.rpartition(".")[2] not in TENSOR_NAMES]
+    first = embedding_shapes(model.config)
+    return to_source([*sorted(stored, key=lambda n: (n not in first, n)), *weights], read, model.config)
 
 
 def _half(tensor: np.ndarray, name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Every architecture through a whole conversion: it writes what the stock runtime looks up, and that means the same."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +10,25 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
+from exl2jax.evaluate import model_logits
 from exl2jax.evaluate.verify import verify
-from exl2jax.models import module_specs, open_model
+from exl2jax.models import HFModel, Model, module_specs, open_model
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.models.spelling import stock_spelling
 from exl2jax.pipeline import blocks
+from exl2jax.pipeline.dequantize import dequantize_model
 from scripts.architectures import render
 from tests.support.made_up import made_up_measurement
 from tests.support.stock_names import STOCK
 from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
 
 ROWS, LENGTH = 16, 32
+HALF_STEP = 2.0**-11
+"""What rounding to half precision moves a number by, relatively."""
+
+COMPARED = ("phi3", "gpt2", "dbrx", "index")
+"""Dequantized, these are run as well: for the others it is enough that all weights and settings are the same."""
 
 MEASURED = ("gemma3", "gpt2", "qwen3_moe", "cohere")
 """Measured as well as quantized: one of every kind of module. The others take a measurement that is made up."""
@@ -80,6 +89,14 @@ def test_conversion(name: str, tokens: Path, tmp_path: Path, monkeypatch: pytest
     ids = np.random.default_rng(9).integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
     found = evaluate(target, ids, source)
     assert found.kl_divergence is not None and found.kl_divergence < 1.0  # unrelated logits differ by about 4
+    plain = tmp_path / "plain"
+    dequantize_model(target, plain)
+    check_plain(name, source, plain)
+    check_same_model(target, plain)
+    if name in COMPARED:
+        ours, theirs = (model_logits(directory, ids[:4]) for directory in (target, plain))
+        atol = 0.02 if tiny.dtype == "float32" else 1e-4  # half precision takes bfloat16 as it is
+        np.testing.assert_allclose(theirs, ours, atol=atol)
 
 
 def check_weights(source: Path, target: Path) -> None:
@@ -89,6 +106,43 @@ def check_weights(source: Path, target: Path) -> None:
         for linear in spec.linears:
             pair = [model.kernel(linear).astype(np.float64).ravel() for model in (ours, theirs)]
             assert np.corrcoef(*pair)[0, 1] > 0.7, linear.key
+
+
+def check_plain(name: str, source: Path, plain: Path) -> None:
+    """The dequantized directory holds the source's tensors by name and shape, a tied head besides."""
+    tiny = TINY[name]
+    prefix = "transformer." if name == "gpt2" else ""  # published with and without; a head goes with the longer names
+    written = load_file(plain / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {np.dtype(np.float16)}
+    if tiny.head is None:
+        head = written.pop(f"{ARCHITECTURES[tiny.architecture].prefix}lm_head.weight")
+        assert head.shape == written[f"{prefix}{tiny.embedding}.weight"].shape
+    assert {key: tensor.shape for key, tensor in written.items()} == {prefix + k: s for k, s in tiny.shapes().items()}
+    for key in tiny.outer.keys() & written.keys() if ARCHITECTURES[tiny.architecture].copied else ():
+        assert np.array_equal(written[key], load_file(source / "model.safetensors")[key].astype(np.float16)), key
+
+
+def check_same_model(target: Path, plain: Path) -> None:
+    """Both directories are the same settings and, but for float32 rounded to half precision, the same weights."""
+    ours, theirs = open_model(target), open_model(plain)
+    assert isinstance(theirs, HFModel)
+    untied = replace(ours.config, tie_word_embeddings=False, scales=replace(ours.config.scales, norm_head=False))
+    assert theirs.config == untied
+    theirs.check_headers()
+    for (name, value), (_, other) in zip(weights_of(ours), weights_of(theirs), strict=True):
+        np.testing.assert_allclose(other, value, rtol=HALF_STEP, atol=2.0**-20, err_msg=name)
+
+
+def weights_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything that the forward pass reads, as it reads it."""
+    yield "embedding", model.embedding()
+    positions = model.positions(LENGTH)
+    if positions is not None:
+        yield "positions", positions
+    modules = {spec.key: model.module_params(spec) for spec in module_specs(model.config)}
+    for key, params in (modules | {"head": model.head_params()}).items():
+        for name, parts in params.items():
+            yield from ((f"{key}.{name}.{part}", value) for part, value in parts.items())
 
 
 def check_names(architecture: str, layers: int, written: set[str]) -> None:

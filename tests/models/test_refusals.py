@@ -14,7 +14,7 @@ from exl2jax.errors import ModelError, UnsupportedModelError
 from exl2jax.models import HFModel, open_model, read_config
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.spelling import stock_spelling
-from exl2jax.models.tensors import rename, rescale
+from exl2jax.models.tensors import canonical_name, rescale
 from tests.support.tiny_architectures import TINY, TinyArchitecture, write_tiny
 
 SIZES = (
@@ -154,11 +154,11 @@ def test_newer_spellings_are_brought_back() -> None:
 
 
 def test_names_are_replaced_in_order() -> None:
-    renames = ARCHITECTURES["GPT2LMHeadModel"].renames
-    assert rename("h.3.attn.c_proj.bias", renames) == "model.layers.3.self_attn.o_proj.bias"
-    assert rename("transformer.wte.weight", renames) == "model.embed_tokens.weight"
-    dbrx = ARCHITECTURES["DbrxForCausalLM"].renames
-    assert rename("transformer.blocks.1.ffn.experts.mlp.v1", dbrx) == (
+    gpt2 = ARCHITECTURES["GPT2LMHeadModel"]
+    assert canonical_name("h.3.attn.c_proj.bias", gpt2) == "model.layers.3.self_attn.o_proj.bias"
+    assert canonical_name("transformer.wte.weight", gpt2) == "model.embed_tokens.weight"
+    dbrx = ARCHITECTURES["DbrxForCausalLM"]
+    assert canonical_name("transformer.blocks.1.ffn.experts.mlp.v1", dbrx) == (
         "model.layers.1.block_sparse_moe.experts.v1.weight"
     )
 
