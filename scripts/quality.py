@@ -13,6 +13,7 @@ table of docs/quality.md and draws its plot.
 import argparse
 import json
 import logging
+import re
 import resource
 import shutil
 import sys
@@ -30,6 +31,7 @@ from exl2jax.evaluate.logits import final_states
 from exl2jax.models import build_decoder, load_exl2, open_model
 from exl2jax.pipeline.recipe import PRESETS, Recipe
 from exl2jax.pipeline.scoring import perplexity, score
+from exl2jax.variants import choose
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
 PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0)
@@ -45,6 +47,7 @@ VARIANTS: dict[str, Recipe] = {
     "scaled by divergence": replace(BEST, divergence_rows=2),
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
+    **{name: replace(BEST, name=name, variants=(choose("transform", name),)) for name in ("rotation", "equalize")},
 }
 EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
@@ -127,7 +130,8 @@ class Study:
 
     def measurement(self, recipe: Recipe) -> Path:
         """The measurement that a recipe allocates by, shared by all trials that measure alike."""
-        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}"
+        by = re.sub(r"\W+", "-", f"-{recipe.measured_by}") if recipe.measured_by else ""
+        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{by}"
         path = self.out / f"measurement-{name}.json"
         if not path.exists():
             begun = _cpu_seconds()

@@ -51,6 +51,8 @@ def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
 def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> None:
     best, plain = (tiny_study.measurement(VARIANTS[name]) for name in ("best", "fisher"))
     assert best == plain != tiny_study.measurement(VARIANTS["stock"])
+    own = [tiny_study.measurement(VARIANTS[name]) for name in ("rotation", "equalize")]
+    assert len({best, *own}) == 3 and own[0].name == "measurement-fisher-8-0-transform-rotation-seed-0.json"
 
 
 def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study) -> None:
@@ -63,3 +65,4 @@ def test_study_holds_every_variant() -> None:
     assert {t.variant for t in trials} == set(VARIANTS)
     assert len({t.key for t in trials}) == len(trials) == 2 * 3 + len(VARIANTS) - 3 + 2
     assert {t.variant for t in study(["fast"], [3.0], subsets=3)} == {"fast"}
+    assert [t.bits for t in trials if t.variant in ("rotation", "equalize")] == [3.0, 3.0]

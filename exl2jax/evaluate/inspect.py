@@ -8,6 +8,7 @@ import numpy as np
 
 from exl2jax.errors import FormatError, SettingsError
 from exl2jax.models import Exl2Model, HFModel, LinearSpec, head_spec, load_exl2, module_specs, open_model
+from exl2jax.models.transform import transformed_for
 from exl2jax.ops.packing import PackedLinear, read_groups, unpack_scales
 
 LEAST, MEDIAN, MOST = 0, 50, 100
@@ -41,6 +42,7 @@ def inspect(directory: Path, tensor: str | None = None, source: Path | None = No
     original = None if source is None else open_model(source)
     if original is not None and not isinstance(original, HFModel):
         raise SettingsError(f"{source}: --against must be the original model, this is an EXL2 directory too")
+    original = None if original is None else transformed_for(model, original)
     linears = [x for spec in module_specs(model.config) for x in spec.linears] + [head_spec(model.config)]
     name = (tensor or "").removesuffix(".weight").removesuffix(".q_weight")
     chosen = [linear for linear in linears if name in linear.key]

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,35 @@ SAMPLES, SAMPLE_BYTES = 256, 4096
 """Evenly spread pieces of a weight file that tell it from others: a megabyte, whatever the file's size."""
 
 
+class Tensors(Protocol):
+    """What a model reads its tensors from, by the names that the stock runtime gives them."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold them."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Its dtype as safetensors spells it."""
+        ...
+
+    def file(self, name: str) -> Path:
+        """The file that it comes from."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor; linears as `[out_features, in_features]`."""
+        ...
+
+
 class Model:
     """A model directory: its configuration and its tensors, read lazily. Weights come as `[K, N]` float32."""
 
@@ -41,7 +70,7 @@ class Model:
         config: ModelConfig,
         raw: dict[str, Any],
         digest: str,
-        files: TensorFiles | SourceTensors,
+        files: Tensors,
     ) -> None:
         """Bind a checked configuration to the headers of its weight files."""
         self.directory = directory
@@ -153,6 +182,11 @@ class HFModel(Model):
         head = head_spec(self.config)
         for name, shape in (shapes | {self._kernel_name(head): (head.columns, head.rows)}).items():
             self._check(name, shape)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor as float32, linears as `[out, in]`; the embedding for the head that is tied to it."""
+        name = self.head_name if name == f"{head_spec(self.config).key}.weight" else name
+        return self._float(name, self.files.shape(name))
 
     def weights_digest(self) -> str:
         """SHA-256 over headers, file sizes and samples of the weights: which weights these are.

@@ -10,6 +10,7 @@ from typing import Any
 from exl2jax.calibration import Tokenizer, load_tokenizer
 from exl2jax.errors import SettingsError, StorageError
 from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.models.transform import transformed
 from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.job import FileCheckpoint, WorkDirectory, fingerprint
@@ -105,7 +106,7 @@ def _open_source(config: ConversionConfig) -> HFModel:
             require_quantizable_rows(linear.rows, f"{config.in_dir}: {linear.key}")
     require_quantizable_rows(model.config.hidden_size, f"{config.in_dir}: lm_head")
     model.check_headers()
-    return model
+    return transformed(model, config.recipe.transform)
 
 
 def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> dict[str, Any]:

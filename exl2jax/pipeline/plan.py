@@ -13,14 +13,13 @@ from exl2jax.candidates import head_qparams
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
 from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
-from exl2jax.models.tensors import SourceTensors
+from exl2jax.models.source import Tensors
 from exl2jax.pipeline.allocate import feasible_bpw, reach
 from exl2jax.pipeline.compile import compiled_size
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.qparams import padded_columns
-from exl2jax.storage import TensorFiles
 
 FLOAT = 4
 HEADER = 160
@@ -151,7 +150,7 @@ def _output_size(context: Context, high: float) -> int:
     return _linears_size(context, high) + tensors + HEADER * (len(inner) + len(outer) + 6 * linears)
 
 
-def _stored(files: TensorFiles | SourceTensors, name: str) -> int:
+def _stored(files: Tensors, name: str) -> int:
     """Bytes of a tensor's data, from its header: F16, BF16, F32, F8_E4M3 and the like carry their bits."""
     digits = "".join(c for c in files.dtype(name).partition("_")[0] if c.isdigit())
     return math.prod(files.shape(name)) * int(digits or 8) // 8

@@ -11,7 +11,6 @@ from exl2jax.ops import relative_frobenius
 from exl2jax.pipeline import solvers  # noqa: F401  (they register themselves)
 from exl2jax.variants import KINDS, Choice, Method, choose
 from exl2jax.variants.candidates import STOCK_TABLE, Table, asked_candidates
-from exl2jax.variants.registry import STOCK_NAME
 
 type Pricing = Literal["fisher", "divergence", "accuracy"]
 
@@ -120,8 +119,8 @@ class Recipe:
     @property
     def measured_by(self) -> str:
         """The variants that a measurement depends on, in words; empty for stock's."""
-        kinds = ("scales", "rounding", "order", "damping", "error")
-        chosen = [choice for choice in self.variants if choice.kind in kinds and choice.name != STOCK_NAME]
+        kinds = ("scales", "rounding", "order", "damping", "error", "transform")
+        chosen = [choice for choice in self.variants if choice.kind in kinds and not choice.is_stock]
         return ", ".join(sorted(choice.text for choice in chosen))
 
     @property
@@ -153,7 +152,13 @@ class Recipe:
     def tuning(self) -> Choice | None:
         """How modules are tuned once they are quantized, None for not at all."""
         choice = self.chosen("tuning")
-        return None if choice is None or choice.name == "none" else choice
+        return None if choice is None or choice.is_stock else choice
+
+    @property
+    def transform(self) -> Choice | None:
+        """How the source is rewritten before anything is measured, None for not at all."""
+        choice = self.chosen("transform")
+        return None if choice is None or choice.is_stock else choice
 
     @property
     def carries_reference(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exl2jax.models.transform import transform_record
 from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context
@@ -87,4 +88,5 @@ def quantization_config(config: ConversionConfig, state: JobState) -> dict[str, 
             "dataset": "(default)" if config.cal_dataset is None else config.cal_name,
         },
         "converter": f"exl2jax {VERSION}",
+        **transform_record(config.recipe.transform),
     }

@@ -17,11 +17,12 @@ KINDS = {
     "error": "measure(settings) -> Measure, what bits are spent against",
     "hessian": "fields(settings) -> propagation and residual of the recipe",
     "tuning": "tune(block: Tunable, settings) -> Tuned, a module once its linears are quantized",
+    "transform": "rewrite(model: Layout, read, settings) -> what computes each tensor that changes, by name",
 }
 """Kinds of variants and what their functions take and give."""
 
 STOCK_NAME = "stock"
-STOCK_NAMES = {"tuning": "none", "solver": "exact"}
+STOCK_NAMES = {"tuning": "none", "solver": "exact", "transform": "none"}
 """Names of what is done where nothing is chosen: that of most kinds, and of those that have another."""
 
 
@@ -59,6 +60,11 @@ class Choice:
     def function(self) -> Callable[..., Any]:
         """The registered function, which takes `settings` last."""
         return find(self.kind, self.name).function
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is what is done where nothing is chosen."""
+        return self.name == STOCK_NAMES.get(self.kind, STOCK_NAME)
 
     @property
     def text(self) -> str:

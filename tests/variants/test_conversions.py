@@ -18,7 +18,8 @@ from exl2jax.variants import choose, load_plugin, names
 from tests.support.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
-MATRIX = [(kind, name) for kind in ("scales", "rounding", "order", "damping", "tuning") for name in names(kind)[1:]]
+LINEARS = ("scales", "rounding", "order", "damping", "tuning", "transform")
+MATRIX = [(kind, name) for kind in LINEARS for name in names(kind)[1:]]
 """Every variant but those that are stock's, whose names come first."""
 
 

@@ -148,7 +148,7 @@ def test_objectives() -> None:
 def test_stock_is_the_default_and_costs_nothing() -> None:
     assert Method.of([]) == STOCK and hash(STOCK) == hash(Method())
     assert method(scales="stock", order="stock", rounding="stock", damping="stock") == STOCK
-    defaults = dict.fromkeys(KINDS, "stock") | {"solver": "exact", "tuning": "none"}
+    defaults = dict.fromkeys(KINDS, "stock") | {"solver": "exact", "tuning": "none", "transform": "none"}
     assert {kind: names(kind)[0] for kind in KINDS} == defaults
 
 
