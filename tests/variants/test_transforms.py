@@ -21,6 +21,8 @@ from exl2jax.evaluate.verify import verify
 from exl2jax.lab import read_plan
 from exl2jax.models import HFModel, Model, build_decoder, head_norm_spec, module_specs, open_model
 from exl2jax.models.transform import layout_of, transformed
+from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.plan import make_plan
 from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.pipeline.recipe import recipe_from
 from exl2jax.pipeline.stream import head_logits
@@ -44,7 +46,7 @@ def opened(path: Path, text: str | None = None) -> HFModel:
     return transformed(model, None if text is None else choose("transform", text))
 
 
-def written(folder: Path, name: str) -> Path:
+def made(folder: Path, name: str) -> Path:
     """A tiny model of an architecture; the Llama is tied, has key/value heads for two queries each, and biases."""
     return write_tiny_llama(folder, **BIASED) if name == "llama" else write_tiny(folder, TINY[name])
 
@@ -55,7 +57,7 @@ def logits(model: Model, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("text", "name"), EXACT)
 def test_the_model_computes_the_same(tmp_path: Path, text: str, name: str) -> None:
-    path = written(tmp_path / "model", name)
+    path = made(tmp_path / "model", name)
     ids = np.random.default_rng(1).integers(0, 300, (2, 24), dtype=np.int32)
     before, after = logits(opened(path), ids), logits(opened(path, text), ids)
     assert before.std() > 0.5
@@ -94,7 +96,7 @@ def test_the_same_in_float64(tmp_path: Path, text: str) -> None:
 
 
 def test_rotated_tensors_are_the_products_of_the_papers(tmp_path: Path) -> None:
-    path = written(tmp_path / "model", "gemma")
+    path = made(tmp_path / "model", "gemma")
     source, model = opened(path), opened(path, "rotation:seed=7")
     turn = orthogonal(64, 7).astype(np.float64)
     read = {n: source.files.read(n).astype(np.float64) for n in source.files}
@@ -188,7 +190,7 @@ def _require_same_ranges(new: Mapping[str, np.ndarray], heads: int, group: int, 
 
 
 def test_equalized_ranges_of_a_model(tmp_path: Path) -> None:
-    path = written(tmp_path / "model", "mixtral")
+    path = made(tmp_path / "model", "mixtral")
     model = opened(path, "equalize")
     layer = "model.layers.0"
     for first, second in (("w3", "w2"),):
@@ -214,7 +216,7 @@ def test_equalized_ranges_of_a_model(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, text: str, name: str, message: str) -> None:
-    path = written(tmp_path / "model", name)
+    path = made(tmp_path / "model", name)
     recipe = recipe_from({"preset": "fast", "transform": text}, "mine")
     with pytest.raises(SettingsError, match=f"transform {text}: {message}"):
         convert(ConversionConfig(in_dir=path, out_dir=tmp_path / "work", preset=recipe))
@@ -256,7 +258,7 @@ def test_a_transform_of_ones_own(
 
 
 def test_a_layout_names_what_reads_and_writes_the_stream(tmp_path: Path) -> None:
-    config = opened(written(tmp_path / "model", "mixtral")).config
+    config = opened(made(tmp_path / "model", "mixtral")).config
     found = layout_of(config)
     layer = "model.layers.1"
     gates = [f"{layer}.block_sparse_moe.experts.{e}.{w}.weight" for e in range(4) for w in ("w1", "w3")]
@@ -287,7 +289,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("text", ["rotation:seed=1", "equalize:strength=0.5"])
-def test_a_conversion(base: ConversionConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None:
     """From the command line: verified, near the source, sized as planned, compared with what it was made of."""
     flags = {"-i": base.in_dir, "-o": tmp_path / "work", "-b": 7, "-r": 4, "-l": 32, "-mr": 2, "-ml": 32}
     command = [str(x) for pair in flags.items() for x in pair] + ["--preset", "fast", "--variant", f"transform={text}"]
@@ -295,9 +297,9 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "exl2"
     report = verify(out)
     assert report.ok, report.faults
-    config = json.loads((out / "config.json").read_text())
+    written = json.loads((out / "config.json").read_text())
     rotated = text.startswith("rotation")
-    assert config["tie_word_embeddings"] is not rotated and config["quantization_config"]["transform"] == text
+    assert written["tie_word_embeddings"] is not rotated and written["quantization_config"]["transform"] == text
     tensors = {n: t for path in out.glob("*.safetensors") for n, t in load_file(path).items()}
     assert "lm_head.q_weight" in tensors
     assert tensors["model.embed_tokens.weight"].dtype == (np.float16 if rotated else np.float32)
@@ -307,10 +309,9 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, capsys: pytest.Cap
     assert np.sqrt(np.mean((after - before) ** 2)) < 0.05 * before.std(), "7 bits"
     errors = [x.error or 1 for x in inspect(out, source=base.in_dir)]
     assert max(errors) < 0.3 and np.mean(errors) < 0.05, "against the rewritten source, else above one"
-    capsys.readouterr()
-    assert cli.main(["plan", *command, "-m", str(tmp_path / "work" / "measurement.json"), "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["output_exact"] and plan["output_size"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    config = chosen(base, tmp_path, text, measurement=tmp_path / "work" / "measurement.json")
+    plan = make_plan(Context.open(config, Control()), {})
+    assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
     assert job["inputs"]["preset"]["variants"][0]["kind"] == "transform"
     assert json.loads((tmp_path / "work" / "measurement.json").read_text())["method"] == f"transform={text}"
