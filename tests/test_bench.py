@@ -13,7 +13,8 @@ from exl2jax.models import HFModel, module_specs, open_model
 from scripts import bench
 from scripts.bench_rates import Rates
 from scripts.bench_stages import PassSizes, candidates_work, distinct_settings, forward_work, measurement
-from tests.support.tiny_architectures import TINY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import write_tiny
 
 RATES = Rates(products=1e9, elementwise=1e8, bandwidth=1e9)
 """Round figures in place of a measurement of the machine."""

@@ -21,7 +21,8 @@ from exl2jax.pipeline.dequantize import dequantize_model
 from scripts.architectures import render
 from tests.support.made_up import made_up_measurement
 from tests.support.stock_names import STOCK
-from tests.support.tiny_architectures import TINY, VOCABULARY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import VOCABULARY, write_tiny
 
 ROWS, LENGTH = 16, 32
 HALF_STEP = 2.0**-11

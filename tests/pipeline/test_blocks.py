@@ -22,7 +22,8 @@ from exl2jax.pipeline.price import PriceStep
 from exl2jax.pipeline.quantize import REFERENCE, QuantizeStep
 from exl2jax.pipeline.recipe import find_recipe
 from exl2jax.qparams import q
-from tests.support.tiny_architectures import EXPERTS, HIDDEN, TINY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import EXPERTS, HIDDEN, write_tiny
 
 ROWS, LENGTH = 4, 24
 

@@ -14,7 +14,8 @@ from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows,
 from exl2jax.pipeline.propagate import Strengths, stage_terms
 from exl2jax.pipeline.stream import collect
 from exl2jax.pipeline.trouble import starved_experts
-from tests.support.tiny_architectures import EXPERTS, HIDDEN, TINY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import EXPERTS, HIDDEN, write_tiny
 
 ROWS, LENGTH, LOST = 3, 16, 2
 

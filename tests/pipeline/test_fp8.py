@@ -16,7 +16,8 @@ from exl2jax.evaluate.verify import verify
 from exl2jax.models import module_specs, open_model
 from exl2jax.storage import TensorFiles
 from tests.support.made_up import made_up_measurement
-from tests.support.tiny_architectures import TINY, VOCABULARY, tiny_tensors
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import VOCABULARY, tiny_tensors
 from tests.support.tiny_model import write_directory
 
 ARCHITECTURE = TINY["qwen3"]

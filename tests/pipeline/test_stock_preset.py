@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.evaluate.verify import verify
-from tests.support.tiny_architectures import EXPERTS, TINY, VOCABULARY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import EXPERTS, VOCABULARY, write_tiny
 
 ROWS, LENGTH, BITS = 6, 24, 4.0
 

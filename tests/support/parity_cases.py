@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.tiny_architectures import TINY, TinyArchitecture, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import TinyArchitecture, write_tiny
 from tests.support.tiny_model import write_tiny_llama
 
 REFERENCE_DIR = Path(__file__).parents[1] / "models" / "reference"

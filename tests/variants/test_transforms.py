@@ -29,7 +29,8 @@ from exl2jax.pipeline.stream import head_logits
 from exl2jax.variants import Choice, choose, registry, variant
 from exl2jax.variants.transforms import Layout, Pair, Read, Rewritten, orthogonal
 from tests.oracles import llama
-from tests.support.tiny_architectures import TINY, write_tiny
+from tests.support.tiny_architectures import TINY
+from tests.support.tiny_layout import write_tiny
 from tests.support.tiny_model import write_tiny_llama
 
 BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
