@@ -141,6 +141,13 @@ def profile(rates: Rates, model: HFModel, sizes: PassSizes) -> Iterator[Row]:
         yield row(part.name, timed(part.run, 5), rates.limit(*part.work, moved=part.moved))
 
 
+def against_plain(found: Row) -> tuple[str, str]:
+    """Seconds of the plain loop, and how many times faster than it the seconds that count are."""
+    if found.plain_seconds is None:
+        return "", ""
+    return f"{found.plain_seconds:.3g}", f"{found.plain_seconds / (found.limit_seconds * found.ratio):.1f}"
+
+
 def show(rates: Rates, rows: Sequence[Row]) -> None:
     """Print the table."""
     table = Table(
@@ -150,12 +157,10 @@ def show(rates: Rates, rows: Sequence[Row]) -> None:
     for column in ("", "seconds", "core seconds", "limit", "ratio", "plain loop", "times faster", "compiling"):
         table.add_column(column, justify="left" if not column else "right")
     for r in rows:
-        own = r.limit_seconds * r.ratio
-        plain = ("", "") if r.plain_seconds is None else (f"{r.plain_seconds:.3g}", f"{r.plain_seconds / own:.1f}")
         table.add_row(
             r.name,
             *(f"{v:.3g}" for v in (r.seconds, r.cpu_seconds, r.limit_seconds, r.ratio)),
-            *plain,
+            *against_plain(r),
             f"{r.compile_seconds:.1f}",
         )
     Console(width=130).print(table)
@@ -166,10 +171,8 @@ def markdown(rows: Sequence[Row]) -> str:
     head = ("", "seconds", "core seconds", "limit", "ratio", "plain loop", "times faster")
     lines = [head, ("---",) * len(head)]
     for r in rows:
-        own = r.limit_seconds * r.ratio
-        plain = ("", "") if r.plain_seconds is None else (f"{r.plain_seconds:.3g}", f"{r.plain_seconds / own:.1f}")
         numbers = (f"{v:.3g}" for v in (r.seconds, r.cpu_seconds, r.limit_seconds))
-        lines.append((r.name, *numbers, f"{r.ratio:.2f}", *plain))
+        lines.append((r.name, *numbers, f"{r.ratio:.2f}", *against_plain(r)))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
