@@ -90,8 +90,15 @@ def _mixture(groups: Sequence[Setting], table: dict[Setting, np.ndarray], rows: 
 def _shares(tiles: Sequence[int]) -> tuple[float, ...]:
     """Shares that `QParams.groups` turns back into exactly these tiles: rounded down, since it rounds groups up."""
     total = sum(tiles)
-    shares = [math.floor(n / total * 1e6) / 1e6 for n in tiles[:-1]]
+    shares = [_share(n, total) for n in tiles[:-1]]
     return (*shares, 1.0 - sum(shares))
+
+
+def _share(tiles: int, total: int) -> float:
+    """`tiles / total` in millionths, such that the rows it stands for are no more than they are, in floats too."""
+    share = math.floor(tiles / total * 1e6) / 1e6
+    rows = total * ROW_MULTIPLE
+    return share if rows * share <= tiles * ROW_MULTIPLE else round(share - 1e-6, 6)
 
 
 def _group_bits(bits: int, tiles: int, columns: int) -> int:

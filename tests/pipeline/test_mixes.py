@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exl2jax.pipeline.free import NARROWEST, free_choice
-from exl2jax.pipeline.mixes import Mixture, best_mixtures
+from exl2jax.pipeline.mixes import Mixture, _shares, best_mixtures
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting
-from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE
+from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, QParams
 
 COLUMNS = 64
 
@@ -53,6 +53,14 @@ def value(mixture: Mixture, costs: LinearCosts, price: float) -> float:
     return mixture.cost + price * (mixture.total_bits - 32 * costs.rows)
 
 
+@pytest.mark.parametrize("total", [*range(1, 200), 344, 512, 896, 2048])
+def test_shares_of_any_tiles_come_back_as_these_tiles(total: int) -> None:
+    for first in range(1, total):
+        shares = _shares([first, total - first])
+        qparams = QParams(bits=(4, 3), bits_prop=shares, group_size=(32, 32))
+        assert sum(g.rows for g in qparams.groups(total * ROW_MULTIPLE) if g.bits == 4) == first * ROW_MULTIPLE
+
+
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5])
 def test_no_mixture_is_better(tiles: int) -> None:
     costs = linear(tiles, seed=tiles)
@@ -62,6 +70,7 @@ def test_no_mixture_is_better(tiles: int) -> None:
         assert value(found, costs, price) == pytest.approx(best, rel=1e-9)
 
 
+@example(50, 75, -5.125)  # 7 of 50 tiles: 1600 * 0.14 is a little more than 224
 @given(st.integers(1, 60), st.integers(0, 10**6), st.floats(-11, -3))
 @settings(max_examples=40, deadline=None)
 def test_a_mixture_is_a_setting_of_the_format(tiles: int, seed: int, exponent: float) -> None:
