@@ -30,7 +30,7 @@ from exl2jax.qparams import q
 from scripts.bench_parts import parts
 from scripts.bench_plain import plain_gptq, plain_pack
 from scripts.bench_rates import Rates, Spent, cost, measure_rates, plain_seconds, timed
-from scripts.bench_stages import PLAIN_COLUMNS, PassSizes, gptq_work, measurement, plain_pass, quantization
+from scripts.bench_stages import PLAIN_COLUMNS, PassSizes, factor_work, gptq_work, measurement, plain_pass, quantization
 
 SIZES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096))
 GPU_SIZES = (*SIZES[3:], (8192, 8192), (8192, 28672), (28672, 8192))
@@ -82,7 +82,9 @@ def operations(
         yield row(f"hessian {k}", spent, rates.limit(TOKENS * k * k, moved=8 * k * k), slow)
         h = add(zero, x)
         spent = timed(lambda h=h: factorize(h), 2)
-        yield row(f"factorize {k}", spent, rates.limit(2 / 3 * k**3), _plain_factor(np.asarray(h)) if plain else None)
+        yield row(
+            f"factorize {k}", spent, rates.limit(*factor_work(k)), _plain_factor(np.asarray(h)) if plain else None
+        )
         factor = factorize(h)
         for n in (n for size, n in sizes if size == k):
             w = jnp.asarray(0.05 * rng.standard_normal((k, n)), jnp.float32)

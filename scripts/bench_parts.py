@@ -13,7 +13,7 @@ from exl2jax.ops import QuantizedLinear
 from exl2jax.pipeline.linear import Task, pack_checked, quantize_many
 from exl2jax.pipeline.measure import module_factors
 from exl2jax.pipeline.stream import collect, forward, relative_error
-from scripts.bench_stages import SETTING, PassSizes, Work, forward_work, gptq_work, hessian_work
+from scripts.bench_stages import SETTING, PassSizes, Work, factor_work, forward_work, gptq_work, hessian_work
 
 ROWS = 16
 """Rows of tokens that the parts are timed on; enough to fill four chunks."""
@@ -44,9 +44,8 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
             f"{name} error of the output", partial(relative_error, states, states, None), moved=2 * states.nbytes
         )
         hessians = run().hessians
-        sizes_of = [group[0].rows for group in spec.groups]
-        cubes = Work(sum(2 / 3 * k**3 for k in sizes_of))
-        yield Part(f"{name} factors", partial(_factors, spec, hessians), cubes)
+        cubes = [factor_work(group[0].rows) for group in spec.groups]
+        yield Part(f"{name} factors", partial(_factors, spec, hessians), sum(cubes, Work(0)))
         factors = module_factors(spec, hessians)
         tasks = [Task(params[x.name]["kernel"], factors[x.name], SETTING, x) for x in spec.linears]
         walks = [gptq_work(x.rows, x.columns) for x in spec.linears]

@@ -104,6 +104,11 @@ def hessian_work(spec: ModuleSpec, length: int) -> Work:
     return Work(sum(length * k * k for k in (group[0].rows for group in spec.groups)))
 
 
+def factor_work(rows: int) -> Work:
+    """The factor of one Hessian: a Cholesky and a triangular inverse."""
+    return Work(2 / 3 * rows**3)
+
+
 def measurement(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     """Stock's exact measurement of the first `modules` modules."""
     specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.measured, sizes)

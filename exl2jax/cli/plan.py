@@ -55,7 +55,7 @@ def plan_command(
         )
         context = Context.open(config, Control())
         built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
-        passes = {"quantize": False} if measurement else {"measure": True, "quantize": False}
-        plan = make_plan(context, {name: built.build(measure=measure) for name, measure in passes.items()})
+        passes = ("quantize",) if measurement else ("measure", "quantize")
+        plan = make_plan(context, {name: built.build(measure=name == "measure") for name in passes})
     deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     return 1 if plan.refused else 0

@@ -66,7 +66,7 @@ def by_rows(pricing: Pricing, table: Table | None) -> bool:
 
 def require_reachable(specs: Sequence[ModuleSpec], bits: float, pricing: Pricing, table: Table | None = None) -> None:
     """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
-    _reachable_budget(reach(specs, pricing, table), specs, bits)
+    reachable_budget(reach(specs, pricing, table), specs, bits)
 
 
 def reach(specs: Sequence[ModuleSpec], pricing: Pricing, table: Table | None = None) -> tuple[float, float]:
@@ -81,7 +81,7 @@ def reach(specs: Sequence[ModuleSpec], pricing: Pricing, table: Table | None = N
     return feasible_bpw(Measurement(modules=rows if by_rows(pricing, table) else {}), specs, pricing, table)
 
 
-def _reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], bits: float) -> int:
+def reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], bits: float) -> int:
     """The budget in bits; `MeasurementError` with the feasible range when it is below the least."""
     low, high = within
     weights = sum(spec.weights for spec in specs)
@@ -111,7 +111,7 @@ def allocate(
     """
     if pricing != "accuracy" and table is not None:
         measurement = _priced_rows(measurement, specs, table)
-    budget = _reachable_budget(feasible_bpw(measurement, specs, pricing, table), specs, bits)
+    budget = reachable_budget(feasible_bpw(measurement, specs, pricing, table), specs, bits)
     if not by_rows(pricing, table):
         return _free_strategy(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, pricing, solver=solver, seed=seed, objective=objective)

@@ -52,11 +52,16 @@ def compiled_size(model: HFModel, qparams: Mapping[str, QParams], *, shard_mb: f
     return shards_size(_heads(model, qparams), shard_mb)
 
 
+def source_head(model: HFModel, name: str) -> TensorHead:
+    """What a shard's header will say of a tensor that is copied as the source stores it."""
+    return TensorHead(name, model.files.dtype(name), model.files.shape(name))
+
+
 def _heads(model: HFModel, qparams: Mapping[str, QParams]) -> Iterator[TensorHead]:
     """What the shards' headers will say of every tensor, in the order of `_tensors`."""
 
     def plain(names: Iterable[str]) -> Iterator[TensorHead]:
-        return (TensorHead(name, model.files.dtype(name), model.files.shape(name)) for name in names)
+        return (source_head(model, name) for name in names)
 
     def packed(linear: LinearSpec) -> Iterator[TensorHead]:
         groups = qparams[linear.key].groups(linear.rows)

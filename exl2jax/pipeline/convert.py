@@ -29,10 +29,10 @@ from exl2jax.pipeline.passes import (
     quantize_pass,
     read_reports,
 )
-from exl2jax.pipeline.plan import require_feasible
+from exl2jax.pipeline.plan import require_space
 from exl2jax.pipeline.progress import Control
 from exl2jax.pipeline.result import ConversionResult
-from exl2jax.pipeline.strategy import choose_strategy, limited_measurement
+from exl2jax.pipeline.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.pipeline.summary import quantization_config, strategy_record, summarize
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.storage import make_directory
@@ -94,7 +94,7 @@ class _Conversion:
         coming = list(dropwhile(lambda name: name != state.stage, stages))
         passes = sorted({name != "quantize" for name in coming}, reverse=True)
         built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
-        require_feasible(self.context, built)
+        require_space(self.context, built)
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""
@@ -160,7 +160,7 @@ class _Conversion:
     def _allocate(self) -> tuple[Strategy, str]:
         """The allocation, and the variants that its measurement was made with."""
         measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
-        strategy = choose_strategy(self.context, measurement)
+        strategy = choose_strategy(self.context, measurement, usable_pricing(self.context, measurement))
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
         return strategy, measurement.method

@@ -1,6 +1,5 @@
 """What a conversion will take and give, and what would be refused, before anything is computed."""
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,9 +12,8 @@ from exl2jax.candidates import head_qparams
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
 from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
-from exl2jax.models.source import Tensors
-from exl2jax.pipeline.allocate import feasible_bpw, reach
-from exl2jax.pipeline.compile import compiled_size
+from exl2jax.pipeline.allocate import Strategy, feasible_bpw, reach, reachable_budget
+from exl2jax.pipeline.compile import compiled_size, source_head
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.pipeline.trouble import calibration_shortage
@@ -60,7 +58,7 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
 
     A measurement that the job names is read, and bits are allocated by it.
     """
-    low, high, exact, refused = _budget(context)
+    (low, high), exact, refused = _budget(context)
     disk, free = _disk(context, rows, high), _free(context)
     memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tokens = {name: _tokens(each) for name, each in rows.items()}
@@ -84,38 +82,37 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
     )
 
 
-def require_feasible(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
-    """Raise the first thing that a plan would refuse; what a measurement reaches, its allocation judges."""
-    low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
-    refused = [] if context.config.measurement is not None else _target_refusals(context, low, high)
-    for error in (*refused, *_disk_refusals(context, _disk(context, rows, high), _free(context))):
+def require_space(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
+    """Raise `StorageError` where a plan would refuse for the disk."""
+    _, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
+    for error in _disk_refusals(context, _disk(context, rows, high), _free(context)):
         raise error
 
 
-def _budget(context: Context) -> tuple[float, float, int | None, list[Exl2JaxError]]:
+def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl2JaxError]]:
     """Least and greatest bits per weight, the size by a given measurement, and why the target is refused."""
-    if context.config.measurement is None:
-        low, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
-        return low, high, None, _target_refusals(context, low, high)
-    measurement = limited_measurement(context, context.config.measurement)
+    config, specs, table = context.config, context.specs, context.recipe.table
+    if config.measurement is None:
+        within = reach(specs, context.recipe.pricing, table)
+        try:
+            if config.output_measurement is None:
+                reachable_budget(within, specs, config.bits)
+        except MeasurementError as e:
+            return within, None, [e]
+        return within, None, []
+    measurement = limited_measurement(context, config.measurement)
     pricing = usable_pricing(context, measurement)
-    low, high = feasible_bpw(measurement, context.specs, pricing, context.recipe.table)
+    within = feasible_bpw(measurement, specs, pricing, table)
     try:
-        strategy = choose_strategy(context, measurement)
+        return within, _exact_size(context, choose_strategy(context, measurement, pricing)), []
     except MeasurementError as e:
-        return low, high, None, [e]
+        return within, None, [e]
+
+
+def _exact_size(context: Context, strategy: Strategy) -> int:
     chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
     chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
-    return low, high, compiled_size(context.model, chosen, shard_mb=context.config.shard_size), []
-
-
-def _target_refusals(context: Context, low: float, high: float) -> list[Exl2JaxError]:
-    config, weights = context.config, sum(spec.weights for spec in context.specs)
-    if config.output_measurement is not None or int(weights * config.bits) >= low * weights:
-        return []
-    return [
-        MeasurementError(f"-b {config.bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
-    ]
+    return compiled_size(context.model, chosen, shard_mb=context.config.shard_size)
 
 
 def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]:
@@ -145,15 +142,9 @@ def _output_size(context: Context, high: float) -> int:
     model = context.model
     inner = [name for spec in context.specs for name in spec.plain]
     outer = [*embedding_shapes(model.config), *head_norm_spec(model.config).tensors, *model.copied()]
-    tensors = sum(_stored(model.files, name) for name in (*inner, *outer))
+    tensors = sum(source_head(model, name).nbytes for name in (*inner, *outer))
     linears = sum(len(spec.linears) for spec in context.specs) + 1
     return _linears_size(context, high) + tensors + HEADER * (len(inner) + len(outer) + 6 * linears)
-
-
-def _stored(files: Tensors, name: str) -> int:
-    """Bytes of a tensor's data, from its header: F16, BF16, F32, F8_E4M3 and the like carry their bits."""
-    digits = "".join(c for c in files.dtype(name).partition("_")[0] if c.isdigit())
-    return math.prod(files.shape(name)) * int(digits or 8) // 8
 
 
 def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) -> int:

@@ -17,13 +17,13 @@ def limited_measurement(context: Context, path: Path) -> Measurement:
     return context.config.limits.apply(read_measurement(path, context.specs), context.specs)
 
 
-def choose_strategy(context: Context, measurement: Measurement) -> Strategy:
-    """The allocation that a job takes; raises `MeasurementError` when its bits cannot be reached."""
+def choose_strategy(context: Context, measurement: Measurement, pricing: Pricing) -> Strategy:
+    """The allocation that a job takes; raises `MeasurementError` when its bits cannot be reached by `pricing`."""
     return allocate(
         measurement,
         context.specs,
         context.config.bits,
-        pricing=usable_pricing(context, measurement),
+        pricing=pricing,
         solver=context.config.solver,
         seed=context.config.seed,
         objective=context.recipe.objective,

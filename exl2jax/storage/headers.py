@@ -10,7 +10,10 @@ from typing import NamedTuple
 MAX_HEADER = 32 * 2**20
 """Largest header that is read: a hundred thousand tensors in one file need half of it."""
 
-_DTYPES = ("U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+_DTYPES = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"),
+    *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
 """The library writes tensors by dtype, the last of these first, and by name within one."""
 
 
@@ -23,8 +26,9 @@ class TensorHead(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return math.prod(self.shape) * int("".join(c for c in self.dtype.partition("_")[0] if c.isdigit())) // 8
+        """Bytes of the tensor's data: F16, BF16, F32, F8_E4M3 and the like carry their bits in their names."""
+        digits = "".join(c for c in self.dtype.partition("_")[0] if c.isdigit())
+        return math.prod(self.shape) * int(digits or 8) // 8
 
 
 def file_size(tensors: Sequence[TensorHead], metadata: dict[str, str]) -> int:

@@ -9,7 +9,16 @@ from safetensors.numpy import save
 from exl2jax.storage import TensorHead
 from exl2jax.storage.headers import file_size
 
-DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "I16": np.int16, "I32": np.int32}
+DTYPES = {
+    "BOOL": np.bool_,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "C64": np.complex64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "I16": np.int16,
+    "I32": np.int32,
+}
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 HEADS = st.dictionaries(
     st.text("abcdef.0123é", min_size=1, max_size=12), st.tuples(st.sampled_from(list(DTYPES)), SHAPES)
