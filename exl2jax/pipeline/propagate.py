@@ -5,6 +5,7 @@ linear is `W* = W + (H + l I)^-1 X_q^T (a (X_f - X_q) W + r (h_f - h_q))`. The t
 the one with `r` is for linears that write to the residual stream: they take back what they can of its own error.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, gram
 from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.stream import full_mask, group_weights, or_identity, row_chunks
+
+KEPT_BYTES = 1 << 29
+"""Inputs of a module's last stage that are kept in memory, so that its outputs need not be computed from the start."""
 
 
 class Strengths(NamedTuple):
@@ -61,11 +65,14 @@ def _solve(factor: HessianFactor, b: jax.Array) -> jax.Array:
 class StageTerms(NamedTuple):
     """Cross terms of each group of a stage, the tokens that went into them, and the next full-precision states: after
     the last stage the module's output, before it still its input.
+
+    `inputs` is what each group of the last stage reads in the quantized model, `[R, T, K]`, None where it was not kept.
     """  # noqa: D205
 
     terms: list[CrossTerms]
     tokens: list[int]
     reference: np.ndarray
+    inputs: list[np.ndarray] | None = None
 
 
 def stage_terms(
@@ -84,23 +91,58 @@ def stage_terms(
     """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
     An expert's tokens are those that the quantized model routes to it, unless not `routed_only`; without any its
-    Hessian is the identity.
+    Hessian is the identity. What the last stage reads is kept if it takes `KEPT_BYTES` at most.
     """
     last = stage == len(spec.stages) - 1
-    sums, out = None, np.empty_like(reference) if last else reference
+    sums, out, kept = None, np.empty_like(reference) if last else reference, _room(spec, states) if last else None
     mask = full_mask(states, mask)
-    params, quantized = on_all_devices((params, quantized))
+    on_devices = on_all_devices((params, quantized))
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        hidden, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, params, quantized, *arrays, sums)
+        found, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, *on_devices, *arrays, sums)
         if last:
-            chunk.put(out, hidden)
+            chunk.put(out, found.hidden)
+        for array, x in zip(kept or (), found.inputs, strict=kept is not None):
+            chunk.put(array, x)
     assert sums is not None  # there is at least one row
-    sums = on_one_device(sums)
-    tokens = [round(float(n)) for n in sums[1]]
-    terms = [term.scaled(1 / len(states)) for term in sums[0]]
+    terms, counts = on_one_device(sums)
+    tokens = [round(float(n)) for n in counts]
+    terms = [term.scaled(1 / len(states)) for term in terms]
+    if last:
+        kernels = [params[linear.name]["kernel"] for (linear,) in spec.stages[stage]]
+        terms = [_owed(term, kernel, strengths) for term, kernel in zip(terms, kernels, strict=True)]
     terms = [term._replace(hessian=or_identity(term.hessian, n)) for term, n in zip(terms, tokens, strict=True)]
-    return StageTerms(terms, tokens, out)
+    return StageTerms(terms, tokens, out, kept)
+
+
+def _room(spec: ModuleSpec, states: np.ndarray) -> list[np.ndarray] | None:
+    """Arrays for what the groups of the last stage read on all rows; None where that is too much."""
+    rows = [linear.rows for (linear,) in spec.stages[-1]]
+    if sum(rows) * 4 * states.shape[0] * states.shape[1] > KEPT_BYTES:
+        return None
+    return [np.empty((*states.shape[:2], k), np.float32) for k in rows]
+
+
+def finish(
+    decoder: Decoder, spec: ModuleSpec, params: Any, states: np.ndarray, inputs: Sequence[np.ndarray], out: np.ndarray
+) -> np.ndarray:
+    """A module's output on all rows from what its last stage reads; `out` may be `states` itself."""
+    params = on_all_devices(params)
+    for chunk in row_chunks(states):
+        chunk.put(out, _finish_chunk(decoder, spec.kind, params, chunk.take(states), tuple(map(chunk.take, inputs))))
+    return out
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _finish_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array, inputs: tuple[jax.Array, ...]) -> jax.Array:
+    return decoder.output(kind, params, h, decoder.linears(kind, decoder.stages(kind) - 1, params, inputs))
+
+
+class _Found(NamedTuple):
+    """Of a chunk: the full-precision output (before the last stage still its input), and what a stage reads."""
+
+    hidden: jax.Array
+    inputs: tuple[jax.Array, ...]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=10)
@@ -116,17 +158,31 @@ def _chunk(
     ref: jax.Array,
     mask: jax.Array,
     sums: tuple[list[CrossTerms], list[jax.Array]] | None,
-) -> tuple[jax.Array, tuple[list[CrossTerms], list[jax.Array]]]:
-    """The full-precision output of a chunk (in the last stage), and the sums with its products added."""
-    xs, _ = _run(decoder, kind, stage, quantized, h)
-    ys, hidden = _run(decoder, kind, stage, params, ref)
+) -> tuple[_Found, tuple[list[CrossTerms], list[jax.Array]]]:
+    """What became of a chunk, and the sums with its products added."""
+    xs, ys = _inputs(decoder, kind, stage, quantized, h), _inputs(decoder, kind, stage, params, ref)
     weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
-    if stage == decoder.stages(kind) - 1:
-        kernels = [params[name]["kernel"] for (name,) in decoder.names(kind)[stage]]
-        new = [_last(x, y, ref - h, w, k, strengths) for x, y, w, k in zip(xs, ys, weights, kernels, strict=True)]
+    if stage < decoder.stages(kind) - 1:
+        hidden, new = ref, [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
     else:
-        new = [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
-    return hidden, added(sums, (new, [jnp.sum(w) for w in weights]))
+        with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
+            outputs = decoder.linears(kind, stage, params, ys)
+        hidden = decoder.output(kind, params, ref, outputs)
+        wanted = [_without_bias(outputs[name], params[name]) for (name,) in decoder.names(kind)[stage]]
+        new = [_last(x, y, ref - h, w, strengths) for x, y, w in zip(xs, wanted, weights, strict=True)]
+    return _Found(hidden, xs), added(sums, (new, [jnp.sum(w) for w in weights]))
+
+
+def _inputs(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
+    """What a stage reads, through the linears of the stages before it."""
+    outputs: dict[str, jax.Array] = {}
+    for before in range(stage):
+        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
+    return decoder.inputs(kind, stage, params, h, outputs)
+
+
+def _without_bias(y: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+    return y - params["bias"] if "bias" in params else y
 
 
 def added[T](sums: T | None, more: T) -> T:
@@ -145,28 +201,24 @@ def cross_terms(x: jax.Array, y: jax.Array | None, weight: jax.Array) -> CrossTe
     return CrossTerms(gram(x), cross=jnp.matmul(x.T, _tokens(y, weight) - x, precision=lax.Precision.HIGHEST))
 
 
-def _last(
-    x: jax.Array, y: jax.Array, error: jax.Array, weight: jax.Array, kernel: jax.Array, strengths: Strengths
-) -> CrossTerms:
-    """The same for the linear of weight `kernel` that writes to the stream, whose own error is `error`."""
-    x, y = _tokens(x, weight), _tokens(y, weight)
-    missing = strengths.inputs * jnp.matmul(y - x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, weight: jax.Array, strengths: Strengths) -> CrossTerms:
+    """The same for a linear that writes to the stream, whose own error is `error`, and whose output `X_f W` is
+    `wanted`: the products with `a X_f W + r (h_f - h_q)`, from which `_owed` takes the share of `X_q W`.
+    """  # noqa: D205
+    x, target = _tokens(x, weight), strengths.inputs * wanted
     if strengths.residual:
-        missing = missing + strengths.residual * _tokens(error, weight)
-    return CrossTerms(gram(x), owed=jnp.matmul(x.T, missing, precision=lax.Precision.HIGHEST))
+        target = target + strengths.residual * error
+    return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, weight), precision=lax.Precision.HIGHEST))
+
+
+@partial(jax.jit, static_argnums=2)
+def _owed(terms: CrossTerms, kernel: jax.Array, strengths: Strengths) -> CrossTerms:
+    """The terms with `a X_q^T X_q W` taken off: one product of the Hessian in place of one for every token."""
+    assert terms.owed is not None  # those of the last stage
+    own = jnp.matmul(terms.hessian, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return terms._replace(owed=terms.owed - strengths.inputs * own)
 
 
 def _tokens(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows end to end, each token by its weight."""
     return (x * weight[..., None]).reshape(-1, x.shape[-1])
-
-
-def _run(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """What a stage reads, and the module's output if it is the last one (else `h`); later linears are not touched."""
-    outputs: dict[str, jax.Array] = {}
-    for before in range(stage):
-        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
-    inputs = decoder.inputs(kind, stage, params, h, outputs)
-    if stage < decoder.stages(kind) - 1:
-        return inputs, h
-    return inputs, decoder.output(kind, params, h, outputs | decoder.linears(kind, stage, params, inputs))

@@ -20,7 +20,7 @@ from exl2jax.pipeline.compile import stored_norm, tensor_file
 from exl2jax.pipeline.head import quantize_head
 from exl2jax.pipeline.linear import Task, factor_hessian, pack_checked, quantize_many
 from exl2jax.pipeline.measure import STATES, module_factors
-from exl2jax.pipeline.propagate import Strengths, corrected_target, stage_terms
+from exl2jax.pipeline.propagate import StageTerms, Strengths, corrected_target, finish, stage_terms
 from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
@@ -143,7 +143,7 @@ class QuantizeStep:
     def _propagated(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
         decoder, spec, params = piece
-        done, said, tokens, following = _Quantized(params, {}, ()), list[str](), list[int](), reference
+        done, said, found = _Quantized(params, {}, ()), list[str](), StageTerms([], [], reference)
         factors: dict[str, HessianFactor] = {}
         kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
         strengths = Strengths(self.recipe.propagation, self.recipe.residual * decoder.residual_share(spec.kind))
@@ -170,9 +170,10 @@ class QuantizeStep:
             linears = [x for group in groups for x in group]
             now = self._linears(spec, linears, done.params, targets, factors)
             done = now._replace(linears={**done.linears, **now.linears})
-            said, tokens, following = [*said, *now.trouble], found.tokens, found.reference
+            said += now.trouble
         done = done._replace(trouble=tuple(said))
-        return self._outcome(piece, done, factors, tokens, states, following, following)
+        following, kept = found.reference, None if self.recipe.tuning else found.inputs  # tuned norms change them
+        return self._outcome(piece, done, factors, found.tokens, states, following, following, kept)
 
     def _outcome(
         self,
@@ -183,11 +184,17 @@ class QuantizeStep:
         states: np.ndarray,
         reference: np.ndarray,
         wanted: np.ndarray,
+        inputs: Sequence[np.ndarray] | None = None,
     ) -> "Outcome":
-        """Store what is quantized and run it."""
+        """Store what is quantized and run it, from the `inputs` of its last stage where these are known."""
         params, kept = self._finish(piece, done, states, reference)
+        out = states if piece.whole else np.empty_like(states)
+        if inputs is None:
+            forward(piece.decoder, piece.spec.kind, params, states, out=out)
+        else:
+            finish(piece.decoder, piece.spec, params, states, inputs, out)
         return Outcome(
-            states=forward(piece.decoder, piece.spec.kind, params, states, out=states if piece.whole else None),
+            states=out,
             wanted=wanted,
             reference=reference,
             damping={name: float(factor.damping) for name, factor in factors.items()},

@@ -91,7 +91,7 @@ def test_cross_terms_of_experts(moe: Any) -> None:
     decoder, spec, params, states = moe
     plain = collect(decoder, spec, params, states, None)
     for stage in range(2):
-        terms, tokens, _ = stage_terms(decoder, spec, stage, params, params, states, states, None, Strengths(0.5, 0.5))
+        terms, tokens, *_ = stage_terms(decoder, spec, stage, params, params, states, states, None, Strengths(0.5, 0.5))
         start = stage * EXPERTS
         assert tokens == plain.tokens[start : start + EXPERTS]
         for g, term in enumerate(terms):

@@ -10,8 +10,8 @@ import pytest
 
 from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import factorize
-from exl2jax.pipeline import stream
-from exl2jax.pipeline.propagate import CrossTerms, Strengths, corrected_target, stage_terms
+from exl2jax.pipeline import propagate, stream
+from exl2jax.pipeline.propagate import CrossTerms, StageTerms, Strengths, corrected_target, finish, stage_terms
 from tests.oracles import llama
 
 ROWS, LENGTH = 5, 12
@@ -104,7 +104,8 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
         quantized[linear.name] = params[linear.name] | {"kernel": kernel + noise}
     kept = np.ones((ROWS, LENGTH), np.int32) if mask is None else mask
 
-    (first,), (tokens,), _ = stage_terms(decoder, spec, 0, params, params, states, reference, mask, Strengths(0.5, 0.5))
+    arrays = (states, reference, mask)
+    (first,), (tokens,), *_ = stage_terms(decoder, spec, 0, params, params, *arrays, Strengths(0.5, 0.5))
     assert tokens == kept.sum()
     _, x_q, _ = block(spec.kind, params, states)
     expected_hidden, x_f, y_f = block(spec.kind, params, reference)
@@ -115,13 +116,34 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
     ((last,),) = spec.stages[1]
     kernel = params[last.name]["kernel"].astype(np.float64)
     for strengths in (Strengths(0.7, 0.4), Strengths(1.0, 0.0)):
-        (second,), _, hidden = stage_terms(decoder, spec, 1, params, quantized, states, reference, mask, strengths)
-        _, _, y_q = block(spec.kind, quantized, states)
+        (second,), _, hidden, kept_inputs = stage_terms(decoder, spec, 1, params, quantized, *arrays, strengths)
+        own_hidden, _, y_q = block(spec.kind, quantized, states)
         missing = strengths.inputs * (y_f - y_q) @ kernel + strengths.residual * (reference - states)
         close(second.hessian, product(y_q, y_q, kept))
         close(second.owed, product(y_q, missing, kept))
         assert second.cross is None
         np.testing.assert_allclose(hidden, expected_hidden, atol=2e-4)
+        assert kept_inputs is not None
+        np.testing.assert_allclose(kept_inputs[0], y_q, atol=2e-4)
+        finished = finish(decoder, spec, quantized, states, kept_inputs, np.empty_like(states))
+        np.testing.assert_allclose(finished, own_hidden, atol=2e-4)
+
+
+def test_inputs_of_the_last_stage_are_kept_only_where_there_is_room(
+    setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, specs, all_params, states, reference = setting
+
+    def terms(stage: int) -> StageTerms:
+        params = all_params[1]
+        return stage_terms(decoder, specs[1], stage, params, params, states, reference, None, Strengths(0.5, 0.5))
+
+    kept, room = terms(1), specs[1].linears[-1].rows * states[..., 0].size * 4
+    assert terms(0).inputs is None
+    assert kept.inputs is not None and kept.inputs[0].nbytes == room
+    monkeypatch.setattr(propagate, "KEPT_BYTES", room - 1)
+    assert terms(1).inputs is None
+    assert np.array_equal(terms(1).reference, kept.reference)
 
 
 def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
