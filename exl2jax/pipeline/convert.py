@@ -19,7 +19,7 @@ from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context, digest
 from exl2jax.pipeline.devices import spread
 from exl2jax.pipeline.job import JobState
-from exl2jax.pipeline.measurement import read_measurement
+from exl2jax.pipeline.measurement import Measurement, read_measurement
 from exl2jax.pipeline.passes import (
     accuracy_pass,
     backward_pass,
@@ -153,17 +153,20 @@ class _Conversion:
     def _quantize(self, state: JobState) -> JobState:
         if self.config.measurement is None:
             self._require_unchanged(self.work.measurement, state)
-        strategy, measured_by = self._allocate()
-        state = self._with_rows(partial(quantize_pass, strategy=strategy), state, measure=False)
-        return replace(state, records={**state.records, "strategy": strategy_record(strategy, measured_by)})
+        strategy, measurement = self._allocate()
+        costs = measurement.sensitivity if self.context.recipe.weigh_tokens else None
+        weights = {} if costs is None else costs.token_weights
+        run = partial(quantize_pass, strategy=strategy, token_weights=weights)
+        state = self._with_rows(run, state, measure=False)
+        return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})
 
-    def _allocate(self) -> tuple[Strategy, str]:
-        """The allocation, and the variants that its measurement was made with."""
+    def _allocate(self) -> tuple[Strategy, Measurement]:
+        """The allocation, and the measurement it rests on."""
         measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
         strategy = choose_strategy(self.context, measurement, usable_pricing(self.context, measurement))
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
         log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
-        return strategy, measurement.method
+        return strategy, measurement
 
     def _deliver_measurement(self, state: JobState) -> ConversionResult:
         target = self.config.output_measurement

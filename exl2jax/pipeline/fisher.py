@@ -23,13 +23,15 @@ from exl2jax.pipeline.devices import on_all_devices, to_host
 from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.stream import full_mask, require_finite, single_rows, token_chunks
+from exl2jax.pipeline.token_weights import CLASSES, TOKENS, class_weights, squares_by_class, token_classes
 from exl2jax.storage import reserve, storing
 
 GRADIENT = "gradient"
 """Name of the gradients in the carry of the backward scan."""
 
 type Columns = Mapping[str, np.ndarray]
-"""Mean squared gradient at each output column, `[N]` float32 by linear name."""
+"""Mean squared gradient at each output column, `[N]` float32 by linear name; where tokens have weights these are
+taken out of it, and stand beside it under the name with `TOKENS` after it."""
 
 
 class InputStack:
@@ -89,11 +91,16 @@ class ForwardStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackwardStep:
-    """The step of the backward scan over `tokens` tokens: gradients at the module's input, Fisher of its linears."""
+    """The step of the backward scan over `tokens` tokens: gradients at the module's input, Fisher of its linears.
+
+    `weigh` asks for weights of tokens by class; `mask [R, T]` leaves out padding there, whose gradients are zero.
+    """
 
     decoder: Decoder
     stack: InputStack
     tokens: int
+    mask: np.ndarray | None = None
+    weigh: bool = False
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Columns]:
         """Pull the gradients `[R, T, D]` back through a module; those through its pieces add up."""
@@ -109,14 +116,26 @@ class BackwardStep:
         """The gradients through a piece, row by row, and the Fisher information of its linears."""
         columns = tuple((linear.name, linear.columns) for linear in piece.spec.linears)
         pull = partial(_row_backward, decoder=piece.decoder, kind=piece.spec.kind, columns=columns)
-        params, out = on_all_devices(piece.params), np.empty_like(gradient)
-        totals = {name: np.zeros(n, np.float64) for name, n in columns}
+        params, out, mask = on_all_devices(piece.params), np.empty_like(gradient), full_mask(states, self.mask)
+        counts, totals = np.zeros(CLASSES), {name: np.zeros((CLASSES, n), np.float64) for name, n in columns}
         for chunk in single_rows(len(states)):
-            back, squares = pull(params, chunk.take(states), chunk.take(gradient))
+            back, squares, members = pull(params, chunk.take(states), chunk.take(gradient), chunk.take(mask))
             chunk.put(out, back)
+            counts += to_host(members)
             for name, value in squares.items():
                 totals[name] += to_host(value).astype(np.float64)
-        return out, {name: (t / self.tokens).astype(np.float32) for name, t in totals.items()}
+        return out, self._columns(piece.spec, totals, counts)
+
+    def _columns(self, spec: ModuleSpec, totals: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
+        """From sums of squares by class: means over tokens, each token's square over its weight, and the weights."""
+        found: dict[str, np.ndarray] = {}
+        for group in spec.groups:
+            weights = class_weights([totals[x.name] for x in group], counts) if self.weigh else np.ones(CLASSES)
+            for x in group:
+                found[x.name] = ((1 / weights) @ totals[x.name] / self.tokens).astype(np.float32)
+                if self.weigh:
+                    found[x.name + TOKENS] = weights.astype(np.float32)
+        return found
 
 
 def head_gradients(
@@ -150,9 +169,19 @@ def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array,
 
 @partial(jax.jit, static_argnames=("decoder", "kind", "columns"))
 def _row_backward(
-    params: Any, h: jax.Array, gradient: jax.Array, *, decoder: Decoder, kind: str, columns: tuple[tuple[str, int], ...]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Pull a row's gradient back through a module; zero probes at the linears' outputs collect theirs."""
+    params: Any,
+    h: jax.Array,
+    gradient: jax.Array,
+    mask: jax.Array,
+    *,
+    decoder: Decoder,
+    kind: str,
+    columns: tuple[tuple[str, int], ...],
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Pull a row's gradient back through a module; zero probes at the linears' outputs collect theirs.
+
+    Returns the gradient at the input, the squares of those of the linears and the number of tokens, by class of tokens.
+    """
 
     def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
         return decoder.forward(kind, params, h, probes).hidden
@@ -160,4 +189,6 @@ def _row_backward(
     probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
     _, pull = jax.vjp(run, h, probes)
     back, felt = pull(gradient)
-    return back, {name: jnp.sum(jnp.square(g), axis=(0, 1)) for name, g in felt.items()}
+    classes = token_classes(h, mask)
+    members = jnp.sum(jax.nn.one_hot(classes, CLASSES) * mask[..., None], axis=(0, 1))
+    return back, {name: squares_by_class(g, classes) for name, g in felt.items()}, members

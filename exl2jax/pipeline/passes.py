@@ -6,8 +6,9 @@ linears.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
 from exl2jax.pipeline.stream import embed
+from exl2jax.pipeline.token_weights import TOKENS
 from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
 
 LINEARS_SHOWN = 8
@@ -72,7 +74,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
 
     def read(count: int) -> list[Columns]:
         known = _read_all(context.work.fisher)
-        return [{x.name: known[x.key] for x in spec.linears} for spec in specs[:count]]
+        return [_by_name(spec, known) for spec in specs[:count]]
 
     def start() -> Carry:
         gradient = head_gradients(
@@ -82,7 +84,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
 
     _, outputs = context.scan(
         "backward",
-        BackwardStep(decoder=context.decoder, stack=stack, tokens=tokens),
+        BackwardStep(decoder=context.decoder, stack=stack, tokens=tokens, mask=mask, weigh=context.recipe.weigh_tokens),
         start,
         specs,
         describe=lambda spec, _: spec.key,
@@ -189,13 +191,19 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
     write(outputs)
 
 
-def quantize_pass(context: Context, rows: CalibrationRows, strategy: Strategy) -> None:
-    """Leave the packed tensors of every linear in the work directory, and a report of every module."""
+def quantize_pass(
+    context: Context, rows: CalibrationRows, strategy: Strategy, token_weights: Mapping[str, np.ndarray]
+) -> None:
+    """Leave the packed tensors of every linear in the work directory, and a report of every module.
+
+    `token_weights` are those of the classes of tokens by key of a linear, none where all count alike.
+    """
     make_directory(context.work.out_tensor, "the work directory")
     step = QuantizeStep(
         decoder=context.decoder,
         recipe=context.recipe,
         strategy=strategy.qparams,
+        token_weights=token_weights,
         head_bits=context.config.head_bits,
         input_ids=rows.input_ids,
         mask=rows.attention_mask,
@@ -250,9 +258,18 @@ def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
 
 
 def _by_key(specs: Sequence[ModuleSpec], outputs: Sequence[Columns]) -> dict[str, np.ndarray]:
-    """Columns of the first modules of `specs` by the keys of their linears."""
-    pairs = zip(specs, outputs, strict=False)
-    return {linear.key: found[linear.name] for spec, found in pairs for linear in spec.linears}
+    """Columns of the first modules of `specs`, and weights of tokens, by the keys of their linears."""
+    pairs = ((x, part, found) for spec, found in zip(specs, outputs, strict=False) for x, part in _parts(spec))
+    return {x.key + part: found[x.name + part] for x, part, found in pairs if x.name + part in found}
+
+
+def _by_name(spec: ModuleSpec, known: Mapping[str, np.ndarray]) -> Columns:
+    """The same of one module, by the names of its linears."""
+    return {x.name + part: known[x.key + part] for x, part in _parts(spec) if x.key + part in known}
+
+
+def _parts(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, str]]:
+    return product(spec.linears, ("", TOKENS))
 
 
 def _read_all(path: Path) -> Mapping[str, np.ndarray]:
@@ -268,7 +285,7 @@ def _write_perturbations(context: Context, found: Sequence[Perturbation]) -> Non
 def _read_perturbations(context: Context, count: int) -> list[Perturbation]:
     known = _read_all(context.work.perturbations)
     return [
-        Perturbation(columns={x.name: known[x.key] for x in spec.linears}, predicted=float(known[PREDICTED][i]))
+        Perturbation(columns=_by_name(spec, known), predicted=float(known[PREDICTED][i]))
         for i, spec in enumerate(context.specs[:count])
     ]
 

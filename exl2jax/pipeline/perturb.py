@@ -23,6 +23,7 @@ from exl2jax.pipeline.fisher import Columns, InputStack
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import divergence, log_probabilities
 from exl2jax.pipeline.stream import group_weights
+from exl2jax.pipeline.token_weights import TOKENS, group_tables, token_factors
 from exl2jax.qparams import q
 
 PERTURBED = "perturbed"
@@ -79,14 +80,18 @@ class PerturbStep:
         perturbed = params | {name: params[name] | {"kernel": kernel} for name, kernel in rounded.items()}
         own = piece._replace(params=perturbed).forward(inputs)
         outputs = np.concatenate([piece.forward(before), own]) if len(before) else own
-        energy = _energies(piece.decoder, spec.kind, params, rounded, jnp.asarray(inputs))
+        fisher = self.fisher or {}
+        weights = {x.key: fisher[x.key + TOKENS] for x in spec.linears if x.key + TOKENS in fisher}
+        tables = group_tables(spec.groups, weights)
+        energy = _energies(piece.decoder, spec.kind, params, rounded, jnp.asarray(inputs), tables)
         columns = self._columns(spec, {name: np.asarray(out, np.float64) for name, (_, out) in energy.items()})
         predicted = sum(0.5 * float(np.asarray(e, np.float64) @ columns[name]) for name, (e, _) in energy.items())
         return outputs, Perturbation(columns=columns, predicted=predicted)
 
     def _columns(self, spec: ModuleSpec, outputs: Mapping[str, np.ndarray]) -> Columns:
         if self.fisher is not None:
-            return {linear.name: self.fisher[linear.key] for linear in spec.linears}
+            parts = [(x, part) for x in spec.linears for part in ("", TOKENS) if x.key + part in self.fisher]
+            return {x.name + part: self.fisher[x.key + part] for x, part in parts}
         return {name: np.full(e.shape, 1 / max(e.sum(), 1e-30), np.float32) for name, e in outputs.items()}
 
 
@@ -103,7 +108,7 @@ def scaled(found: Sequence[Perturbation], divergence: np.ndarray) -> list[Column
     """Columns' weights of every module so scaled that they predict the measured `divergence [modules]`."""
     factors = [measured / max(p.predicted, 1e-30) for p, measured in zip(found, divergence, strict=True)]
     return [
-        {name: (factor * weight).astype(np.float32) for name, weight in p.columns.items()}
+        {n: w if n.endswith(TOKENS) else (factor * w).astype(np.float32) for n, w in p.columns.items()}
         for p, factor in zip(found, factors, strict=True)
     ]
 
@@ -134,22 +139,28 @@ def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _energies(
-    decoder: Decoder, kind: str, params: Any, rounded: Mapping[str, jax.Array], h: jax.Array
+    decoder: Decoder,
+    kind: str,
+    params: Any,
+    rounded: Mapping[str, jax.Array],
+    h: jax.Array,
+    tables: np.ndarray | None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Mean squares over a linear's tokens, by column, of its error and of its output."""
-    inputs = [x for stage in decoder.forward(kind, params, h).inputs for x in stage]
-    weights = group_weights(decoder.routed(kind, params, h), len(inputs), jnp.ones(h.shape[:2]))
+    """Mean squares over a linear's tokens, by column, of its error (each token by its weight) and of its output."""
+    inputs, every = [x for stage in decoder.forward(kind, params, h).inputs for x in stage], jnp.ones(h.shape[:2])
+    weights = group_weights(decoder.routed(kind, params, h), len(inputs), every)
+    factors = token_factors(weights, tables, h, every)
     names = [group for stage in decoder.names(kind) for group in stage]
 
-    def squares(name: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def squares(name: str, x: jax.Array, weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = params[name]["kernel"]
         error = x @ (rounded[name].astype(jnp.float32) - kernel)
-        share = weight[..., None] / jnp.maximum(jnp.sum(weight), 1)
-        means = (jnp.sum(jnp.square(y) * share, (0, 1)) for y in (error, x @ kernel.astype(jnp.float32)))
-        return tuple(means)  # type: ignore[return-value]
+        count, output = jnp.maximum(jnp.sum(weight), 1), x @ kernel.astype(jnp.float32)
+        means = [jnp.sum(jnp.square(y * f[..., None]), (0, 1)) / count for y, f in ((error, factor), (output, weight))]
+        return means[0], means[1]
 
-    found = zip(names, inputs, weights, strict=True)
-    return {name: squares(name, x, weight) for group, x, weight in found for name in group}
+    found = zip(names, inputs, weights, factors, strict=True)
+    return {name: squares(name, *arrays) for group, *arrays in found for name in group}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from exl2jax.pipeline.measure import STATES, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
 from exl2jax.pipeline.stream import collect, require_finite
+from exl2jax.pipeline.token_weights import TOKENS, group_tables
 from exl2jax.variants import STOCK, Method
 
 
@@ -27,7 +28,8 @@ from exl2jax.variants import STOCK, Method
 class PriceStep:
     """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key.
 
-    `method` quantizes the linears whose errors are priced.
+    Where tokens have weights, these are there by the key with `TOKENS` after it. `method` quantizes the linears whose
+    errors are priced.
     """
 
     decoder: Decoder
@@ -45,11 +47,14 @@ class PriceStep:
     def _price(self, piece: Piece, states: np.ndarray) -> tuple[np.ndarray, dict[str, LinearCosts]]:
         """Output of a piece of a module, and the costs of its linears.
 
-        With `H` the mean of `x^T x` over the tokens that reach a linear, an error `E` costs
-        `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert is asked.
+        With `H` the mean of `w x^T x` over the tokens that reach a linear, `w` the weight of a token's class, an error
+        `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert
+        is asked.
         """
         spec, params = piece.spec, piece.params
-        collected = collect(piece.decoder, spec, params, states, self.mask, routed_only=self.routed_only)
+        weights = {x.key: w for x in spec.linears if (w := self.fisher.get(x.key + TOKENS)) is not None}
+        tables, options = group_tables(spec.groups, weights), {"routed_only": self.routed_only}
+        collected = collect(piece.decoder, spec, params, states, self.mask, tables=tables, **options)
         require_finite(collected.states, spec)
         factors = module_factors(spec, collected.hessians, self.method)
         tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}
@@ -71,7 +76,10 @@ class PriceStep:
         losses = iter(in_threads(run, tasks))
         costs = {
             linear.key: LinearCosts(
-                rows=linear.rows, columns=linear.columns, measured={setting: next(losses) for setting in MEASURED}
+                rows=linear.rows,
+                columns=linear.columns,
+                measured={setting: next(losses) for setting in MEASURED},
+                token_weights=weights.get(linear.key),
             )
             for linear in spec.linears
         }

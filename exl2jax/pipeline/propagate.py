@@ -18,6 +18,7 @@ from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, gram
 from exl2jax.pipeline.devices import on_all_devices, on_one_device
 from exl2jax.pipeline.stream import full_mask, group_weights, or_identity, row_chunks
+from exl2jax.pipeline.token_weights import token_factors
 
 KEPT_BYTES = 1 << 29
 """Inputs of a module's last stage that are kept in memory, so that its outputs need not be computed from the start."""
@@ -87,16 +88,18 @@ def stage_terms(
     strengths: Strengths,
     *,
     routed_only: bool = True,
+    tables: np.ndarray | None = None,
 ) -> StageTerms:
     """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
     An expert's tokens are those that the quantized model routes to it, unless not `routed_only`; without any its
-    Hessian is the identity. What the last stage reads is kept if it takes `KEPT_BYTES` at most.
+    Hessian is the identity. What the last stage reads is kept if it takes `KEPT_BYTES` at most. `tables [groups of the
+    stage, CLASSES]` weigh the tokens by class (`exl2jax.pipeline.token_weights`), in all terms.
     """
     last = stage == len(spec.stages) - 1
     sums, out, kept = None, np.empty_like(reference) if last else reference, _room(spec, states) if last else None
     mask = full_mask(states, mask)
-    on_devices = on_all_devices((params, quantized))
+    on_devices = on_all_devices((params, quantized, tables))
     for chunk in row_chunks(states):
         arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
         found, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, *on_devices, *arrays, sums)
@@ -145,7 +148,7 @@ class _Found(NamedTuple):
     inputs: tuple[jax.Array, ...]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=10)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=11)
 def _chunk(
     decoder: Decoder,
     kind: str,
@@ -154,6 +157,7 @@ def _chunk(
     routed_only: bool,
     params: Any,
     quantized: Any,
+    tables: jax.Array | None,
     h: jax.Array,
     ref: jax.Array,
     mask: jax.Array,
@@ -162,14 +166,15 @@ def _chunk(
     """What became of a chunk, and the sums with its products added."""
     xs, ys = _inputs(decoder, kind, stage, quantized, h), _inputs(decoder, kind, stage, params, ref)
     weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
+    factors = token_factors(weights, tables, ref, mask)
     if stage < decoder.stages(kind) - 1:
-        hidden, new = ref, [cross_terms(x, y, w) for x, y, w in zip(xs, ys, weights, strict=True)]
+        hidden, new = ref, [cross_terms(x, y, f) for x, y, f in zip(xs, ys, factors, strict=True)]
     else:
         with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
             outputs = decoder.linears(kind, stage, params, ys)
         hidden = decoder.output(kind, params, ref, outputs)
         wanted = [_without_bias(outputs[name], params[name]) for (name,) in decoder.names(kind)[stage]]
-        new = [_last(x, y, ref - h, w, strengths) for x, y, w in zip(xs, wanted, weights, strict=True)]
+        new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
     return _Found(hidden, xs), added(sums, (new, [jnp.sum(w) for w in weights]))
 
 
@@ -190,25 +195,25 @@ def added[T](sums: T | None, more: T) -> T:
     return more if sums is None else jax.tree.map(jnp.add, sums, more)
 
 
-def cross_terms(x: jax.Array, y: jax.Array | None, weight: jax.Array) -> CrossTerms:
-    """Products of a chunk's inputs, quantized `x` and full-precision `y` `[B, T, K]`, each token by its `weight`.
+def cross_terms(x: jax.Array, y: jax.Array | None, factor: jax.Array) -> CrossTerms:
+    """Products of a chunk's inputs, quantized `x` and full-precision `y` `[B, T, K]`, each token by its `factor`.
 
     Without `y` there is the Hessian alone.
     """
-    x = _tokens(x, weight)
+    x = _tokens(x, factor)
     if y is None:
         return CrossTerms(gram(x))
-    return CrossTerms(gram(x), cross=jnp.matmul(x.T, _tokens(y, weight) - x, precision=lax.Precision.HIGHEST))
+    return CrossTerms(gram(x), cross=jnp.matmul(x.T, _tokens(y, factor) - x, precision=lax.Precision.HIGHEST))
 
 
-def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, weight: jax.Array, strengths: Strengths) -> CrossTerms:
+def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, factor: jax.Array, strengths: Strengths) -> CrossTerms:
     """The same for a linear that writes to the stream, whose own error is `error`, and whose output `X_f W` is
     `wanted`: the products with `a X_f W + r (h_f - h_q)`, from which `_owed` takes the share of `X_q W`.
     """  # noqa: D205
-    x, target = _tokens(x, weight), strengths.inputs * wanted
+    x, target = _tokens(x, factor), strengths.inputs * wanted
     if strengths.residual:
         target = target + strengths.residual * error
-    return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, weight), precision=lax.Precision.HIGHEST))
+    return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, factor), precision=lax.Precision.HIGHEST))
 
 
 @partial(jax.jit, static_argnums=2)
@@ -219,6 +224,6 @@ def _owed(terms: CrossTerms, kernel: jax.Array, strengths: Strengths) -> CrossTe
     return terms._replace(owed=terms.owed - strengths.inputs * own)
 
 
-def _tokens(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows end to end, each token by its weight."""
-    return (x * weight[..., None]).reshape(-1, x.shape[-1])
+def _tokens(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Rows end to end, each token by its factor."""
+    return (x * factor[..., None]).reshape(-1, x.shape[-1])

@@ -25,6 +25,7 @@ from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.pipeline.stream import collect, forward, relative_error
+from exl2jax.pipeline.token_weights import group_tables
 from exl2jax.pipeline.trouble import clamp_bias, hessian_trouble, linear_trouble, starved_experts
 from exl2jax.pipeline.tune import TuneTask
 from exl2jax.qparams import QParams
@@ -92,6 +93,7 @@ class QuantizeStep:
     check_rows: int
     routed_only: bool = True
     seed: int = 0
+    token_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def start(self, states: np.ndarray) -> Carry:
         """The carry before the first module, from the embedded rows."""
@@ -127,7 +129,8 @@ class QuantizeStep:
     def _plain(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
         decoder, spec, params = piece
-        collected = collect(decoder, spec, params, states, self.mask, routed_only=self.routed_only)
+        tables, options = group_tables(spec.groups, self.token_weights), {"routed_only": self.routed_only}
+        collected = collect(decoder, spec, params, states, self.mask, tables=tables, **options)
         factors = module_factors(spec, collected.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         done = self._linears(spec, spec.linears, params, kernels, factors)
@@ -159,6 +162,7 @@ class QuantizeStep:
                 self.mask,
                 strengths,
                 routed_only=self.routed_only,
+                tables=group_tables(groups, self.token_weights),
             )
             targets = dict[str, jax.Array]()
             for group, terms in zip(groups, found.terms, strict=True):

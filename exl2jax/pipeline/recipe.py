@@ -35,8 +35,9 @@ class Recipe:
     it). `accuracies` measures stock's accuracies as well, for tools that read stock's files. `propagation` (0 to 1) is
     how far a linear's target is corrected for the inputs that the quantized model gives it, `residual` how far the
     linears that write to the residual stream correct the stream's own error; 0 for both quantizes towards the source's
-    weights, as stock does. `variants` are choices among the registered variants of other steps (`exl2jax.variants`),
-    stock's where they say nothing.
+    weights, as stock does. `weigh_tokens` weighs the tokens of a Hessian by what the predictions feel of an error at
+    their class (`exl2jax.pipeline.token_weights`), where there are gradients. `variants` are choices among the
+    registered variants of other steps (`exl2jax.variants`), stock's where they say nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe:
     accuracies: bool = False
     propagation: float = 0.0
     residual: float = 0.0
+    weigh_tokens: bool = False
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
@@ -177,8 +179,8 @@ class Recipe:
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5),
-        Recipe(name="fast", pricing="fisher", fisher_rows=4),
+        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5, weigh_tokens=True),
+        Recipe(name="fast", pricing="fisher", fisher_rows=4, weigh_tokens=True),
         Recipe(name="stock", pricing="accuracy"),
     )
 }

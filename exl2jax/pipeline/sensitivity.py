@@ -13,10 +13,14 @@ import numpy as np
 
 from exl2jax.errors import MeasurementError
 from exl2jax.models import LinearSpec, ModuleSpec
+from exl2jax.pipeline.token_weights import CLASSES
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, QParams
 
 SECTION = "sensitivity"
 """Key of this record in a measurement file, beside stock's `measurement`."""
+
+TOKEN_WEIGHTS = "token_weights"
+"""Key of a linear's weights of tokens, beside its costs."""
 
 type Setting = tuple[int, int]
 """Bit width and group size of a run at one width."""
@@ -31,13 +35,15 @@ SIZES = (32, 64, 128)
 class LinearCosts:
     """Costs of a linear `[rows, columns]`: for each measured setting an array `[rows / 32]` float64 in nats.
 
-    `widths` are the code widths that allocation may choose from.
+    `widths` are the code widths that allocation may choose from. `token_weights [CLASSES]` weigh the tokens of the
+    Hessian (`exl2jax.pipeline.token_weights`), None where all count alike.
     """
 
     rows: int
     columns: int
     measured: Mapping[Setting, np.ndarray]
     widths: tuple[int, ...] = FORMAT_BITS
+    token_weights: np.ndarray | None = None
 
     def costs(self) -> dict[Setting, np.ndarray]:
         """Costs at every width and group size of the format, widest first.
@@ -69,8 +75,9 @@ class LinearCosts:
         return pure_qparams((min(self.widths), max(SIZES))), pure_qparams((max(self.widths), min(SIZES)))
 
     def to_json(self) -> dict[str, list[float]]:
-        """Lists by `BITS:GROUP_SIZE`, six digits."""
-        return {f"{b}:{g}": [float(f"{x:.6g}") for x in tiles] for (b, g), tiles in self.measured.items()}
+        """Lists by `BITS:GROUP_SIZE`, six digits, and the weights of tokens."""
+        costs = {f"{b}:{g}": _digits(tiles) for (b, g), tiles in self.measured.items()}
+        return costs if self.token_weights is None else {**costs, TOKEN_WEIGHTS: _digits(self.token_weights)}
 
     @classmethod
     def from_json(cls, record: Any, spec: LinearSpec, where: str) -> "LinearCosts":
@@ -80,10 +87,15 @@ class LinearCosts:
             tiles = record.get(f"{bits}:{size}") if isinstance(record, dict) else None
             if not isinstance(tiles, list) or len(tiles) != spec.rows // ROW_MULTIPLE:
                 raise MeasurementError(f"{where}: needs {spec.rows // ROW_MULTIPLE} costs at {bits}:{size}")
-            if not all(isinstance(x, int | float) and 0 <= x < float("inf") for x in tiles):
+            if not all(map(_is_cost, tiles)):
                 raise MeasurementError(f"{where}: the costs at {bits}:{size} must be numbers of at least 0")
             measured[bits, size] = np.asarray(tiles, np.float64)
-        return cls(rows=spec.rows, columns=spec.columns, measured=measured)
+        weights = record.get(TOKEN_WEIGHTS)
+        if weights is not None:
+            if not (isinstance(weights, list) and len(weights) == CLASSES and all(map(_is_cost, weights))):
+                raise MeasurementError(f"{where}: {TOKEN_WEIGHTS} must be {CLASSES} numbers of at least 0")
+            weights = np.asarray(weights, np.float32)
+        return cls(rows=spec.rows, columns=spec.columns, measured=measured, token_weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +105,11 @@ class Sensitivity:
     method: str
     rows: int
     linears: Mapping[str, LinearCosts]
+
+    @property
+    def token_weights(self) -> dict[str, np.ndarray]:
+        """Weights of tokens by key of a linear; empty where all count alike."""
+        return {key: x.token_weights for key, x in self.linears.items() if x.token_weights is not None}
 
     def to_json(self) -> dict[str, Any]:
         """The section of the measurement file."""
@@ -111,6 +128,14 @@ class Sensitivity:
             for linear in spec.linears
         }
         return cls(method=str(record.get("method", "")), rows=int(record.get("rows", 0)), linears=found)
+
+
+def _digits(values: np.ndarray) -> list[float]:
+    return [float(f"{x:.6g}") for x in values]
+
+
+def _is_cost(x: Any) -> bool:
+    return isinstance(x, int | float) and 0 <= x < float("inf")
 
 
 def pure_qparams(setting: Setting) -> QParams:

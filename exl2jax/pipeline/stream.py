@@ -24,6 +24,7 @@ from exl2jax.pipeline.devices import (
     row_sharding,
     to_host,
 )
+from exl2jax.pipeline.token_weights import token_factors
 
 CHUNK_TOKENS = 2048
 """Tokens of a chunk, at least one row: enough to keep every core busy, little enough to stay in cache."""
@@ -130,19 +131,21 @@ def collect(
     mask: np.ndarray | None,
     *,
     routed_only: bool = True,
+    tables: np.ndarray | None = None,
 ) -> Collected:
     """Run a module over all rows, accumulating the Hessians of all its groups of linears.
 
     `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians. Those of an expert come
     from the tokens routed to it, or from all unless `routed_only`; an expert that no token reached gets the identity.
+    `tables [groups, CLASSES]` weigh the tokens of the Hessians (`exl2jax.pipeline.token_weights`).
     """
-    mask, params = full_mask(states, mask), on_all_devices(params)
+    mask, (params, tables) = full_mask(states, mask), on_all_devices((params, tables))
     out = np.empty_like(states)
     sums = on_all_devices(_zeros(spec))
     for chunk in row_chunks(states):
         h, m = chunk.take(states), chunk.take(mask)
-        hidden, inputs, weights = _trace_chunk(decoder, spec.kind, routed_only, params, h, m)
-        sums = _add_chunk(sums, inputs, weights)
+        hidden, inputs, weights, factors = _trace_chunk(decoder, spec.kind, routed_only, params, tables, h, m)
+        sums = _add_chunk(sums, inputs, weights, factors)
         chunk.put(out, hidden)
     sums = on_one_device(sums)
     tokens = [round(float(n)) for n in sums.tokens]
@@ -183,21 +186,27 @@ def _zeros(spec: ModuleSpec) -> Sums:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _trace_chunk(
-    decoder: Decoder, kind: str, routed_only: bool, params: Any, h: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """A chunk's new hidden states, what each group of linears read, and the weight of each token for each group."""
+    decoder: Decoder,
+    kind: str,
+    routed_only: bool,
+    params: Any,
+    tables: jax.Array | None,
+    h: jax.Array,
+    mask: jax.Array,
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """A chunk's new hidden states, what each group of linears read, which tokens reach it and their factors."""
     trace = decoder.forward(kind, params, h)
     inputs = [x for stage in trace.inputs for x in stage]
     weights = group_weights(decoder.routed(kind, params, h) if routed_only else None, len(inputs), mask)
-    return trace.hidden, inputs, weights
+    return trace.hidden, inputs, weights, token_factors(weights, tables, h, mask)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add_chunk(sums: Sums, inputs: list[jax.Array], weights: list[jax.Array]) -> Sums:
+def _add_chunk(sums: Sums, inputs: list[jax.Array], weights: list[jax.Array], factors: list[jax.Array]) -> Sums:
     """The sums with a chunk's added; compiled apart from the forward pass, of which XLA would repeat parts here."""
     hessians = [
-        accumulate_hessian(total, x * weight[:, :, None])
-        for total, x, weight in zip(sums.hessians, inputs, weights, strict=True)
+        accumulate_hessian(total, x * factor[:, :, None])
+        for total, x, factor in zip(sums.hessians, inputs, factors, strict=True)
     ]
     return Sums(hessians, [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)])
 

@@ -14,6 +14,7 @@ from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
 from exl2jax.pipeline.measure import STATES
 from exl2jax.pipeline.stream import embed
+from exl2jax.pipeline.token_weights import CLASSES, TOKENS
 from tests.oracles.fisher import Llama, Probe, slope
 from tests.oracles.llama import plain_frequencies
 from tests.support.tiny_model import write_tiny_llama
@@ -21,6 +22,8 @@ from tests.support.tiny_model import write_tiny_llama
 SEED, ROWS, LENGTH = 3, 2, 5
 MASK = np.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
 STEP = 1e-4
+PLACE_CLASS = (0, 1, 2, 2, 2)
+"""Class of each token: none of these states is loud."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,13 @@ def oracle(model: Model, specs: tuple[ModuleSpec, ...]) -> Llama:
 
 
 def walk(
-    model: Model, decoder: Decoder, specs: tuple[ModuleSpec, ...], states: np.ndarray, mask: np.ndarray, path: Path
+    model: Model,
+    decoder: Decoder,
+    specs: tuple[ModuleSpec, ...],
+    states: np.ndarray,
+    mask: np.ndarray,
+    path: Path,
+    weigh: bool = False,
 ) -> tuple[dict[str, Columns], np.ndarray, np.ndarray]:
     """Forward, head, backward: the information by module key, the gradients at the embedding, the final states."""
     stack = InputStack(path, specs, (ROWS, LENGTH, 64))
@@ -66,7 +75,7 @@ def walk(
     for spec in specs:
         carry, _ = forward(carry, Block(spec, model.module_params(spec)))
     carry = {GRADIENT: head_gradients(decoder, model.head_params(), stack.final(), mask, seed=SEED)}
-    backward = BackwardStep(decoder=decoder, stack=stack, tokens=int(mask.sum()))
+    backward = BackwardStep(decoder=decoder, stack=stack, tokens=int(mask.sum()), mask=mask, weigh=weigh)
     found = {}
     for spec in reversed(specs):
         carry, found[spec.key] = backward(carry, Block(spec, model.module_params(spec)))
@@ -80,6 +89,7 @@ def labels(oracle: Llama, states: np.ndarray) -> np.ndarray:
     return np.asarray(jax.random.categorical(key, jnp.asarray(tokens, jnp.float32))).reshape(states.shape[:2])
 
 
+@pytest.mark.parametrize("weigh", [False, True], ids=["all tokens alike", "tokens weighed"])
 @pytest.mark.parametrize("mask", [np.ones_like(MASK), MASK], ids=["whole rows", "padded"])
 def test_information_of_every_linear(
     model: Model,
@@ -88,10 +98,11 @@ def test_information_of_every_linear(
     states: np.ndarray,
     oracle: Llama,
     mask: np.ndarray,
+    weigh: bool,
     tmp_path: Path,
 ) -> None:
-    """The mean over tokens of the squared slope, at two columns of every linear of both layers."""
-    found, _, _ = walk(model, decoder, specs, states, mask, tmp_path / "inputs")
+    """The mean over tokens of the squared slope over the token's weight, at two columns of every linear."""
+    found, _, _ = walk(model, decoder, specs, states, mask, tmp_path / "inputs", weigh)
     drawn = labels(oracle, states)
     rng = np.random.default_rng(0)
     for index, spec in enumerate(specs):
@@ -100,13 +111,33 @@ def test_information_of_every_linear(
             assert got.shape == (linear.columns,)
             assert got.max() > 1e-4
             for column in rng.integers(0, linear.columns, 2):
+                weights = found[spec.key].get(linear.name + TOKENS, np.ones(CLASSES))
                 squares = [
                     slope(oracle, states[r], drawn[r], mask[r], Probe(index, linear.name, t, int(column), STEP)) ** 2
+                    / weights[PLACE_CLASS[t]]
                     for r in range(ROWS)
                     for t in range(LENGTH)
                 ]
                 expected = sum(squares) / mask.sum()
                 np.testing.assert_allclose(got[column], expected, rtol=5e-3, atol=1e-4 * got.max(), err_msg=linear.key)
+
+
+def test_weights_of_tokens_follow_the_squared_slopes(
+    model: Model, decoder: Decoder, specs: tuple[ModuleSpec, ...], states: np.ndarray, oracle: Llama, tmp_path: Path
+) -> None:
+    """At the last linear, over all its columns: the mean of each class over that of all tokens."""
+    found, _, _ = walk(model, decoder, specs, states, MASK, tmp_path / "inputs", weigh=True)
+    drawn, linear = labels(oracle, states), specs[-1].linears[-1]
+    energy = np.zeros((ROWS, LENGTH))
+    for r, t, n in np.ndindex(ROWS, LENGTH, linear.columns):
+        if MASK[r, t]:
+            probe = Probe(len(specs) - 1, linear.name, t, n, STEP)
+            energy[r, t] += slope(oracle, states[r], drawn[r], MASK[r], probe) ** 2
+    weights, places = found[specs[-1].key][linear.name + TOKENS], np.broadcast_to(PLACE_CLASS, MASK.shape)
+    for c in set(PLACE_CLASS):
+        mine = (places == c) & (MASK > 0)
+        np.testing.assert_allclose(weights[c], energy[mine].mean() / energy[MASK > 0].mean(), rtol=5e-3)
+    assert (weights[len(set(PLACE_CLASS)) :] == 1).all()  # no such tokens
 
 
 def test_gradients_reach_the_embedding(

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exl2jax.errors import MeasurementError
-from exl2jax.models import ModuleSpec, module_specs, open_model
+from exl2jax.models import LinearSpec, ModuleSpec, module_specs, open_model
 from exl2jax.pipeline.measurement import Candidate, Measurement, candidate_rows, module_bits, read_measurement
-from exl2jax.qparams import QParams
+from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Sensitivity
+from exl2jax.pipeline.token_weights import CLASSES
+from exl2jax.qparams import ROW_MULTIPLE, QParams
 from tests.support.tiny_model import write_tiny_llama
 
 STOCK_ATTENTION = """{
@@ -161,3 +164,38 @@ def test_the_stock_file_of_the_demo_model_survives_both_ways(demo_model: Path, s
     read_measurement(path, specs).write(tmp_path / "again.json", specs)
     ours, theirs = (json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "again.json", path))
     assert ours == theirs
+
+
+def priced(specs: tuple[ModuleSpec, ...], token_weights: Any = None) -> Measurement:
+    """Costs of every linear, made up."""
+    rng = np.random.default_rng(0)
+
+    def costs(linear: LinearSpec) -> LinearCosts:
+        measured = {setting: rng.integers(1, 99, linear.rows // ROW_MULTIPLE) / 4 for setting in MEASURED}
+        return LinearCosts(rows=linear.rows, columns=linear.columns, measured=measured, token_weights=token_weights)
+
+    linears = {x.key: costs(x) for spec in specs for x in spec.linears}
+    return Measurement(sensitivity=Sensitivity(method="made up", rows=3, linears=linears))
+
+
+@pytest.mark.parametrize("weights", [None, np.arange(CLASSES, dtype=np.float32) / 8], ids=["alike", "weighed"])
+def test_costs_and_weights_of_tokens_survive_the_file(
+    tmp_path: Path, specs: tuple[ModuleSpec, ...], weights: np.ndarray | None
+) -> None:
+    measurement = priced(specs, weights)
+    measurement.write(tmp_path / "m.json", specs)
+    again = read_measurement(tmp_path / "m.json", specs)
+    assert again.to_json(0) == measurement.to_json(0)
+    assert again.sensitivity is not None
+    found = again.sensitivity.token_weights
+    assert len(found) == (0 if weights is None else len(again.sensitivity.linears))
+    assert all(np.array_equal(w, weights) for w in found.values() if weights is not None)
+
+
+@pytest.mark.parametrize("weights", [[], [1.0] * (CLASSES - 1), [-1.0] * CLASSES, ["1"] * CLASSES, "much"])
+def test_weights_of_tokens_that_are_none(tmp_path: Path, specs: tuple[ModuleSpec, ...], weights: Any) -> None:
+    record = priced(specs).to_json(0)
+    key = specs[0].linears[0].key
+    record["sensitivity"]["linears"][key]["token_weights"] = weights
+    with pytest.raises(MeasurementError, match=rf"m\.json: {key}: token_weights must be {CLASSES} numbers"):
+        read_measurement(write(tmp_path / "m.json", record), specs)

@@ -1,0 +1,79 @@
+"""How much each token counts: classes of tokens by their place and loudness, with a weight for each.
+
+Predictions do not feel an error alike at all tokens. Attention rests on the first token of a row where it looks for
+nothing, so that its keys and values have hundreds to thousands of times the squared gradient of others; and once its
+state is a hundred times louder than theirs, what else is added to it no longer matters. Gradients are known for the few
+rows of the backward pass only, but the class of a token is known everywhere: a Hessian weighs each token by the mean
+squared gradient of its class (`sum_t w_t x_t x_t^T`), and errors are traded the way the predictions feel them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.models.modules import Group
+
+PLACES = (1, 2, 8, 32)
+"""Places in a row at which the classes after the first one begin."""
+
+LOUD = 4.0
+"""A token is loud where the norm of its state is more than so many times the row's median."""
+
+CLASSES = 2 * (len(PLACES) + 1)
+"""Quiet tokens by place, then loud ones."""
+
+LEAST = 1e-6
+"""Floor of a weight, as a share of the mean."""
+
+TOKENS = ".token_weights"
+"""What a linear's weights of classes are called after, beside those of its columns."""
+
+
+def token_classes(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """Class of each token `[B, T]` int32, from a module's full-precision input `[B, T, D]` and `mask [B, T]`."""
+    norms = jnp.linalg.norm(states, axis=-1)
+    typical = jnp.nanmedian(jnp.where(mask > 0, norms, jnp.nan), axis=-1, keepdims=True)
+    place = jnp.searchsorted(jnp.asarray(PLACES), jnp.arange(states.shape[1]), side="right")
+    return jnp.where(norms > LOUD * typical, place + len(PLACES) + 1, place)
+
+
+def squares_by_class(gradients: jax.Array, classes: jax.Array) -> jax.Array:
+    """Sum of squares `[CLASSES, N]` of `gradients [B, T, N]` over the tokens of each class."""
+    member = jax.nn.one_hot(classes, CLASSES)
+    return jnp.einsum("btc,btn->cn", member, jnp.square(gradients), precision=jax.lax.Precision.HIGHEST)
+
+
+def token_factors(
+    weights: Sequence[jax.Array], tables: jax.Array | np.ndarray | None, states: jax.Array, mask: jax.Array
+) -> list[jax.Array]:
+    """What to multiply a token's vectors by, `[B, T]` for each group: roots of `tables [groups, CLASSES]`.
+
+    `weights [B, T]`, 0 or 1, say which tokens reach a group; without tables they are the factors.
+    """
+    if tables is None:
+        return list(weights)
+    classes = token_classes(states, mask)
+    return [weight * root[classes] for weight, root in zip(weights, jnp.sqrt(jnp.asarray(tables)), strict=True)]
+
+
+def group_tables(groups: Sequence[Group], tables: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The weights of classes `[groups, CLASSES]` from those by key of a linear; None where there are none."""
+    found = [tables.get(group[0].key) for group in groups]
+    return np.stack([np.asarray(x, np.float32) for x in found if x is not None]) if found[0] is not None else None
+
+
+def class_weights(squares: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """Weights of the classes `[CLASSES]` for linears that share a Hessian, one in the mean over all tokens.
+
+    `squares [CLASSES, N]` are those of `squares_by_class` for each linear, `counts [CLASSES]` the tokens. Each linear
+    has the same say; a class without tokens weighs one.
+    """
+    shares = [s.sum(axis=1) for s in squares if s.any()]
+    if not shares:
+        return np.ones(CLASSES)
+    seen = counts > 0
+    means = [np.where(seen, s / np.maximum(counts, 1), 0) / (s.sum() / counts.sum()) for s in shares]
+    weights = np.maximum(np.mean(means, axis=0), LEAST)
+    return np.where(seen, weights * counts.sum() / (weights @ counts), 1.0)
