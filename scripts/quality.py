@@ -3,6 +3,7 @@
 
     python scripts/quality.py                    the whole study; trials that are done already are not run again
     python scripts/quality.py --only stock best  some variants
+    python scripts/quality.py --only rotation    one of the dear variants that the whole study leaves out
     python scripts/quality.py --rows 115         as many calibration rows as a real conversion takes
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
@@ -35,6 +36,7 @@ from exl2jax.variants import choose
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
 PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0)
+TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
 
 VARIANTS: dict[str, Recipe] = {
     "stock": STOCK,
@@ -42,13 +44,17 @@ VARIANTS: dict[str, Recipe] = {
     "fisher": PLAIN,
     "best": BEST,
     "fast": PRESETS["fast"],
+    "all tokens alike": replace(BEST, weigh_tokens=False),
+    "weighed Hessians": replace(BEST, weigh_hessians=True),
     "strength 1": replace(BEST, propagation=1.0, residual=1.0),
     "without residual": replace(BEST, residual=0.0),
     "scaled by divergence": replace(BEST, divergence_rows=2),
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
-    **{name: replace(BEST, name=name, variants=(choose("transform", name),)) for name in ("rotation", "equalize")},
+    **{name: replace(BEST, name=name, variants=(choose("transform", name),)) for name in TRANSFORMS},
 }
+LEFT_OUT = (*DIVERGENCES, *TRANSFORMS)
+"""Run only where they are named: each needs a measurement of its own that takes minutes."""
 EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
@@ -74,7 +80,7 @@ def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterat
     for bits in targets:
         yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
     for variant in VARIANTS:
-        if variant not in EVERY_TARGET and (not only or variant in only):
+        if variant not in EVERY_TARGET and (variant in only if only else variant not in LEFT_OUT):
             yield Trial(variant=variant, bits=3.0)
     if not only or "best" in only:
         yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))
@@ -101,15 +107,17 @@ class Study:
         path = self.out / f"{trial.key}.json"
         if path.exists():
             return json.loads(path.read_text())
-        work, begun = self.out / "work" / trial.key, _cpu_seconds()
+        work = self.out / "work" / trial.key
         shutil.rmtree(work, ignore_errors=True)
-        result = convert(self._config(trial, work))
+        config, begun = self._config(trial, work), _cpu_seconds()
+        result = convert(config)
         spent = _cpu_seconds() - begun
         record = {
             **asdict(trial),
             "bpw": result.bpw,
             "predicted": (result.allocation or {})["objective"],
             "cpu_seconds": round(spent, 1),
+            "measuring_cpu_seconds": self._measuring_seconds(config.measurement),
             "domains": self._judge(work / "exl2"),
         }
         shutil.rmtree(work)
@@ -131,7 +139,8 @@ class Study:
     def measurement(self, recipe: Recipe) -> Path:
         """The measurement that a recipe allocates by, shared by all trials that measure alike."""
         by = re.sub(r"\W+", "-", f"-{recipe.measured_by}") if recipe.measured_by else ""
-        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{by}"
+        alike = "-alike" if recipe.pricing == "fisher" and not recipe.weigh_tokens else ""
+        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"
         path = self.out / f"measurement-{name}.json"
         if not path.exists():
             begun = _cpu_seconds()
@@ -143,8 +152,13 @@ class Study:
                 cal_dataset=self.measuring,
             )
             convert(config)
-            (self.out / f"{path.stem}-cpu.json").write_text(json.dumps(round(_cpu_seconds() - begun, 1)))
+            _seconds_file(path).write_text(json.dumps(round(_cpu_seconds() - begun, 1)))
         return path
+
+    def _measuring_seconds(self, measurement: Path | None) -> float | None:
+        """What a measurement took, None where it came from elsewhere."""
+        path = None if measurement is None else _seconds_file(measurement)
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
 
     def _calibration_rows(self, subset: int) -> str:
         """A file of every `SUBSETS`-th row of the calibration set, or of as many rows from its front as asked."""
@@ -186,7 +200,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
         kl = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in (web, code)]
         figures = [f"{web['perplexity']:.2f}", f"{code['perplexity']:.2f}", f"{web['top1']:.3f}", f"{code['top1']:.3f}"]
-        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join([*kl, *figures])} | {r['cpu_seconds']:.0f} |")
+        spent = " + ".join(f"{s:.0f}" for s in (r.get("measuring_cpu_seconds"), r["cpu_seconds"]) if s is not None)
+        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join([*kl, *figures])} | {spent} |")
     return "\n".join(lines)
 
 
@@ -213,6 +228,11 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_ylabel("KL to full precision, nats per token")
     axes[0].legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _seconds_file(measurement: Path) -> Path:
+    """Where the CPU seconds of a measurement stand."""
+    return measurement.with_name(f"{measurement.stem}-cpu.json")
 
 
 def _cpu_seconds() -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from scripts.quality import VARIANTS, Study, Trial, plot, study, table
+from scripts.quality import LEFT_OUT, VARIANTS, Study, Trial, plot, study, table
 from tests.support.tiny_model import write_tiny_llama
 
 ROWS, LENGTH = 4, 32
@@ -35,7 +35,7 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
     records = [tiny_study.run(Trial(variant=v, bits=5.0)) for v in ("best", "stock")]
     for record in records:
-        assert 4.5 < record["bpw"] <= 5.0 and record["cpu_seconds"] > 0
+        assert 4.5 < record["bpw"] <= 5.0 and record["cpu_seconds"] > 0 and record["measuring_cpu_seconds"] > 0
         for found in record["domains"].values():
             assert 0 < found["kl"] < 1 and 0 < found["top1"] <= 1 and found["kl_error"] >= 0
     path = tiny_study.out / "best-5-0.json"
@@ -51,6 +51,7 @@ def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
 def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> None:
     best, plain = (tiny_study.measurement(VARIANTS[name]) for name in ("best", "fisher"))
     assert best == plain != tiny_study.measurement(VARIANTS["stock"])
+    assert best != tiny_study.measurement(VARIANTS["all tokens alike"])
     own = [tiny_study.measurement(VARIANTS[name]) for name in ("rotation", "equalize")]
     assert len({best, *own}) == 3 and own[0].name == "measurement-fisher-8-0-transform-rotation-seed-0.json"
 
@@ -62,7 +63,7 @@ def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study)
 
 def test_study_holds_every_variant() -> None:
     trials = list(study([], [2.5, 3.0], subsets=3))
-    assert {t.variant for t in trials} == set(VARIANTS)
-    assert len({t.key for t in trials}) == len(trials) == 2 * 3 + len(VARIANTS) - 3 + 2
+    assert {t.variant for t in trials} == set(VARIANTS) - set(LEFT_OUT)
+    assert len({t.key for t in trials}) == len(trials) == 2 * 3 + len(VARIANTS) - len(LEFT_OUT) - 3 + 2
     assert {t.variant for t in study(["fast"], [3.0], subsets=3)} == {"fast"}
-    assert [t.bits for t in trials if t.variant in ("rotation", "equalize")] == [3.0, 3.0]
+    assert [t.bits for t in study(LEFT_OUT, [2.5, 3.0], subsets=3)] == [3.0] * len(LEFT_OUT)

@@ -6,7 +6,7 @@ Cholesky factor of the inverse Hessian, `E` the scaled errors of GPTQ.
 
 from exl2jax.ops.bitstream import pack_codes
 from exl2jax.ops.error import proxy_loss, relative_frobenius
-from exl2jax.ops.gptq import QuantizedLinear, gptq, gptq_tile_losses, round_to_nearest
+from exl2jax.ops.gptq import QuantizedLinear, gptq, gptq_tile_losses, round_to_nearest, walk_tile_losses
 from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize, gram
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.packing import PackedLinear, pack_linear, pack_scales, unpack_linear
@@ -36,4 +36,5 @@ __all__ = [
     "round_to_nearest",
     "search_scales",
     "unpack_linear",
+    "walk_tile_losses",
 ]

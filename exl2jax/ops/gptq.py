@@ -65,15 +65,15 @@ def gptq_tile_losses(
 ) -> jax.Array:
     """What `gptq` of `w [K, N]` would cost, tile by tile of 32 permuted rows: `[K / 32]` float32.
 
-    The sum over tiles is `sum_n c_n (E^T H E)_nn` for the weight error `E` and `column_weight` `c [N]`. The walk's
-    scaled errors give it without a product: `E^T (H + l I) E = sum_r e_r^2`, and the damping's own share `l E_r^2` is
-    taken off. A row's share depends little on how the rows before it were rounded, so the tiles of runs at single
-    widths price any mixture of those widths.
+    The sum over tiles is about `sum_n c_n (E^T H E)_nn` for the weight error `E` and `column_weight` `c [N]`. The
+    walk's scaled errors give it without a product. They make `E = U^T e`, and `U (H + l I) U^T = I`, so that
+    `E^T H E = e^T (I - l U U^T) e`; the errors of rows are rounded apart and uncorrelated, which leaves
+    `sum_r e_r^2 (1 - l |U_r|^2)`: what rounding row `r` costs with all that later rows did to make up for it, never
+    less than nothing however large the damping. A row's share depends little on how the rows before it were rounded, so
+    the tiles of runs at single widths price any mixture of those widths.
     """
-    ordered = w[factor.perm]
-    walk = _walk(ordered, factor.u, groups, kernels)
-    tile_of, widths = _tiles(groups)
-    return _tile_losses(ordered, walk, tile_of, widths, factor.damping, column_weight)
+    walk = _walk(w[factor.perm], factor.u, groups, kernels)
+    return walk_tile_losses(walk.errors, factor.u, factor.damping, column_weight)
 
 
 def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group], kernels: Kernels = XLA) -> QuantizedLinear:
@@ -230,19 +230,11 @@ def _tiles(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.jit
-def _tile_losses(
-    ordered: jax.Array,
-    walk: _Walk,
-    source: jax.Array,
-    bits: jax.Array,
-    damping: jax.Array,
-    column_weight: jax.Array,
-) -> jax.Array:
-    """Column-weighted squares of the scaled errors by tile, without the damping's share."""
-    errors = walk.errors.reshape(-1, ROW_MULTIPLE, ordered.shape[1])
-    plain = ordered.reshape(errors.shape) - _dequantized(walk.codes, walk.qs, walk.qscale_max, source, bits)
-    losses = jnp.sum((jnp.square(errors) - damping * jnp.square(plain)) * column_weight, axis=(1, 2))
-    return jnp.maximum(losses, 0.0)
+def walk_tile_losses(errors: jax.Array, u: jax.Array, damping: jax.Array, column_weight: jax.Array) -> jax.Array:
+    """The losses of `gptq_tile_losses` from the scaled `errors [K, N]` of a walk with feedback through `u [K, K]`."""
+    undamped = jnp.maximum(1 - damping * jnp.sum(jnp.square(u), axis=1), 0.0)
+    rows = jnp.matmul(jnp.square(errors), column_weight, precision=lax.Precision.HIGHEST) * undamped
+    return jnp.sum(rows.reshape(-1, ROW_MULTIPLE), axis=1)
 
 
 def _dequantized(

@@ -154,7 +154,7 @@ class _Conversion:
         if self.config.measurement is None:
             self._require_unchanged(self.work.measurement, state)
         strategy, measurement = self._allocate()
-        costs = measurement.sensitivity if self.context.recipe.weigh_tokens else None
+        costs = measurement.sensitivity if self.context.recipe.weigh_hessians else None
         weights = {} if costs is None else costs.token_weights
         run = partial(quantize_pass, strategy=strategy, token_weights=weights)
         state = self._with_rows(run, state, measure=False)

@@ -35,9 +35,10 @@ class Recipe:
     it). `accuracies` measures stock's accuracies as well, for tools that read stock's files. `propagation` (0 to 1) is
     how far a linear's target is corrected for the inputs that the quantized model gives it, `residual` how far the
     linears that write to the residual stream correct the stream's own error; 0 for both quantizes towards the source's
-    weights, as stock does. `weigh_tokens` weighs the tokens of a Hessian by what the predictions feel of an error at
-    their class (`exl2jax.pipeline.token_weights`), where there are gradients. `variants` are choices among the
-    registered variants of other steps (`exl2jax.variants`), stock's where they say nothing.
+    weights, as stock does. `weigh_tokens` prices errors with the weight of each token's class
+    (`exl2jax.pipeline.token_weights`), where there are gradients; `weigh_hessians` quantizes with these weights too.
+    `variants` are choices among the registered variants of other steps (`exl2jax.variants`), stock's where they say
+    nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Recipe:
     propagation: float = 0.0
     residual: float = 0.0
     weigh_tokens: bool = False
+    weigh_hessians: bool = False
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
@@ -173,7 +175,9 @@ class Recipe:
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
         kept = tuple(choice for choice in self.variants if choice.kind not in out)
-        return replace(self, name="measuring", propagation=0.0, residual=0.0, variants=kept, **idle)
+        return replace(
+            self, name="measuring", propagation=0.0, residual=0.0, weigh_hessians=False, variants=kept, **idle
+        )
 
 
 PRESETS = {

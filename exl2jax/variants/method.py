@@ -16,6 +16,7 @@ from exl2jax.ops import (
     factorize,
     gptq,
     gptq_tile_losses,
+    walk_tile_losses,
 )
 from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
 from exl2jax.ops.scales import ScaleChoice
@@ -81,7 +82,8 @@ class Method:
         """What `quantize` would cost, by tile of 32 permuted rows `[K / 32]`, as `ops.gptq_tile_losses` defines it."""
         if self._stock_walk:
             return gptq_tile_losses(w, factor, groups, column_weight, kernels)
-        return _tile_losses(w - self.quantize(w, factor, groups).weight.astype(jnp.float32), factor, column_weight)
+        error = w - self.quantize(w, factor, groups).weight.astype(jnp.float32)
+        return _tile_losses(error, factor, column_weight, walked=self.rounding == STOCK.rounding)
 
     @property
     def _stock_walk(self) -> bool:
@@ -92,11 +94,16 @@ STOCK = Method()
 """What stock does, and every preset."""
 
 
-@jax.jit
-def _tile_losses(error: jax.Array, factor: HessianFactor, column_weight: jax.Array) -> jax.Array:
-    """Tiles of `sum_n c_n (E^T H E)_nn` for a weight error `E [K, N]`: `E^T (H + l I) E` is `|U^-T E|^2`."""
+@partial(jax.jit, static_argnames="walked")
+def _tile_losses(error: jax.Array, factor: HessianFactor, column_weight: jax.Array, *, walked: bool) -> jax.Array:
+    """Tiles of `sum_n c_n (E^T H E)_nn` for a weight error `E [K, N]`: `E^T (H + l I) E` is `|U^-T E|^2`.
+
+    Rounding that `walked` with feedback has scaled errors that are uncorrelated; any other gives the exact sum only.
+    """
     ordered = error[factor.perm]
     scaled = jax.scipy.linalg.solve_triangular(factor.u, ordered, trans=1, lower=False)
+    if walked:
+        return walk_tile_losses(scaled, factor.u, factor.damping, column_weight)
     rows = (jnp.square(scaled) - factor.damping * jnp.square(ordered)) @ column_weight
     return jnp.maximum(jnp.sum(rows.reshape(-1, ROW_MULTIPLE), axis=1), 0.0)
 

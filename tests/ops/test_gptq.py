@@ -79,18 +79,40 @@ def compare(w: np.ndarray, h: np.ndarray, groups: tuple[Group, ...]) -> None:
 
 @pytest.mark.parametrize("setting", [q("2", "1", "32"), q("3", "1", "128"), q("5/3", ".2/.8", "64")])
 def test_tile_losses_add_up_to_the_weighted_loss(setting: QParams) -> None:
-    """The sum over tiles is `sum_n c_n (E^T H E)_nn` of the very matrix that `gptq` gives, the damping taken off."""
+    """The sum over tiles is nearly `sum_n c_n (E^T H E)_nn` of the very matrix that `gptq` gives, at any damping."""
     w, h = problem(77)
     c = np.random.default_rng(3).uniform(0.1, 4.0, COLUMNS).astype(np.float32)
     factor, groups = factorize(jnp.asarray(h)), setting.groups(ROWS)
     tiles = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, groups, jnp.asarray(c)))
     quantized = np.asarray(gptq(jnp.asarray(w), factor, groups).weight)
     assert tiles.shape == (ROWS // 32,)
-    np.testing.assert_allclose(tiles.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=2e-2)
+    np.testing.assert_allclose(tiles.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
+
+
+@pytest.mark.parametrize("loud", [1.0, 300.0])
+def test_tile_losses_are_what_rounding_a_row_costs_after_all_feedback(loud: float) -> None:
+    """Tiles of `sum_r c e_r^2 (U H U^T)_rr` in float64, also where loud channels make the damping larger than the rest.
+
+    Taking `l E_r^2` off row by row would leave the quiet tiles with less than nothing.
+    """
+    w, h = problem(79)
+    scale = np.where(np.arange(ROWS) < 2, loud, 1.0)
+    h = (scale[:, None] * h * scale).astype(np.float32)
+    c = np.random.default_rng(4).uniform(0.1, 4.0, COLUMNS).astype(np.float32)
+    factor, groups = factorize(jnp.asarray(h)), q("3", "1", "64").groups(ROWS)
+    got = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, groups, jnp.asarray(c)))
+    perm, u = np.asarray(factor.perm), np.asarray(factor.u, np.float64)
+    quantized = np.asarray(gptq(jnp.asarray(w), factor, groups).weight, np.float64)
+    scaled = np.linalg.solve(u.T, (w - quantized)[perm])
+    share = np.diagonal(u @ h.astype(np.float64)[perm][:, perm] @ u.T)
+    expected = ((scaled**2 @ c) * share).reshape(-1, 32).sum(axis=1)
+    np.testing.assert_allclose(got, expected, rtol=2e-2)
+    assert (expected > 0).all()
+    np.testing.assert_allclose(got.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
 
 
 def test_tiles_of_single_widths_price_a_mixture() -> None:
-    """Tiles of a 4-bit run, then of a 2-bit run, come within a tenth of what the mixture really loses."""
+    """Tiles of a 4-bit run, then of a 2-bit run, come within a sixth of what the mixture really loses."""
     w, h = problem(78)
     factor, ones = factorize(jnp.asarray(h)), jnp.ones(COLUMNS)
     wide, narrow, both = (
@@ -101,7 +123,7 @@ def test_tiles_of_single_widths_price_a_mixture() -> None:
             QParams(bits=(4, 2), bits_prop=(2 / 7, 5 / 7), group_size=(32, 32)),
         )
     )
-    np.testing.assert_allclose(both.sum(), wide[:2].sum() + narrow[2:].sum(), rtol=0.1)
+    np.testing.assert_allclose(both.sum(), wide[:2].sum() + narrow[2:].sum(), rtol=0.16)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
