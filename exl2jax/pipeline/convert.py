@@ -9,6 +9,8 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
+import numpy as np
+
 from exl2jax.calibration import CalibrationRows
 from exl2jax.errors import JobError, StorageError
 from exl2jax.pipeline.allocate import Strategy, require_reachable
@@ -154,11 +156,18 @@ class _Conversion:
         if self.config.measurement is None:
             self._require_unchanged(self.work.measurement, state)
         strategy, measurement = self._allocate()
-        costs = measurement.sensitivity if self.context.recipe.weigh_hessians else None
-        weights = {} if costs is None else costs.token_weights
-        run = partial(quantize_pass, strategy=strategy, token_weights=weights)
+        run = partial(quantize_pass, strategy=strategy, token_weights=self._token_weights(measurement))
         state = self._with_rows(run, state, measure=False)
         return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})
+
+    def _token_weights(self, measurement: Measurement) -> dict[str, np.ndarray]:
+        """The weights of tokens that Hessians take, by key of a linear, where the recipe asks for them."""
+        if not self.context.recipe.weigh_hessians:
+            return {}
+        weights = {} if measurement.sensitivity is None else measurement.sensitivity.token_weights
+        if not weights:
+            log.warning("quantization: the measurement has no weights of tokens, so that all of them count alike")
+        return weights
 
     def _allocate(self) -> tuple[Strategy, Measurement]:
         """The allocation, and the measurement it rests on."""

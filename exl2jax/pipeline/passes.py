@@ -295,7 +295,8 @@ def _method(recipe: Recipe) -> str:
     if recipe.pricing == "divergence":
         return "relative errors of linears, scaled by the measured divergence of perturbing each module alone"
     scaled = ", scaled by the measured divergence of perturbing each module alone" if recipe.divergence_rows else ""
-    return f"Fisher information of output columns, labels sampled from the model{scaled}"
+    weighed = ", tokens weighed by class" if recipe.weigh_tokens else ""
+    return f"Fisher information of output columns, labels sampled from the model{weighed}{scaled}"
 
 
 def _price_range(found: Mapping[str, LinearCosts]) -> str:

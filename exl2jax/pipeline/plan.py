@@ -15,6 +15,7 @@ from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.pipeline.allocate import Strategy, feasible_bpw, reach, reachable_budget
 from exl2jax.pipeline.compile import compiled_size, source_head
 from exl2jax.pipeline.context import Context
+from exl2jax.pipeline.propagate import kept_bytes
 from exl2jax.pipeline.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.pipeline.trouble import calibration_shortage
 from exl2jax.qparams import padded_columns
@@ -172,11 +173,15 @@ def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
 
 
 def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
-    """Estimate: states twice, and the largest block's weights and Hessian several times over, or the embedding."""
+    """Estimate: states twice, the largest block's weights and Hessian several times over or the embedding, and what
+    propagation keeps of a module.
+    """  # noqa: D205
     module = max(spec.weights for spec in context.specs)
     widest = max(linear.rows for spec in context.specs for linear in spec.linears)
     table = context.model.config.vocab_size * context.model.config.hidden_size
-    return 2 * _states(context, rows) + FLOAT * max(4 * module + 6 * widest**2, 3 * table) + 500 * 10**6
+    tokens = rows["quantize"].input_ids.size if "quantize" in rows and context.recipe.propagates else 0
+    kept = max(kept_bytes(spec, tokens) for spec in context.specs)
+    return 2 * _states(context, rows) + kept + FLOAT * max(4 * module + 6 * widest**2, 3 * table) + 500 * 10**6
 
 
 def _tokens(rows: CalibrationRows) -> int:

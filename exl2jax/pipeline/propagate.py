@@ -120,10 +120,16 @@ def stage_terms(
 
 def _room(spec: ModuleSpec, states: np.ndarray) -> list[np.ndarray] | None:
     """Arrays for what the groups of the last stage read on all rows; None where that is too much."""
-    rows = [linear.rows for (linear,) in spec.stages[-1]]
-    if sum(rows) * 4 * states.shape[0] * states.shape[1] > KEPT_BYTES:
+    rows, length, _ = states.shape
+    if not kept_bytes(spec, rows * length):
         return None
-    return [np.empty((*states.shape[:2], k), np.float32) for k in rows]
+    return [np.empty((rows, length, linear.rows), np.float32) for (linear,) in spec.stages[-1]]
+
+
+def kept_bytes(spec: ModuleSpec, tokens: int) -> int:
+    """Bytes of what the groups of a module's last stage read; none where that is too much to keep."""
+    wanted = 4 * tokens * sum(linear.rows for (linear,) in spec.stages[-1])
+    return wanted if wanted <= KEPT_BYTES else 0
 
 
 def finish(

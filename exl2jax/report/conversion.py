@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from exl2jax.errors import JobError, MeasurementError
 from exl2jax.pipeline.job import WorkDirectory
+from exl2jax.pipeline.sensitivity import MEASURED
 from exl2jax.qparams import QParams
 from exl2jax.report.page import NumberTable, Page, Section
 from exl2jax.report.plots import Plot, Theme, label, lines
@@ -221,11 +222,9 @@ def _curves(path: Path, pricing: str) -> tuple[dict[str, Curve], str]:
         return {key: _candidate_curve(key, found) for key, found in rows.items()}, "relative error of the block"
     costs: dict[str, dict[int, float]] = {}
     for key, linear in record.get("sensitivity", {}).get("linears", {}).items():
-        for setting, tiles in linear.items():
-            bits, size = map(int, setting.split(":"))
-            if size == 128:
-                module = costs.setdefault(key.rpartition(".")[0], {})
-                module[bits] = module.get(bits, 0.0) + math.fsum(tiles)
+        for bits in (bits for bits, size in MEASURED if size == 128):
+            module = costs.setdefault(key.rpartition(".")[0], {})
+            module[bits] = module.get(bits, 0.0) + math.fsum(linear[f"{bits}:128"])
     curves = {key: ([float(b) for b in sorted(c)], [c[b] for b in sorted(c)]) for key, c in costs.items()}
     return curves, "expected KL, nats per token"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.errors import Exl2JaxError, Interrupted, JobError, MeasurementError, SettingsError
 from exl2jax.evaluate.verify import verify
 from exl2jax.pipeline.progress import Control, StopFlag
+from exl2jax.pipeline.recipe import recipe_from
 from tests.support.tiny_model import write_tiny_llama
 
 ROWS, LENGTH = 6, 48
@@ -189,6 +191,32 @@ def test_stock_preset_and_its_measurement_under_another_preset(model: Path, toke
     assert any("stock's accuracies only" in warning for warning in best.warnings)
     assert best.allocation["modules"] == stock.allocation["modules"]
     assert verify(tmp_path / "b" / "exl2").faults == ()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["weights in the measurement", "none there"])
+def test_hessians_of_weighed_tokens(
+    converted: ConversionConfig,
+    model: Path,
+    tokens: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    known: bool,
+) -> None:
+    """Weights that priced the errors serve the quantization where it is asked to take them; without any it says so."""
+    record = json.loads((converted.out_dir / "measurement.json").read_text())
+    if not known:
+        for costs in record["sensitivity"]["linears"].values():
+            del costs["token_weights"]
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(record))
+    recipe = recipe_from({"preset": "best", "weigh_hessians": True}, "weighed")
+    config = settings(model, tokens, tmp_path / "a", measurement=file, preset=recipe)
+    with caplog.at_level(logging.WARNING):
+        convert(config)
+    ours, theirs = result_digests(config), result_digests(converted)
+    packed = [name for name in theirs if name.startswith("out_tensor")]
+    assert any(ours[name] != theirs[name] for name in packed) == known
+    assert ("the measurement has no weights of tokens" in caplog.text) == (not known)
 
 
 def test_both_measurements_in_one_file(converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path) -> None:
