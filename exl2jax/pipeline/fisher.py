@@ -6,9 +6,10 @@ sampled from the model itself. Its diagonal needs one forward and one backward p
 second one over the modules in reverse, each recomputed from its stored input, so that one module is resident at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.errors import NumericalError
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.pipeline.blocks import Block, Piece, forward_block, joined
 from exl2jax.pipeline.devices import on_all_devices, to_host
 from exl2jax.pipeline.measure import STATES
@@ -32,6 +33,20 @@ GRADIENT = "gradient"
 type Columns = Mapping[str, np.ndarray]
 """Mean squared gradient at each output column, `[N]` float32 by linear name; where tokens have weights these are
 taken out of it, and stand beside it under the name with `TOKENS` after it."""
+
+
+def columns_by_key(spec: ModuleSpec, columns: Columns) -> dict[str, np.ndarray]:
+    """What there is of a module's linears, by their keys: as it is stored."""
+    return {x.key + part: columns[x.name + part] for x, part in _parts(spec) if x.name + part in columns}
+
+
+def columns_by_name(spec: ModuleSpec, known: Mapping[str, np.ndarray]) -> Columns:
+    """The columns of a module from those by key of a whole model."""
+    return {x.name + part: known[x.key + part] for x, part in _parts(spec) if x.key + part in known}
+
+
+def _parts(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, str]]:
+    return product(spec.linears, ("", TOKENS))
 
 
 class InputStack:

@@ -6,9 +6,8 @@ linears.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,16 @@ from exl2jax.errors import JobError, NumericalError
 from exl2jax.models import LinearSpec, ModuleSpec, head_spec
 from exl2jax.pipeline.allocate import Strategy
 from exl2jax.pipeline.context import Context
-from exl2jax.pipeline.fisher import GRADIENT, BackwardStep, Columns, ForwardStep, InputStack, head_gradients
+from exl2jax.pipeline.fisher import (
+    GRADIENT,
+    BackwardStep,
+    Columns,
+    ForwardStep,
+    InputStack,
+    columns_by_key,
+    columns_by_name,
+    head_gradients,
+)
 from exl2jax.pipeline.measure import STATES, MeasureStep
 from exl2jax.pipeline.measurement import Candidate, Measurement, read_measurement, read_sensitivity
 from exl2jax.pipeline.perturb import PERTURBED, Perturbation, PerturbStep, divergences, scaled
@@ -28,7 +36,6 @@ from exl2jax.pipeline.recipe import Recipe
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import LinearCosts, Sensitivity
 from exl2jax.pipeline.stream import embed
-from exl2jax.pipeline.token_weights import TOKENS
 from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
 
 LINEARS_SHOWN = 8
@@ -74,7 +81,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
 
     def read(count: int) -> list[Columns]:
         known = _read_all(context.work.fisher)
-        return [_by_name(spec, known) for spec in specs[:count]]
+        return [columns_by_name(spec, known) for spec in specs[:count]]
 
     def start() -> Carry:
         gradient = head_gradients(
@@ -259,17 +266,8 @@ def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
 
 def _by_key(specs: Sequence[ModuleSpec], outputs: Sequence[Columns]) -> dict[str, np.ndarray]:
     """Columns of the first modules of `specs`, and weights of tokens, by the keys of their linears."""
-    pairs = ((x, part, found) for spec, found in zip(specs, outputs, strict=False) for x, part in _parts(spec))
-    return {x.key + part: found[x.name + part] for x, part, found in pairs if x.name + part in found}
-
-
-def _by_name(spec: ModuleSpec, known: Mapping[str, np.ndarray]) -> Columns:
-    """The same of one module, by the names of its linears."""
-    return {x.name + part: known[x.key + part] for x, part in _parts(spec) if x.key + part in known}
-
-
-def _parts(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, str]]:
-    return product(spec.linears, ("", TOKENS))
+    pairs = zip(specs, outputs, strict=False)
+    return {key: value for spec, found in pairs for key, value in columns_by_key(spec, found).items()}
 
 
 def _read_all(path: Path) -> Mapping[str, np.ndarray]:
@@ -285,7 +283,7 @@ def _write_perturbations(context: Context, found: Sequence[Perturbation]) -> Non
 def _read_perturbations(context: Context, count: int) -> list[Perturbation]:
     known = _read_all(context.work.perturbations)
     return [
-        Perturbation(columns=_by_name(spec, known), predicted=float(known[PREDICTED][i]))
+        Perturbation(columns=columns_by_name(spec, known), predicted=float(known[PREDICTED][i]))
         for i, spec in enumerate(context.specs[:count])
     ]
 

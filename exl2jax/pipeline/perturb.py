@@ -19,11 +19,11 @@ import numpy as np
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.ops import round_to_nearest
 from exl2jax.pipeline.blocks import Block, Piece
-from exl2jax.pipeline.fisher import Columns, InputStack
+from exl2jax.pipeline.fisher import Columns, InputStack, columns_by_name
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.scoring import divergence, log_probabilities
 from exl2jax.pipeline.stream import group_weights
-from exl2jax.pipeline.token_weights import TOKENS, group_tables, token_factors
+from exl2jax.pipeline.token_weights import TOKENS, group_tables, token_factors, weights_beside
 from exl2jax.qparams import q
 
 PERTURBED = "perturbed"
@@ -80,9 +80,7 @@ class PerturbStep:
         perturbed = params | {name: params[name] | {"kernel": kernel} for name, kernel in rounded.items()}
         own = piece._replace(params=perturbed).forward(inputs)
         outputs = np.concatenate([piece.forward(before), own]) if len(before) else own
-        fisher = self.fisher or {}
-        weights = {x.key: fisher[x.key + TOKENS] for x in spec.linears if x.key + TOKENS in fisher}
-        tables = group_tables(spec.groups, weights)
+        tables = group_tables(spec.groups, weights_beside(spec.linears, self.fisher or {}))
         energy = _energies(piece.decoder, spec.kind, params, rounded, jnp.asarray(inputs), tables)
         columns = self._columns(spec, {name: np.asarray(out, np.float64) for name, (_, out) in energy.items()})
         predicted = sum(0.5 * float(np.asarray(e, np.float64) @ columns[name]) for name, (e, _) in energy.items())
@@ -90,8 +88,7 @@ class PerturbStep:
 
     def _columns(self, spec: ModuleSpec, outputs: Mapping[str, np.ndarray]) -> Columns:
         if self.fisher is not None:
-            parts = [(x, part) for x in spec.linears for part in ("", TOKENS) if x.key + part in self.fisher]
-            return {x.name + part: self.fisher[x.key + part] for x, part in parts}
+            return columns_by_name(spec, self.fisher)
         return {name: np.full(e.shape, 1 / max(e.sum(), 1e-30), np.float32) for name, e in outputs.items()}
 
 

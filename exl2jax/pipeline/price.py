@@ -20,7 +20,7 @@ from exl2jax.pipeline.measure import STATES, module_factors
 from exl2jax.pipeline.scan import Carry
 from exl2jax.pipeline.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
 from exl2jax.pipeline.stream import collect, require_finite
-from exl2jax.pipeline.token_weights import TOKENS, group_tables
+from exl2jax.pipeline.token_weights import group_tables, weights_beside
 from exl2jax.variants import STOCK, Method
 
 
@@ -52,9 +52,9 @@ class PriceStep:
         is asked.
         """
         spec, params = piece.spec, piece.params
-        weights = {x.key: w for x in spec.linears if (w := self.fisher.get(x.key + TOKENS)) is not None}
-        tables, options = group_tables(spec.groups, weights), {"routed_only": self.routed_only}
-        collected = collect(piece.decoder, spec, params, states, self.mask, tables=tables, **options)
+        weights = weights_beside(spec.linears, self.fisher)
+        tables = group_tables(spec.groups, weights)
+        collected = collect(piece.decoder, spec, params, states, self.mask, routed_only=self.routed_only, tables=tables)
         require_finite(collected.states, spec)
         factors = module_factors(spec, collected.hessians, self.method)
         tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}

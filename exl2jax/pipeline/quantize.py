@@ -129,8 +129,8 @@ class QuantizeStep:
     def _plain(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
         decoder, spec, params = piece
-        tables, options = group_tables(spec.groups, self.token_weights), {"routed_only": self.routed_only}
-        collected = collect(decoder, spec, params, states, self.mask, tables=tables, **options)
+        tables = group_tables(spec.groups, self.token_weights)
+        collected = collect(decoder, spec, params, states, self.mask, routed_only=self.routed_only, tables=tables)
         factors = module_factors(spec, collected.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         done = self._linears(spec, spec.linears, params, kernels, factors)

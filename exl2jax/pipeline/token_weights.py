@@ -7,13 +7,13 @@ rows of the backward pass only, but the class of a token is known everywhere: a 
 squared gradient of its class (`sum_t w_t x_t x_t^T`), and errors are traded the way the predictions feel them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models.modules import Group
+from exl2jax.models.modules import Group, LinearSpec
 
 PLACES = (1, 2, 8, 32)
 """Places in a row at which the classes after the first one begin."""
@@ -62,6 +62,11 @@ def group_tables(groups: Sequence[Group], tables: Mapping[str, np.ndarray]) -> n
     """The weights of classes `[groups, CLASSES]` from those by key of a linear; None where there are none."""
     found = [tables.get(group[0].key) for group in groups]
     return np.stack([np.asarray(x, np.float32) for x in found if x is not None]) if found[0] is not None else None
+
+
+def weights_beside(linears: Iterable[LinearSpec], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights of classes that stand beside columns in `known`, by key of a linear; none where there are none."""
+    return {x.key: known[x.key + TOKENS] for x in linears if x.key + TOKENS in known}
 
 
 def class_weights(squares: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
