@@ -5,6 +5,7 @@
     python scripts/quality.py --only stock best  some variants
     python scripts/quality.py --only rotation    one of the dear variants that the whole study leaves out
     python scripts/quality.py --rows 115         as many calibration rows as a real conversion takes
+    python scripts/quality.py --development      judged on calibration rows that no trial saw, to choose by
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
 precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
@@ -35,7 +36,7 @@ from exl2jax.pipeline.scoring import perplexity, score
 from exl2jax.variants import choose
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
-PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0)
+PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
 TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
 
 VARIANTS: dict[str, Recipe] = {
@@ -44,8 +45,10 @@ VARIANTS: dict[str, Recipe] = {
     "fisher": PLAIN,
     "best": BEST,
     "fast": PRESETS["fast"],
-    "all tokens alike": replace(BEST, weigh_tokens=False),
-    "weighed Hessians": replace(BEST, weigh_hessians=True),
+    "all tokens alike": replace(BEST, weigh_tokens=False, weigh_hessians=0.0),
+    "plain Hessians": replace(BEST, weigh_hessians=0.0),
+    "Hessians in full": replace(BEST, weigh_hessians=1.0),
+    "fisher, plain Hessians": replace(PLAIN, weigh_hessians=0.0),
     "strength 1": replace(BEST, propagation=1.0, residual=1.0),
     "without residual": replace(BEST, residual=0.0),
     "scaled by divergence": replace(BEST, divergence_rows=2),
@@ -59,6 +62,8 @@ EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
 """Calibration subsets of the noise floor, for `best` at three bits."""
+DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia": (range(10, 58), 2)}
+"""By domain of the calibration set: its rows, and how many of those that a trial does not see choices are judged on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +101,8 @@ class Study:
         self.rows: int = arguments.rows
         self.calibration: str = arguments.calibration
         self.measuring: str = arguments.measuring
-        heldout = load_file(arguments.heldout)
-        self.ids = heldout["input_ids"].astype(np.int32)
-        half = len(self.ids) // 2
-        self.domains = {"web": slice(0, half), "code": slice(half, None)}
         self.out.mkdir(parents=True, exist_ok=True)
+        self.ids, self.domains = self._development() if arguments.development else _halves(arguments.heldout)
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """The result of a trial, from its file where it was run before."""
@@ -123,6 +125,20 @@ class Study:
         shutil.rmtree(work)
         path.write_text(json.dumps(record, indent=1))
         return record
+
+    def _development(self) -> tuple[np.ndarray, dict[str, slice]]:
+        """Calibration rows that neither a measurement nor a conversion sees, and the slice of each domain."""
+        ids = load_file(self.calibration)["input_ids"]
+        seen = [load_file(path)["input_ids"] for path in (self.measuring, self._calibration_rows(0))]
+        known = {row.tobytes() for rows in seen for row in rows.astype(ids.dtype)}
+        picked, domains = list[int](), dict[str, slice]()
+        for name, (rows, most) in DEVELOPMENT.items():
+            fresh = [row for row in rows if row < len(ids) and ids[row].tobytes() not in known][:most]
+            if not fresh:
+                raise SystemExit(f"--development: {self.rows} calibration rows leave none of {name} to judge on")
+            domains[name] = slice(len(picked), len(picked) + len(fresh))
+            picked += fresh
+        return ids[np.asarray(picked)].astype(np.int32), domains
 
     def _config(self, trial: Trial, work: Path) -> ConversionConfig:
         recipe = VARIANTS[trial.variant]
@@ -191,17 +207,16 @@ class Study:
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| variant | bpw | KL web | KL code | ppl web | ppl code | top-1 web | top-1 code | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    domains = list(records[0]["domains"])
+    heads = [f"{figure} {name}" for figure in ("KL", "ppl", "top-1") for name in domains]
+    lines = [f"| variant | bpw | {' | '.join(heads)} | CPU s |", "|---" * (len(heads) + 3) + "|"]
     for r in records:
-        web, code = (r["domains"][name] for name in ("web", "code"))
+        found = [r["domains"][name] for name in domains]
         name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
-        kl = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in (web, code)]
-        figures = [f"{web['perplexity']:.2f}", f"{code['perplexity']:.2f}", f"{web['top1']:.3f}", f"{code['top1']:.3f}"]
+        figures = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in found]
+        figures += [f"{d['perplexity']:.2f}" for d in found] + [f"{d['top1']:.3f}" for d in found]
         spent = " + ".join(f"{s:.0f}" for s in (r.get("measuring_cpu_seconds"), r["cpu_seconds"]) if s is not None)
-        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join([*kl, *figures])} | {spent} |")
+        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join(figures)} | {spent} |")
     return "\n".join(lines)
 
 
@@ -230,6 +245,12 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def _halves(path: str) -> tuple[np.ndarray, dict[str, slice]]:
+    """The held-out rows, and the slice of each domain: web in the first half, code in the second."""
+    ids = load_file(path)["input_ids"].astype(np.int32)
+    return ids, {"web": slice(0, len(ids) // 2), "code": slice(len(ids) // 2, None)}
+
+
 def _seconds_file(measurement: Path) -> Path:
     """Where the CPU seconds of a measurement stand."""
     return measurement.with_name(f"{measurement.stem}-cpu.json")
@@ -255,6 +276,7 @@ def main() -> int:
     parser.add_argument(
         "--heldout", default=str(golden / "heldout_public_512.safetensors"), help="web rows, then as many of code"
     )
+    parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
     parser.add_argument("--rows", type=int, default=24, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
     parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")

@@ -15,21 +15,25 @@ ROWS, LENGTH = 4, 32
 
 
 @pytest.fixture(scope="module")
-def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     base = tmp_path_factory.mktemp("study")
     ids = np.random.default_rng(1).integers(0, 300, (12, LENGTH))
     for name, part in (("quantize", ids[:8]), ("measure", ids[:3]), ("heldout", ids[8:])):
         save_file({"input_ids": part}, base / f"{name}.safetensors")
-    return Study(
-        argparse.Namespace(
-            model=write_tiny_llama(base / "model", num_layers=1),
-            out=base / "out",
-            rows=ROWS,
-            calibration=str(base / "quantize.safetensors"),
-            measuring=str(base / "measure.safetensors"),
-            heldout=str(base / "heldout.safetensors"),
-        )
+    return argparse.Namespace(
+        model=write_tiny_llama(base / "model", num_layers=1),
+        out=base / "out",
+        rows=ROWS,
+        calibration=str(base / "quantize.safetensors"),
+        measuring=str(base / "measure.safetensors"),
+        heldout=str(base / "heldout.safetensors"),
+        development=False,
     )
+
+
+@pytest.fixture(scope="module")
+def tiny_study(arguments: argparse.Namespace) -> Study:
+    return Study(arguments)
 
 
 def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
@@ -59,6 +63,24 @@ def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> No
 def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study) -> None:
     files = {tiny_study._calibration_rows(subset) for subset in range(3)}
     assert len(files) == 3 and len({Path(f).read_bytes() for f in files}) == 3
+
+
+def test_development_rows_are_those_that_no_trial_sees(arguments: argparse.Namespace, tmp_path: Path) -> None:
+    ids = np.random.default_rng(2).integers(0, 300, (73, LENGTH))
+    measured = [0, 1, 10, 11, 58]
+    for name, part in (("all", ids), ("measured", ids[measured])):
+        save_file({"input_ids": part}, tmp_path / f"{name}.safetensors")
+    files = {"calibration": str(tmp_path / "all.safetensors"), "measuring": str(tmp_path / "measured.safetensors")}
+    chosen = {**vars(arguments), **files, "development": True, "out": tmp_path / "out", "rows": 24}
+    found = Study(argparse.Namespace(**chosen))
+    seen = {*measured, *np.unique(np.linspace(0, 70, 24).round().astype(int))}
+    fresh = [row for row in range(73) if row not in seen]
+    web, text, code = ([r for r in fresh if r in part] for part in (range(10), range(10, 58), range(58, 73)))
+    np.testing.assert_array_equal(found.ids, ids[[*web[:5], *code[:5], *text[:2]]])
+    sizes = {name: part.stop - part.start for name, part in found.domains.items()}
+    assert sizes == {"web": min(len(web), 5), "code": 5, "encyclopedia": 2}
+    with pytest.raises(SystemExit, match="leave none of web"):
+        Study(argparse.Namespace(**{**chosen, "rows": 73}))
 
 
 def test_study_holds_every_variant() -> None:

@@ -162,12 +162,13 @@ class _Conversion:
 
     def _token_weights(self, measurement: Measurement) -> dict[str, np.ndarray]:
         """The weights of tokens that Hessians take, by key of a linear, where the recipe asks for them."""
-        if not self.context.recipe.weigh_hessians:
+        power = self.context.recipe.weigh_hessians
+        if not power:
             return {}
         weights = {} if measurement.sensitivity is None else measurement.sensitivity.token_weights
         if not weights:
             log.warning("quantization: the measurement has no weights of tokens, so that all of them count alike")
-        return weights
+        return {key: weight**power for key, weight in weights.items()}
 
     def _allocate(self) -> tuple[Strategy, Measurement]:
         """The allocation, and the measurement it rests on."""

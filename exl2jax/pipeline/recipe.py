@@ -36,7 +36,8 @@ class Recipe:
     how far a linear's target is corrected for the inputs that the quantized model gives it, `residual` how far the
     linears that write to the residual stream correct the stream's own error; 0 for both quantizes towards the source's
     weights, as stock does. `weigh_tokens` prices errors with the weight of each token's class
-    (`exl2jax.pipeline.token_weights`), where there are gradients; `weigh_hessians` quantizes with these weights too.
+    (`exl2jax.pipeline.token_weights`), where there are gradients; `weigh_hessians` quantizes with these weights too,
+    raised to this power (0: all tokens alike, 1: as in the prices).
     `variants` are choices among the registered variants of other steps (`exl2jax.variants`), stock's where they say
     nothing.
     """
@@ -49,12 +50,13 @@ class Recipe:
     propagation: float = 0.0
     residual: float = 0.0
     weigh_tokens: bool = False
-    weigh_hessians: bool = False
+    weigh_hessians: float = 0.0
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse strengths out of range."""
-        for name, value in (("propagation", self.propagation), ("residual", self.residual)):
+        for name in ("propagation", "residual", "weigh_hessians"):
+            value = getattr(self, name)
             if not 0 <= value <= STRONGEST:
                 raise SettingsError(f"recipe {self.name}: {name} is {value}; it must lie between 0 and {STRONGEST:g}")
         if self.fisher_rows < 1:
@@ -175,16 +177,14 @@ class Recipe:
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
         kept = tuple(choice for choice in self.variants if choice.kind not in out)
-        return replace(
-            self, name="measuring", propagation=0.0, residual=0.0, weigh_hessians=False, variants=kept, **idle
-        )
+        return replace(self, name="measuring", propagation=0.0, residual=0.0, weigh_hessians=0.0, variants=kept, **idle)
 
 
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5, weigh_tokens=True),
-        Recipe(name="fast", pricing="fisher", fisher_rows=4, weigh_tokens=True),
+        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5, weigh_tokens=True, weigh_hessians=0.5),
+        Recipe(name="fast", pricing="fisher", fisher_rows=4, weigh_tokens=True, weigh_hessians=1.0),
         Recipe(name="stock", pricing="accuracy"),
     )
 }

@@ -193,30 +193,29 @@ def test_stock_preset_and_its_measurement_under_another_preset(model: Path, toke
     assert verify(tmp_path / "b" / "exl2").faults == ()
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["weights in the measurement", "none there"])
 def test_hessians_of_weighed_tokens(
-    converted: ConversionConfig,
-    model: Path,
-    tokens: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    known: bool,
+    converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Weights that priced the errors serve the quantization where it is asked to take them; without any it says so."""
+    """Every power of the weights quantizes otherwise; a measurement without any says so, and is the power 0."""
     record = json.loads((converted.out_dir / "measurement.json").read_text())
-    if not known:
-        for costs in record["sensitivity"]["linears"].values():
-            del costs["token_weights"]
-    file = tmp_path / "m.json"
-    file.write_text(json.dumps(record))
-    recipe = recipe_from({"preset": "best", "weigh_hessians": True}, "weighed")
-    config = settings(model, tokens, tmp_path / "a", measurement=file, preset=recipe)
-    with caplog.at_level(logging.WARNING):
+
+    def packed(power: float) -> list[str]:
+        file = tmp_path / "m.json"
+        file.write_text(json.dumps(record))
+        recipe = recipe_from({"preset": "best", "weigh_hessians": power}, "weighed")
+        config = settings(model, tokens, tmp_path / str(power), measurement=file, preset=recipe)
         convert(config)
-    ours, theirs = result_digests(config), result_digests(converted)
-    packed = [name for name in theirs if name.startswith("out_tensor")]
-    assert any(ours[name] != theirs[name] for name in packed) == known
-    assert ("the measurement has no weights of tokens" in caplog.text) == (not known)
+        return [digest for name, digest in result_digests(config).items() if name.startswith("out_tensor")]
+
+    none, half, full = packed(0.0), packed(0.5), packed(1.0)
+    assert none != half != full != none
+    assert "no weights of tokens" not in caplog.text
+    for costs in record["sensitivity"]["linears"].values():
+        del costs["token_weights"]
+    shutil.rmtree(tmp_path / "0.5")
+    with caplog.at_level(logging.WARNING):
+        assert packed(0.5) == none
+    assert "the measurement has no weights of tokens" in caplog.text
 
 
 def test_both_measurements_in_one_file(converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path) -> None:

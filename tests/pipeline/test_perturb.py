@@ -138,7 +138,8 @@ def test_conversion_by_measured_divergence(recipe: Recipe, model: Model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"divergence_rows": 9}, {"pricing": "divergence"}, {"fisher_rows": 0}, {"residual": 2}]
+    "change",
+    [{"divergence_rows": 9}, {"pricing": "divergence"}, {"fisher_rows": 0}, {"residual": 2}, {"weigh_hessians": -0.5}],
 )
 def test_recipes_that_make_no_sense(change: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match="recipe odd"):
