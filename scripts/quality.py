@@ -9,14 +9,14 @@
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
 precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
-table of docs/quality.md and draws its plot.
+table of docs/quality.md and draws its plot; CPU seconds and peak memory are of the measurement, which conversions of
+a kind share, and of the conversion.
 """
 
 import argparse
 import json
 import logging
 import re
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert
 from exl2jax.evaluate.logits import final_states
+from exl2jax.lab.meter import metered
 from exl2jax.models import build_decoder, load_exl2, open_model
 from exl2jax.pipeline.recipe import PRESETS, Recipe
 from exl2jax.pipeline.scoring import perplexity, score
@@ -111,15 +112,14 @@ class Study:
             return json.loads(path.read_text())
         work = self.out / "work" / trial.key
         shutil.rmtree(work, ignore_errors=True)
-        config, begun = self._config(trial, work), _cpu_seconds()
-        result = convert(config)
-        spent = _cpu_seconds() - begun
+        config = self._config(trial, work)
+        with metered() as cost:
+            result = convert(config)
         record = {
             **asdict(trial),
             "bpw": result.bpw,
             "predicted": (result.allocation or {})["objective"],
-            "cpu_seconds": round(spent, 1),
-            "measuring_cpu_seconds": self._measuring_seconds(config.measurement),
+            "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
             "domains": self._judge(work / "exl2"),
         }
         shutil.rmtree(work)
@@ -159,7 +159,6 @@ class Study:
         name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"
         path = self.out / f"measurement-{name}.json"
         if not path.exists():
-            begun = _cpu_seconds()
             config = ConversionConfig(
                 in_dir=self.model,
                 out_dir=self.out / "work" / name,
@@ -167,14 +166,15 @@ class Study:
                 preset=recipe,
                 cal_dataset=self.measuring,
             )
-            convert(config)
-            _seconds_file(path).write_text(json.dumps(round(_cpu_seconds() - begun, 1)))
+            with metered() as cost:
+                convert(config)
+            _cost_file(path).write_text(json.dumps(asdict(cost)))
         return path
 
-    def _measuring_seconds(self, measurement: Path | None) -> float | None:
-        """What a measurement took, None where it came from elsewhere."""
-        path = None if measurement is None else _seconds_file(measurement)
-        return json.loads(path.read_text()) if path is not None and path.exists() else None
+    def _measuring_cost(self, measurement: Path | None) -> list[dict[str, Any]]:
+        """What a measurement took, nothing where it came from elsewhere."""
+        path = None if measurement is None else _cost_file(measurement)
+        return [json.loads(path.read_text())] if path is not None and path.exists() else []
 
     def _calibration_rows(self, subset: int) -> str:
         """A file of every `SUBSETS`-th row of the calibration set, or of as many rows from its front as asked."""
@@ -209,14 +209,15 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
     domains = list(records[0]["domains"])
     heads = [f"{figure} {name}" for figure in ("KL", "ppl", "top-1") for name in domains]
-    lines = [f"| variant | bpw | {' | '.join(heads)} | CPU s |", "|---" * (len(heads) + 3) + "|"]
+    lines = [f"| variant | bpw | {' | '.join(heads)} | CPU s | peak GB |", "|---" * (len(heads) + 4) + "|"]
     for r in records:
         found = [r["domains"][name] for name in domains]
         name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
         figures = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in found]
         figures += [f"{d['perplexity']:.2f}" for d in found] + [f"{d['top1']:.3f}" for d in found]
-        spent = " + ".join(f"{s:.0f}" for s in (r.get("measuring_cpu_seconds"), r["cpu_seconds"]) if s is not None)
-        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join(figures)} | {spent} |")
+        spent = " + ".join(f"{cost['cpu_seconds']:.0f}" for cost in r["costs"])
+        peaks = ", ".join(f"{cost['peak_memory'] / 1e9:.2f}" for cost in r["costs"])
+        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join(figures)} | {spent} | {peaks} |")
     return "\n".join(lines)
 
 
@@ -251,14 +252,9 @@ def _halves(path: str) -> tuple[np.ndarray, dict[str, slice]]:
     return ids, {"web": slice(0, len(ids) // 2), "code": slice(len(ids) // 2, None)}
 
 
-def _seconds_file(measurement: Path) -> Path:
-    """Where the CPU seconds of a measurement stand."""
-    return measurement.with_name(f"{measurement.stem}-cpu.json")
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def _cost_file(measurement: Path) -> Path:
+    """Where it stands what a measurement took."""
+    return measurement.with_name(f"{measurement.stem}-cost.json")
 
 
 def main() -> int:
