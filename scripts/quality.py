@@ -39,6 +39,16 @@ from exl2jax.variants import choose
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
 PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
 TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
+METHODS = {
+    "coordinate descent": choose("rounding", "descent"),
+    "refit of maxima": choose("rounding", "refit"),
+    "weighted scales": choose("scales", "weighted"),
+    "squared scales": choose("scales", "grid:power=2"),
+    "little damping": choose("damping", "growing"),
+    "no act-order": choose("order", "none"),
+    "tuned": choose("tuning", "adam"),
+}
+"""How `best` quantizes otherwise, at the prices of its own roundings: plain walks are slow to measure with."""
 
 VARIANTS: dict[str, Recipe] = {
     "stock": STOCK,
@@ -56,9 +66,10 @@ VARIANTS: dict[str, Recipe] = {
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
     **{name: replace(BEST, name=name, variants=(choose("transform", name),)) for name in TRANSFORMS},
+    **{name: replace(BEST, name=name, variants=(choice,)) for name, choice in METHODS.items()},
 }
-LEFT_OUT = (*DIVERGENCES, *TRANSFORMS)
-"""Run only where they are named: each needs a measurement of its own that takes minutes."""
+LEFT_OUT = (*DIVERGENCES, *TRANSFORMS, *METHODS)
+"""Run only where they are named: their measurements, or their walks, take minutes."""
 EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
@@ -154,6 +165,8 @@ class Study:
 
     def measurement(self, recipe: Recipe) -> Path:
         """The measurement that a recipe allocates by, shared by all trials that measure alike."""
+        if recipe.name in METHODS:
+            recipe = replace(recipe, variants=())
         by = re.sub(r"\W+", "-", f"-{recipe.measured_by}") if recipe.measured_by else ""
         alike = "-alike" if recipe.pricing == "fisher" and not recipe.weigh_tokens else ""
         name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"

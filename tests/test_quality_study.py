@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from scripts.quality import LEFT_OUT, VARIANTS, Study, Trial, plot, study, table
+from scripts.quality import LEFT_OUT, METHODS, VARIANTS, Study, Trial, plot, study, table
 from tests.support.tiny_model import write_tiny_llama
 
 ROWS, LENGTH = 4, 32
@@ -57,6 +57,7 @@ def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> No
     best, plain = (tiny_study.measurement(VARIANTS[name]) for name in ("best", "fisher"))
     assert best == plain != tiny_study.measurement(VARIANTS["stock"])
     assert best != tiny_study.measurement(VARIANTS["all tokens alike"])
+    assert {tiny_study.measurement(VARIANTS[name]) for name in METHODS} == {best}
     own = [tiny_study.measurement(VARIANTS[name]) for name in ("rotation", "equalize")]
     assert len({best, *own}) == 3 and own[0].name == "measurement-fisher-8-0-transform-rotation-seed-0.json"
 
