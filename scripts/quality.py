@@ -56,6 +56,7 @@ VARIANTS: dict[str, Recipe] = {
     "fisher": PLAIN,
     "best": BEST,
     "fast": PRESETS["fast"],
+    "one multiplier": BEST.over([choose("scales", "stock")]),
     "all tokens alike": replace(BEST, weigh_tokens=False, weigh_hessians=0.0),
     "plain Hessians": replace(BEST, weigh_hessians=0.0),
     "Hessians in full": replace(BEST, weigh_hessians=1.0),
@@ -65,8 +66,8 @@ VARIANTS: dict[str, Recipe] = {
     "scaled by divergence": replace(BEST, divergence_rows=2),
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
-    **{name: replace(BEST, name=name, variants=(choose("transform", name),)) for name in TRANSFORMS},
-    **{name: replace(BEST, name=name, variants=(choice,)) for name, choice in METHODS.items()},
+    **{name: replace(BEST.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
+    **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
 }
 LEFT_OUT = (*DIVERGENCES, *TRANSFORMS, *METHODS)
 """Run only where they are named: their measurements, or their walks, take minutes."""
@@ -166,7 +167,7 @@ class Study:
     def measurement(self, recipe: Recipe) -> Path:
         """The measurement that a recipe allocates by, shared by all trials that measure alike."""
         if recipe.name in METHODS:
-            recipe = replace(recipe, variants=())
+            recipe = BEST
         by = re.sub(r"\W+", "-", f"-{recipe.measured_by}") if recipe.measured_by else ""
         alike = "-alike" if recipe.pricing == "fisher" and not recipe.weigh_tokens else ""
         name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"

@@ -11,7 +11,7 @@ from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize, gr
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.packing import PackedLinear, pack_linear, pack_scales, unpack_linear
 from exl2jax.ops.rounding import dequantize, half_scale, quantize
-from exl2jax.ops.scales import ScaleChoice, search_scales
+from exl2jax.ops.scales import ScaleChoice, search_columns, search_scales
 
 __all__ = [
     "XLA",
@@ -34,6 +34,7 @@ __all__ = [
     "quantize",
     "relative_frobenius",
     "round_to_nearest",
+    "search_columns",
     "search_scales",
     "unpack_linear",
     "walk_tile_losses",

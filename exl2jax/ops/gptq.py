@@ -13,7 +13,7 @@ from jax import lax
 from exl2jax.ops.hessian import HessianFactor
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.rounding import dequantize, half_scale
-from exl2jax.ops.scales import search_scales
+from exl2jax.ops.scales import ScaleSearch, search_scales
 from exl2jax.qparams import ROW_MULTIPLE, Group
 
 _PANEL = 256
@@ -44,15 +44,29 @@ class _Walk(NamedTuple):
     qscale_max: jax.Array
 
 
-def gptq(w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA) -> QuantizedLinear:
+class _How(NamedTuple):
+    """What a walk is made of: the search of a group's scales, and the inner loops."""
+
+    search: ScaleSearch
+    kernels: Kernels
+
+
+def gptq(
+    w: jax.Array,
+    factor: HessianFactor,
+    groups: Sequence[Group],
+    kernels: Kernels = XLA,
+    search: ScaleSearch = search_scales,
+) -> QuantizedLinear:
     """Quantize `w [K, N]` float32 with error feedback through `factor`, cut into `groups` of the permuted rows.
 
     Each group finds its scales on its current weights, then goes row by row: code, error `(w - q) / U[c, c]`, and
     feedback to the rows after it (EXL2.md section 2, "GPTQ"). Left-looking: a row gathers what it owes to the rows
     before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. Bit widths are traced and runs of one
-    group size are loops, so one compilation per (shape, group size) serves every setting. `kernels`: inner loops.
+    group size are loops, so one compilation per (shape, group size) serves every setting. `kernels`: inner loops;
+    `search`: how a group finds its scales.
     """
-    walk = _walk(w[factor.perm], factor.u, groups, kernels)
+    walk = _walk(w[factor.perm], factor.u, groups, _How(search, kernels))
     return _finish(walk.codes, walk.qs, walk.qscale_max, factor.perm, factor.inv_perm, tuple(groups))
 
 
@@ -62,6 +76,7 @@ def gptq_tile_losses(
     groups: Sequence[Group],
     column_weight: jax.Array,
     kernels: Kernels = XLA,
+    search: ScaleSearch = search_scales,
 ) -> jax.Array:
     """What `gptq` of `w [K, N]` would cost, tile by tile of 32 permuted rows: `[K / 32]` float32.
 
@@ -72,22 +87,28 @@ def gptq_tile_losses(
     less than nothing however large the damping. A row's share depends little on how the rows before it were rounded, so
     the tiles of runs at single widths price any mixture of those widths.
     """
-    walk = _walk(w[factor.perm], factor.u, groups, kernels)
+    walk = _walk(w[factor.perm], factor.u, groups, _How(search, kernels))
     return walk_tile_losses(walk.errors, factor.u, factor.damping, column_weight)
 
 
-def round_to_nearest(w: jax.Array, perm: jax.Array, groups: Sequence[Group], kernels: Kernels = XLA) -> QuantizedLinear:
+def round_to_nearest(
+    w: jax.Array,
+    perm: jax.Array,
+    groups: Sequence[Group],
+    kernels: Kernels = XLA,
+    search: ScaleSearch = search_scales,
+) -> QuantizedLinear:
     """Quantize `w [K, N]` without feedback, with the same scale search; for heads too large for a Hessian."""
     k, _ = w.shape
     identity = HessianFactor(perm, jnp.argsort(perm), jnp.eye(k), jnp.float32(0), jnp.int32(0), jnp.bool_(True))
-    return gptq(w, identity, groups, kernels)
+    return gptq(w, identity, groups, kernels, search)
 
 
-def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group], kernels: Kernels) -> _Walk:
+def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group], how: _How) -> _Walk:
     """Walk the permuted weights from the first group to the last."""
     walk = _start(*ordered.shape)
     for size, start, widths in _segments(groups):
-        walk = _segment(walk, ordered, u, jnp.int32(start), widths, size=size, kernels=kernels)
+        walk = _segment(walk, ordered, u, jnp.int32(start), widths, size=size, how=how)
     return walk
 
 
@@ -108,7 +129,7 @@ def _segments(groups: Sequence[Group]) -> Iterator[tuple[int, int, np.ndarray]]:
         yield size, members[0].start, np.asarray([g.bits for g in members], np.float32)
 
 
-@partial(jax.jit, static_argnames=("size", "kernels"), donate_argnames=("walk",))
+@partial(jax.jit, static_argnames=("size", "how"), donate_argnames=("walk",))
 def _segment_jit(
     walk: _Walk,
     w: jax.Array,
@@ -118,7 +139,7 @@ def _segment_jit(
     count: jax.Array,
     *,
     size: int,
-    kernels: Kernels,
+    how: _How,
 ) -> _Walk:
     """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each.
 
@@ -133,7 +154,7 @@ def _segment_jit(
         origin = jnp.minimum(a, w.shape[0] - span)
         current = lax.dynamic_slice_in_dim(w, origin, span, 0) - _debt(walk.errors, u, origin, a, span)
         corner = lax.dynamic_slice(u, (origin, origin), (span, span))
-        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size, kernels)
+        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size, how)
 
     return lax.fori_loop(0, (count * size + span - 1) // span, one, walk)
 
@@ -167,7 +188,7 @@ def _walk_span(
     widths: jax.Array,
     start: jax.Array,
     size: int,
-    kernels: Kernels,
+    how: _How,
 ) -> _Walk:
     """Walk the groups of a span: `current [span, N]` and `u [span, span]` begin at row `origin`, the groups at row
     `a` and end at `stop`, where `place = (origin, a, stop)`.
@@ -183,8 +204,8 @@ def _walk_span(
         if size < u.shape[0]:
             toward = lax.dynamic_slice_in_dim(u, row - origin, size, 1)
             mine = mine - jnp.matmul(toward.T, local, precision=lax.Precision.HIGHEST)
-        choice = search_scales(mine, bits, kernels.grid_losses)
-        errors, codes = kernels.walk_group(mine, corner, choice.scale, bits)
+        choice = how.search(mine, bits, how.kernels)
+        errors, codes = how.kernels.walk_group(mine, corner, choice.scale, bits)
         tile = row // ROW_MULTIPLE
         walk = _Walk(
             lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
@@ -199,13 +220,13 @@ def _walk_span(
 
 
 def _segment(
-    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, *, size: int, kernels: Kernels
+    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, *, size: int, how: _How
 ) -> _Walk:
     """Call the compiled segment with `widths` padded to a length that depends on the matrix alone."""
     padded = np.zeros(walk.qs.shape[0], np.float32)
     padded[: len(widths)] = widths
     count = jnp.int32(len(widths))
-    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size, kernels=kernels)
+    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size, how=how)
 
 
 def _finish(

@@ -1,59 +1,57 @@
-"""The losses of the scale search, one thread per column: `ops.scales.grid_losses` as a kernel."""
+"""The losses of the scale searches, one thread per column: `ops.scale_losses.scale_losses` as a kernel."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from exl2jax.ops.scales import GRID
+from exl2jax.ops.scale_losses import raised
 from exl2jax.pallas.launch import launch, shape
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
 
 
-def grid_losses(steps: jax.Array, column_weight: jax.Array, codes: jax.Array, *, tiles: Tiles) -> jax.Array:
-    """Loss of every multiplier `[97]` for `steps [rows, N]` at `codes` levels, as `ops.scales.grid_losses`."""
-    return column_losses(steps, codes, tiles=tiles) @ column_weight
+def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: bool, tiles: Tiles) -> jax.Array:
+    """Loss of every column of `x [rows, N]` at every scale, `[S, N]`, as `ops.scale_losses.scale_losses`.
 
-
-def column_losses(steps: jax.Array, codes: jax.Array, *, tiles: Tiles) -> jax.Array:
-    """Loss of every multiplier in every column, `[97, N]`: the kernel sums over the rows of the group.
-
-    The sum over columns is left to the caller, so that matrices side by side can be summed apart. `codes` is the
-    number of levels, one or one for each column `[N]`.
+    `codes`, the number of levels, may be one for each column here, `[N]`.
     """
-    rows, columns = steps.shape
+    rows, columns = x.shape
+    count = len(scales)
+    chunks = -(-count // tiles.scales)
     codes = jnp.broadcast_to(codes.astype(jnp.float32), (columns,))
-    x, low, high = (pad_columns(v) for v in (steps, -codes / 2, codes / 2 - 1))
-    chunks = -(-len(GRID) // tiles.grid_points)
-    points = np.pad(GRID, (0, chunks * tiles.grid_points - len(GRID)), constant_values=1)
+    x, low, high = (pad_columns(v) for v in (x, -codes / 2, codes / 2 - 1))
+    scales = jnp.broadcast_to(scales, (count, columns))
+    extra = ((0, chunks * tiles.scales - count), (0, x.shape[1] - columns))
+    scales = jnp.pad(scales, extra, constant_values=1)
     run = launch(
-        partial(_body, rows=rows, points=tiles.grid_points),
-        shape((len(points), x.shape[1]), jnp.float32),
+        partial(_body, rows=rows, count=tiles.scales, squared=squared),
+        shape(scales.shape, jnp.float32),
         {"columns": x.shape[1] // LANES, "chunks": chunks},
         tiles,
     )
-    return run(x, jnp.asarray(points), low, high)[: len(GRID), :columns]
+    return run(x, scales, low, high)[:count, :columns]
 
 
-def _body(steps: Any, grid: Any, lows: Any, highs: Any, losses: Any, *, rows: int, points: int) -> None:
-    """One program: `LANES` columns, whose rows stay in registers, at `points` multipliers."""
+def _body(
+    weights: Any, scales: Any, lows: Any, highs: Any, losses: Any, *, rows: int, count: int, squared: bool
+) -> None:
+    """One program: `LANES` columns, whose rows stay in registers, at `count` scales."""
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
     low, high = lows[columns], highs[columns]
-    x = [steps[r, columns] for r in range(rows)]
-    first = lax.axis_index("chunks") * points
+    x = [weights[r, columns] for r in range(rows)]
+    first = lax.axis_index("chunks") * count
 
-    def point(i: jax.Array, carry: None) -> None:
-        p = grid[first + i]
-        inverse = 1 / p
+    def scale(i: jax.Array, carry: None) -> None:
+        s = scales[first + i, columns]
+        inverse = 1 / s
         total = jnp.zeros((LANES,), jnp.float32)
         for value in x:
-            z = jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * p - value)
-            total = total + z * z * z * jnp.sqrt(z)
+            z = jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
+            total = total + raised(z, squared)
         losses[first + i, columns] = total
         return carry
 
-    lax.fori_loop(0, points, point, None)
+    lax.fori_loop(0, count, scale, None)

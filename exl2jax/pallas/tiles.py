@@ -12,11 +12,11 @@ LANES = 128
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
     """How the kernels cut their work: `walk_rows` rows held in registers by the walk (a divisor of 32), and
-    `grid_points` multipliers tried by one program of the scale search. Interpreted or compiled by `interpret`.
+    `scales` tried by one program of a scale search. Interpreted or compiled by `interpret`.
     """  # noqa: D205
 
     walk_rows: int = 16
-    grid_points: int = 14
+    scales: int = 14
     interpret: bool = False
 
 

@@ -40,8 +40,9 @@ def quantize_head(
     """
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
-        rows = jnp.arange(spec.rows)
-        return pack_checked(round_to_nearest(jnp.asarray(kernel), rows, qparams.groups(spec.rows)), spec, None), {}, ()
+        rows, groups = jnp.arange(spec.rows), qparams.groups(spec.rows)
+        rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=method.search)
+        return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, states, reference if strength else None, mask)
     factor = factor_hessian(terms.hessian, spec.key, method)
     target = jnp.asarray(kernel)

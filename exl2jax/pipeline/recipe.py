@@ -100,6 +100,12 @@ class Recipe:
         """The variant of a kind, None where nothing is said."""
         return next((choice for choice in self.variants if choice.kind == kind), None)
 
+    def over(self, variants: Sequence[Choice]) -> "Recipe":
+        """The recipe with other choices of variants in the place of its own of these kinds."""
+        kinds = {choice.kind for choice in variants}
+        kept = (choice for choice in self.variants if choice.kind not in kinds)
+        return replace(self, variants=(*kept, *variants))
+
     @property
     def measures_rows(self) -> bool:
         """Whether candidates of modules are measured one by one."""
@@ -180,11 +186,13 @@ class Recipe:
         return replace(self, name="measuring", propagation=0.0, residual=0.0, weigh_hessians=0.0, variants=kept, **idle)
 
 
+_FISHER = Recipe(name="fisher", pricing="fisher", weigh_tokens=True, variants=(choose("scales", "columns"),))
+
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="best", pricing="fisher", propagation=0.5, residual=0.5, weigh_tokens=True, weigh_hessians=0.5),
-        Recipe(name="fast", pricing="fisher", fisher_rows=4, weigh_tokens=True, weigh_hessians=1.0),
+        replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5),
+        replace(_FISHER, name="fast", fisher_rows=4, weigh_hessians=1.0),
         Recipe(name="stock", pricing="accuracy"),
     )
 }
@@ -221,7 +229,7 @@ def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
         kinds = {bool: (bool,), str: (str,)}.get(type(getattr(preset, key)), (int, float))
         if type(value) not in kinds:
             raise SettingsError(f"recipe {name}: {key} must be like {getattr(preset, key)!r}, got {value!r:.40}")
-    return replace(preset, name=name, variants=variants, **changes)
+    return replace(preset.over(variants), name=name, **changes)
 
 
 def _as_fields(

@@ -38,7 +38,8 @@ def summarize(
     strategy = state.records["strategy"]
     weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing != "accuracy" else []
     measured_by, own = strategy["measured_by"], context.recipe.measured_by
-    other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if measured_by != own else []
+    differs = measured_by != own and not weaker
+    other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if differs else []
     trouble = [line for report in reports for line in report.trouble]
     return ConversionResult(
         output=str(target),

@@ -16,10 +16,12 @@ from exl2jax.ops import (
     factorize,
     gptq,
     gptq_tile_losses,
+    search_columns,
+    search_scales,
     walk_tile_losses,
 )
 from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
-from exl2jax.ops.scales import ScaleChoice
+from exl2jax.ops.scales import ScaleChoice, ScaleSearch
 from exl2jax.qparams import ROW_MULTIPLE, Group
 from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
 from exl2jax.variants.rounding import Ordered, Rounded, weight_of
@@ -27,6 +29,9 @@ from exl2jax.variants.rounding import Ordered, Rounded, weight_of
 ORDER, DAMPING, SCALES, ROUNDING = (
     Choice(kind=kind, name=STOCK_NAME, settings=NoSettings()) for kind in ("order", "damping", "scales", "rounding")
 )
+
+TUNED_SEARCHES: dict[str, ScaleSearch] = {STOCK_NAME: search_scales, "columns": search_columns}
+"""Scale searches by the name of their variant that run within the tuned walk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,7 @@ class _Search:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """The choices that quantize a linear; stock's are run by the tuned operations, any other by the plain ones here."""
+    """The choices that quantize a linear: the presets' run in the tuned operations, any other in the plain ones here."""
 
     order: Choice = ORDER
     damping: Choice = DAMPING
@@ -63,9 +68,10 @@ class Method:
     def quantize(
         self, w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA
     ) -> QuantizedLinear:
-        """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` are for stock's choices."""
-        if self._stock_walk:
-            return gptq(w, factor, groups, kernels)
+        """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` serve the tuned walk."""
+        search = self._tuned_walk
+        if search is not None:
+            return gptq(w, factor, groups, kernels, search)
         ordered = Ordered(w[factor.perm], factor, tuple(groups))
         found: Rounded = self.rounding.function(ordered, _Search(choice=self.scales), self.rounding.settings)
         weight = weight_of(found, ordered.groups, factor.inv_perm)
@@ -80,18 +86,25 @@ class Method:
         kernels: Kernels = XLA,
     ) -> jax.Array:
         """What `quantize` would cost, by tile of 32 permuted rows `[K / 32]`, as `ops.gptq_tile_losses` defines it."""
-        if self._stock_walk:
-            return gptq_tile_losses(w, factor, groups, column_weight, kernels)
+        search = self._tuned_walk
+        if search is not None:
+            return gptq_tile_losses(w, factor, groups, column_weight, kernels, search)
         error = w - self.quantize(w, factor, groups).weight.astype(jnp.float32)
         return _tile_losses(error, factor, column_weight, walked=self.rounding == STOCK.rounding)
 
     @property
-    def _stock_walk(self) -> bool:
-        return self.scales == STOCK.scales and self.rounding == STOCK.rounding
+    def search(self) -> ScaleSearch:
+        """The scale search of the tuned walk that comes nearest: stock's where the chosen one is a plain function."""
+        return TUNED_SEARCHES.get(self.scales.name, search_scales)
+
+    @property
+    def _tuned_walk(self) -> ScaleSearch | None:
+        """The scale search to walk with, None where the walk must be the plain one."""
+        return TUNED_SEARCHES.get(self.scales.name) if self.rounding == STOCK.rounding else None
 
 
 STOCK = Method()
-"""What stock does, and every preset."""
+"""What stock does."""
 
 
 @partial(jax.jit, static_argnames="walked")

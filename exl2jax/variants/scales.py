@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from exl2jax.ops import search_scales
+from exl2jax.ops import search_columns, search_scales
 from exl2jax.ops.rounding import HALF_MAX, half_scale
 from exl2jax.ops.scales import ScaleChoice
 from exl2jax.variants.registry import NoSettings, variant
@@ -31,6 +31,14 @@ class GridSettings:
 def stock(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSettings) -> ScaleChoice:
     """97 multipliers from 0.7 to 1.2, power 3.5, as stock ExLlamaV2 does (EXL2.md section 2)."""
     return search_scales(w, bits)
+
+
+@variant("scales", "columns")
+def columns(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSettings) -> ScaleChoice:
+    """Least squared error with an index for every column (least-squares clipping as in OMSE, arXiv:1902.06822, within
+    EXL2's indices).
+    """  # noqa: D205
+    return search_columns(w, bits)
 
 
 @variant("scales", "grid", GridSettings)

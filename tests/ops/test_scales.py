@@ -1,12 +1,12 @@
-"""The scale search against a float64 search over the same grid."""
+"""The scale searches against float64 searches: over the same grid, and over every index."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exl2jax.ops import search_scales
-from exl2jax.ops.scales import GRID, ScaleChoice
+from exl2jax.ops import search_columns, search_scales
+from exl2jax.ops.scales import GRID, MULTIPLIERS, OFFSETS, ScaleChoice
 from exl2jax.qparams import FORMAT_BITS
 from tests.oracles import scales as oracle
 from tests.oracles.rounding import half_scale
@@ -15,6 +15,7 @@ COLUMNS = {32: 1, 64: 33, 96: 7, 128: 45}
 """Odd column counts, one per group size: a compilation each."""
 
 search = jax.jit(search_scales)
+by_column = jax.jit(search_columns)
 
 
 def weights(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -87,3 +88,56 @@ def test_maps_over_groups_of_different_widths() -> None:
     choices = jax.jit(jax.vmap(search_scales))(w, jnp.asarray(FORMAT_BITS, jnp.float32))
     for i, bits in enumerate(FORMAT_BITS):
         check(w[i], bits, jax.tree.map(lambda x, i=i: x[i], choices))
+
+
+def column_losses(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle's losses at every index, and which of these the search tries."""
+    losses = oracle.index_losses(w, bits, MULTIPLIERS)
+    base = (np.abs(w.astype(np.float64)).max(axis=0) + 1e-12) / ((2**bits - 1) / 2)
+    holds = np.rint(16 * np.sqrt(base / (base.max() * MULTIPLIERS[:, None].astype(np.float64))))
+    away = np.arange(1, 17)[:, None] - holds[:, None]
+    lowest, highest = (np.clip(holds + x, 1, 16) - holds for x in (OFFSETS[0], OFFSETS[-1]))
+    return losses, (away >= lowest[:, None]) & (away <= highest[:, None])
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+@pytest.mark.parametrize("rows", COLUMNS)
+def test_columns_find_their_own_index(rows: int, bits: int) -> None:
+    for seed in range(3):
+        w = weights(rows, COLUMNS[rows], seed)
+        choice = by_column(w, jnp.float32(bits))
+        losses, tried = column_losses(w, bits)
+        best = np.where(tried, losses, np.inf).min(axis=1).sum(axis=1)
+        m = int(np.argmin(np.abs(MULTIPLIERS - float(choice.multiplier))))
+        reached = losses[m, np.asarray(choice.qs) - 1, np.arange(w.shape[1])].sum()
+        np.testing.assert_allclose([reached, best[m]], best.min(), rtol=1e-5)
+        if w.shape[1] > 1:
+            assert reached <= 1.05 * losses.min(axis=1).sum(axis=1).min()
+        assert (choice.qs.dtype, choice.qscale_max.dtype) == (jnp.uint8, jnp.float16)
+        scale = half_scale(np.asarray(choice.qscale_max), np.asarray(choice.qs)).astype(np.float32)
+        assert np.array_equal(np.asarray(choice.scale), scale)
+
+
+@pytest.mark.parametrize("bits", FORMAT_BITS)
+def test_columns_lose_less_than_one_multiplier_for_all(bits: int) -> None:
+    w = weights(64, 45, bits)
+    half = 2 ** (bits - 1)
+
+    def loss(choice: ScaleChoice) -> float:
+        step = np.maximum(np.asarray(choice.scale, np.float64), 1e-30)
+        return float(np.square(np.clip(np.rint(w / step), -half, half - 1) * step - w).sum())
+
+    assert loss(by_column(w, jnp.float32(bits))) < 0.97 * loss(search(w, jnp.float32(bits)))
+
+
+def test_columns_of_zeros_and_huge_ones() -> None:
+    zeros = by_column(np.zeros((32, 5), np.float32), jnp.float32(3))
+    assert float(zeros.qscale_max) == 0 and not np.asarray(zeros.scale).any()
+    assert np.isin(np.asarray(zeros.qs), np.arange(1, 17)).all()
+    w = weights(32, 5, 4)
+    padded = w.copy()
+    padded[:, 2] = 0
+    with_zeros, without = by_column(padded, jnp.float32(4)), by_column(np.delete(w, 2, axis=1), jnp.float32(4))
+    assert np.array_equal(np.delete(np.asarray(with_zeros.qs), 2), np.asarray(without.qs))
+    huge = by_column(np.full((32, 5), 3e6, np.float32), jnp.float32(4))
+    assert float(huge.qscale_max) == 65504 and np.isfinite(np.asarray(huge.scale)).all()

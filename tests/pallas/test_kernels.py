@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from exl2jax.errors import SettingsError
-from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_scales, unpack_linear
+from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_columns, search_scales, unpack_linear
+from exl2jax.ops.scales import ScaleSearch
 from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
 from exl2jax.pallas.dispatch import pallas_kernels
-from exl2jax.pallas.scales import column_losses
+from exl2jax.pallas.scales import scale_losses
 from exl2jax.pallas.tiles import LANES, Tiles
 from exl2jax.qparams import FORMAT_BITS, GROUP_SIZES, q
 from tests.oracles import packing as packing_oracle
@@ -87,29 +88,56 @@ def test_walk(kernels: Kernels, rows: int) -> None:
     )
 
 
+def rounding_errors(x: np.ndarray, scales: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """`|clamp(rint(x / s)) s - x|` in float64, `[S, rows, N]`, for `scales [S, N]`."""
+    half, s = np.exp2(bits - 1), scales.astype(np.float64)[:, None]
+    return np.abs(np.clip(np.rint(x / s), -half, half - 1) * s - x)
+
+
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("rows", GROUP_SIZES)
 @pytest.mark.parametrize("tiles", [INTERPRETED, pytest.param(COMPILED, marks=pytest.mark.gpu)])
-def test_losses_of_all_widths_side_by_side(tiles: Tiles, rows: int) -> None:
+def test_losses_of_all_widths_side_by_side(tiles: Tiles, rows: int, squared: bool) -> None:
     if not tiles.interpret and choose_implementation() != "pallas":
         pytest.skip("no CUDA device for Mosaic GPU")
     bits = widths(COLUMNS)
     w = weights(rows, COLUMNS, rows)
-    steps = w / (np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5))
-    losses = column_losses(jnp.asarray(steps), jnp.asarray(np.exp2(bits)), tiles=tiles)
-    assert losses.shape == (97, COLUMNS)
-    for n in range(0, COLUMNS, 4):
-        half, x = 2 ** (int(bits[n]) - 1), steps[:, n].astype(np.float64)
-        expected = [(np.abs(np.clip(np.rint(x / p), -half, half - 1) * p - x) ** 3.5).sum() for p in scales_oracle.GRID]
-        np.testing.assert_allclose(losses[:, n], expected, rtol=1e-3)
+    steps = (w / (np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5))).astype(np.float32)
+    scales = np.random.default_rng(rows).uniform(0.5, 1.2, (23, COLUMNS if squared else 1)).astype(np.float32)
+    losses = scale_losses(*map(jnp.asarray, (steps, scales, np.exp2(bits))), squared=squared, tiles=tiles)
+    expected = (rounding_errors(steps, scales, bits) ** (2 if squared else 3.5)).sum(axis=1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [32, 96])
+@pytest.mark.parametrize("columns", [5, 45, 400])
+@pytest.mark.parametrize("own", [False, True])
+def test_losses_of_one_width(rows: int, columns: int, own: bool) -> None:
+    """In blocks of columns, whose number does not divide theirs."""
+    w = 20 * weights(rows, columns, columns)
+    scales = np.random.default_rng(rows).uniform(0.1, 0.9, (11, columns if own else 1)).astype(np.float32)
+    for squared in (False, True):
+        losses = XLA.scale_losses(jnp.asarray(w), jnp.asarray(scales), jnp.float32(8), squared=squared)
+        expected = (rounding_errors(w, scales, np.full(columns, 3)) ** (2 if squared else 3.5)).sum(axis=1)
+        np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
 def test_scale_search(kernels: Kernels, bits: int) -> None:
     w = weights(32, 33, bits)
-    choice = search_scales(jnp.asarray(w), jnp.float32(bits), kernels.grid_losses)
+    choice = search_scales(jnp.asarray(w), jnp.float32(bits), kernels)
     index, _, _, multiplier = scales_oracle.search(w, bits)
     assert np.array_equal(np.asarray(choice.qs), index)
     reached, best = (scales_oracle.grid_loss(w, bits, float(p)) for p in (choice.multiplier, multiplier))
+    np.testing.assert_allclose(reached, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_search_by_column(kernels: Kernels, bits: int) -> None:
+    w = weights(32, 33, bits)
+    choice, reference = (search_columns(jnp.asarray(w), jnp.float32(bits), k) for k in (kernels, XLA))
+    losses = scales_oracle.index_losses(w, bits, np.asarray([choice.multiplier, reference.multiplier]))
+    reached, best = (losses[i, np.asarray(c.qs) - 1, range(33)].sum() for i, c in enumerate((choice, reference)))
     np.testing.assert_allclose(reached, best, rtol=1e-5)
 
 
@@ -121,12 +149,13 @@ def test_packing(kernels: Kernels, bits: int) -> None:
     assert np.array_equal(words, packing_oracle.pack_codes(codes, bits))
 
 
-def test_gptq_of_a_matrix(kernels: Kernels) -> None:
+@pytest.mark.parametrize("search", [search_scales, search_columns])
+def test_gptq_of_a_matrix(kernels: Kernels, search: ScaleSearch) -> None:
     """Whole matrices agree with the XLA path: scales, losses, and bytes that unpack to the weight."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((128, 64)).astype(np.float32), jnp.asarray(weights(64, 39, 1))
     factor, groups = factorize(jnp.asarray(x.T @ x)), q("5/3", ".4/.6", "32").groups(64)
-    result, reference = gptq(w, factor, groups, kernels), gptq(w, factor, groups)
+    result, reference = gptq(w, factor, groups, kernels, search), gptq(w, factor, groups, search=search)
     assert np.array_equal(result.qs, reference.qs)
     np.testing.assert_allclose(result.qscale_max, reference.qscale_max, rtol=2e-2)
     assert (np.asarray(result.codes) == np.asarray(reference.codes)).mean() > 0.98
@@ -148,9 +177,10 @@ def test_walk_and_losses_lower_to_mosaic(rows: int) -> None:
     compiled = pallas_kernels(COMPILED)
     n = 2 * LANES + 5
     walk = lowered(compiled.walk_group, shape(rows, n), shape(rows, rows), shape(n), shape())
-    losses = lowered(compiled.grid_losses, shape(rows, n), shape(n), shape())
     assert "mosaic_gpu" in walk
-    assert "mosaic_gpu" in losses
+    for squared, own in ((False, 1), (True, n)):
+        losses = partial(compiled.scale_losses, squared=squared)
+        assert "mosaic_gpu" in lowered(losses, shape(rows, n), shape(72, own), shape())
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
