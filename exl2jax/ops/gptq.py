@@ -204,7 +204,7 @@ def _walk_span(
         if size < u.shape[0]:
             toward = lax.dynamic_slice_in_dim(u, row - origin, size, 1)
             mine = mine - jnp.matmul(toward.T, local, precision=lax.Precision.HIGHEST)
-        choice = how.search(mine, bits, how.kernels)
+        choice = how.search(mine, bits, 1 / jnp.square(jnp.diagonal(corner)), how.kernels)
         errors, codes = how.kernels.walk_group(mine, corner, choice.scale, bits)
         tile = row // ROW_MULTIPLE
         walk = _Walk(

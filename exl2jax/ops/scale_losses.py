@@ -16,28 +16,31 @@ BLOCK_COLUMNS = 192
 class ScaleLosses(Protocol):
     """What `scale_losses` is, for whoever computes it otherwise."""
 
-    def __call__(self, x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, scales: jax.Array, codes: jax.Array, importance: jax.Array | None = None
+    ) -> jax.Array:
         """Losses `[S, N]` of `x [rows, N]` at `scales`."""
         ...
 
 
-def raised(z: jax.Array, squared: bool) -> jax.Array:
-    """Errors `z >= 0` to the power of the loss: 2, or the 3.5 of stock's search."""
-    return z * z if squared else z * z * z * jnp.sqrt(z)
+def raised(z: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """What errors `z >= 0` of a row lose: their squares times the row's weight, or the 3.5th power of stock's search."""
+    return z * z * z * jnp.sqrt(z) if weight is None else z * z * weight
 
 
-def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: bool) -> jax.Array:
-    """Loss of every column at every scale, `[S, N]` float32: `sum_r |clamp(rint(x / s)) s - x|^power`.
+def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, importance: jax.Array | None = None) -> jax.Array:
+    """Loss of every column at every scale, `[S, N]` float32, with errors `z = |clamp(rint(x / s)) s - x|`.
 
-    `x [rows, N]` float32 with `rows` a multiple of 32; `scales [S, 1]`, the same for all columns, or `[S, N]`, all
-    positive; `codes` the number of levels (scalar). The power is 2 where `squared`, else 3.5. Columns go in blocks,
-    padded with zeros.
+    `sum_r importance_r z_r^2` where rows have an `importance [rows]`, stock's `sum_r z_r^3.5` where not. `x [rows, N]`
+    float32 with `rows` a multiple of 32; `scales [S, 1]`, the same for all columns, or `[S, N]`, all positive; `codes`
+    the number of levels (scalar). Columns go in blocks, padded with zeros.
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK_COLUMNS)
     width = -(-columns // (16 * blocks)) * 16
     pad = ((0, 0), (0, blocks * width - columns))
     tiles = jnp.pad(x, pad).reshape(rows // UNROLL, UNROLL, blocks, width).transpose(2, 0, 1, 3)
+    weights = None if importance is None else importance.reshape(rows // UNROLL, UNROLL)
     low, high = -codes / 2, codes / 2 - 1
 
     def block(tiles: jax.Array, p: jax.Array) -> jax.Array:
@@ -45,9 +48,10 @@ def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: 
 
         def tile(i: jax.Array, total: jax.Array) -> jax.Array:
             rows = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
+            own = None if weights is None else lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
             for r in range(UNROLL):
                 z = jnp.abs(jnp.clip(jnp.round(rows[r] * inverse), low, high) * p - rows[r])
-                total = total + raised(z, squared)
+                total = total + raised(z, None if own is None else own[r])
             return total
 
         return lax.fori_loop(0, len(tiles), tile, jnp.zeros((len(p), width), jnp.float32))

@@ -35,40 +35,46 @@ class ScaleChoice(NamedTuple):
     multiplier: jax.Array
 
 
-type ScaleSearch = Callable[[jax.Array, jax.Array, Kernels], ScaleChoice]
-"""A search `(w [rows, N], bits, kernels)`; hashable, so that it can be static under `jit`."""
+type ScaleSearch = Callable[[jax.Array, jax.Array, jax.Array | None, Kernels], ScaleChoice]
+"""A search `(w [rows, N], bits, importance [rows], kernels)`; hashable, so that it can be static under `jit`."""
 
 
-def search_scales(w: jax.Array, bits: jax.Array, kernels: Kernels = XLA) -> ScaleChoice:
+def search_scales(
+    w: jax.Array, bits: jax.Array, importance: jax.Array | None = None, kernels: Kernels = XLA
+) -> ScaleChoice:
     """Choose the scales of the group `w [rows, N]` float32 at the width `bits` (scalar, may be traced), as stock does.
 
     Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
-    group; `rows` must be a multiple of 32. EXL2.md section 2, "Scales of a group". In units of a column's base scale
+    group; `rows` must be a multiple of 32, their `importance` counts for nothing. EXL2.md section 2, "Scales of a group". In units of a column's base scale
     `s` its loss is `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a constant.
     """
     codes = jnp.exp2(bits.astype(jnp.float32))
     base, smax = _base_scales(w, codes)
     qs = jnp.clip(jnp.round(jnp.sqrt(base / smax) * MAX_INDEX), 1, MAX_INDEX)
     steps = w / (jnp.square(qs / MAX_INDEX) * smax)
-    losses = kernels.scale_losses(steps, jnp.asarray(GRID)[:, None], codes, squared=False)
+    losses = kernels.scale_losses(steps, jnp.asarray(GRID)[:, None], codes)
     total = jnp.matmul(losses, (qs / MAX_INDEX) ** 7, precision=lax.Precision.HIGHEST)
     return _choice(qs, smax, jnp.asarray(GRID)[jnp.argmin(total)])
 
 
-def search_columns(w: jax.Array, bits: jax.Array, kernels: Kernels = XLA) -> ScaleChoice:
+def search_columns(
+    w: jax.Array, bits: jax.Array, importance: jax.Array | None = None, kernels: Kernels = XLA
+) -> ScaleChoice:
     """Choose the scales of the group `w [rows, N]` float32 by least squared error, an index for every column.
 
-    Minimises `sum (clamp(rint(w / s)) s - w)^2` with `s = (qs / 16)^2 p smax` over the multipliers `p` of the group and
-    the index `qs` of each column within `OFFSETS`: GPTQ's own measure, and the format's whole freedom, where stock
-    scales all columns by one multiplier. `rows` must be a multiple of 32.
+    Minimises `sum_rn importance_r (clamp(rint(w / s)) s - w)^2` with `s = (qs / 16)^2 p smax` over the multipliers `p`
+    of the group and the index `qs` of each column within `OFFSETS`. With `importance [rows]` the walk's `1 / U_rr^2`
+    (None: ones) that is what GPTQ adds to its loss, and the format's whole freedom, where stock scales all columns by
+    one multiplier. `rows` must be a multiple of 32.
     """
+    importance = jnp.ones(len(w), jnp.float32) if importance is None else importance / jnp.max(importance)
     codes = jnp.exp2(bits.astype(jnp.float32))
     base, smax = _base_scales(w, codes)
     p = jnp.asarray(MULTIPLIERS)[:, None, None]
     holds = jnp.round(jnp.sqrt(base / (smax * p)) * MAX_INDEX)
     qs = jnp.clip(holds + jnp.asarray(OFFSETS)[:, None], 1, MAX_INDEX)  # [multipliers, offsets, N]
     scales = jnp.square(qs / MAX_INDEX) * p
-    losses = kernels.scale_losses(w / smax, scales.reshape(-1, w.shape[1]), codes, squared=True).reshape(qs.shape)
+    losses = kernels.scale_losses(w / smax, scales.reshape(-1, w.shape[1]), codes, importance).reshape(qs.shape)
     best = jnp.argmin(jnp.sum(jnp.min(losses, axis=1), axis=1))
     own = jnp.argmin(losses[best], axis=0)
     return _choice(jnp.take_along_axis(qs[best], own[None], axis=0)[0], smax, jnp.asarray(MULTIPLIERS)[best])

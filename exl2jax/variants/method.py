@@ -46,7 +46,7 @@ class _Search:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """The choices that quantize a linear: the presets' run in the tuned operations, any other in the plain ones here."""
+    """The choices that quantize a linear: the presets' run in tuned operations, any other in the plain ones here."""
 
     order: Choice = ORDER
     damping: Choice = DAMPING

@@ -35,10 +35,10 @@ def stock(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSett
 
 @variant("scales", "columns")
 def columns(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSettings) -> ScaleChoice:
-    """Least squared error with an index for every column (least-squares clipping as in OMSE, arXiv:1902.06822, within
-    EXL2's indices).
+    """Least squared error, rows weighted as by `weighted`, with an index for every column (least-squares clipping as in
+    OMSE, arXiv:1902.06822, within EXL2's indices).
     """  # noqa: D205
-    return search_columns(w, bits)
+    return search_columns(w, bits, importance)
 
 
 @variant("scales", "grid", GridSettings)

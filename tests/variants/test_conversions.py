@@ -96,7 +96,9 @@ def test_each_error_measure(base: ConversionConfig, tmp_path: Path, choices: dic
     assert verify(made(base, tmp_path, preset=recipe)).ok
     record = json.loads((tmp_path / "work" / "measurement.json").read_text())
     assert ("sensitivity" in record) == (recipe.pricing != "accuracy")
-    assert record.get("method") == ("error=squared" if choices["error"] == "squared" else None)
+    scales = ["scales=columns"] if choices["preset"] != "stock" else []
+    error = ["error=squared"] if choices["error"] == "squared" else []
+    assert record.get("method", "") == ", ".join([*error, *scales])
 
 
 def test_the_same_choice_by_its_fields() -> None:
@@ -171,7 +173,7 @@ def test_candidates_from_flags_and_settings(base: ConversionConfig, prices: Path
     rows.write_text(json.dumps(OWN))
     settings.write_text(f'candidates = "{rows}"\ndataset_rows = 2\nlength = 48\nbits = 5.0\n')
     assert cli.main([*arguments(base, prices, tmp_path), "--settings", str(settings)]) == 0
-    [choice] = json.loads((tmp_path / "work" / "job_new.json").read_text())["inputs"]["preset"]["variants"]
+    *_, choice = json.loads((tmp_path / "work" / "job_new.json").read_text())["inputs"]["preset"]["variants"]
     assert (choice["kind"], choice["name"], len(choice["settings"]["sha256"])) == ("candidates", "file", 64)
     assert cli.main([*arguments(base, prices, tmp_path / "b"), "--candidates", "none.json"]) == 2
     assert cli.main([*arguments(base, prices, tmp_path / "c"), "--candidates", "mine"]) == 2
@@ -180,7 +182,8 @@ def test_candidates_from_flags_and_settings(base: ConversionConfig, prices: Path
 def test_a_measurement_of_another_method_is_named(base: ConversionConfig, prices: Path, tmp_path: Path) -> None:
     recipe = recipe_from({"preset": "fast", "rounding": "nearest"}, "mine")
     result = convert(replace(base, out_dir=tmp_path / "a", measurement=prices, preset=recipe))
-    assert any("made with other variants (stock's)" in line and "rounding=nearest" in line for line in result.warnings)
+    named = "made with other variants (scales=columns) than the linears are quantized with (rounding=nearest, scales"
+    assert any(named in line for line in result.warnings)
     own = convert(replace(base, out_dir=tmp_path / "b", preset=recipe))
     assert not any("other variants" in line for line in own.warnings)
     costs = [

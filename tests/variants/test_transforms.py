@@ -24,7 +24,7 @@ from exl2jax.models.transform import layout_of, transformed
 from exl2jax.pipeline.context import Context
 from exl2jax.pipeline.plan import make_plan
 from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.recipe import recipe_from
+from exl2jax.pipeline.recipe import PRESETS, recipe_from
 from exl2jax.pipeline.stream import head_logits
 from exl2jax.variants import Choice, choose, registry, variant
 from exl2jax.variants.transforms import Layout, Pair, Read, Rewritten, orthogonal
@@ -314,8 +314,11 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None
     plan = make_plan(Context.open(config, Control()), {})
     assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
-    assert job["inputs"]["preset"]["variants"][0]["kind"] == "transform"
-    assert json.loads((tmp_path / "work" / "measurement.json").read_text())["method"] == f"transform={text}"
+    assert job["inputs"]["preset"]["variants"][-1]["kind"] == "transform"
+    assert (
+        json.loads((tmp_path / "work" / "measurement.json").read_text())["method"]
+        == f"scales=columns, transform={text}"
+    )
 
 
 def test_a_stopped_conversion_ends_in_the_same_bytes(base: ConversionConfig, tmp_path: Path) -> None:
@@ -336,7 +339,7 @@ def test_a_measurement_of_the_source_itself_is_named(base: ConversionConfig, tmp
     measured = tmp_path / "m.json"
     convert(replace(base, preset="fast", out_dir=tmp_path / "m", output_measurement=measured))
     result = convert(chosen(base, tmp_path, "equalize", measurement=measured))
-    assert any("made with other variants (stock's)" in w and "transform=equalize" in w for w in result.warnings)
+    assert any("other variants (scales=columns)" in w and "transform=equalize" in w for w in result.warnings)
     plain = convert(chosen(base, tmp_path / "plain", "none", measurement=measured))
     assert not any("other variants" in w for w in plain.warnings)
 
@@ -357,7 +360,7 @@ def test_cells_of_a_sweep_measure_apart(tmp_path: Path) -> None:
 
 def test_the_stock_name_rewrites_nothing(tiny_llama: Path) -> None:
     recipe = recipe_from({"preset": "fast", "transform": "none"}, "mine")
-    assert recipe.transform is None and recipe.measured_by == ""
+    assert recipe.transform is None and recipe.measured_by == PRESETS["fast"].measured_by
     choice = recipe.chosen("transform")
     assert isinstance(choice, Choice)
     model = transformed(opened(tiny_llama), choice)
