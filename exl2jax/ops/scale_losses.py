@@ -24,7 +24,7 @@ class ScaleLosses(Protocol):
 
 
 def raised(z: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """What errors `z >= 0` of a row lose: their squares times the row's weight, or the 3.5th power of stock's search."""
+    """What errors `z >= 0` of a row lose: their squares times the row's weight, or stock's 3.5th power."""
     return z * z * z * jnp.sqrt(z) if weight is None else z * z * weight
 
 

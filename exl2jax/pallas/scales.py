@@ -13,7 +13,9 @@ from exl2jax.pallas.launch import launch, shape
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
 
 
-def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: bool, tiles: Tiles) -> jax.Array:
+def scale_losses(
+    x: jax.Array, scales: jax.Array, codes: jax.Array, importance: jax.Array | None = None, *, tiles: Tiles
+) -> jax.Array:
     """Loss of every column of `x [rows, N]` at every scale, `[S, N]`, as `ops.scale_losses.scale_losses`.
 
     `codes`, the number of levels, may be one for each column here, `[N]`.
@@ -27,30 +29,31 @@ def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, *, squared: 
     extra = ((0, chunks * tiles.scales - count), (0, x.shape[1] - columns))
     scales = jnp.pad(scales, extra, constant_values=1)
     run = launch(
-        partial(_body, rows=rows, count=tiles.scales, squared=squared),
+        partial(_body, rows=rows, count=tiles.scales),
         shape(scales.shape, jnp.float32),
         {"columns": x.shape[1] // LANES, "chunks": chunks},
         tiles,
     )
-    return run(x, scales, low, high)[:count, :columns]
+    weights = () if importance is None else (importance,)
+    return run(x, scales, low, high, *weights)[:count, :columns]
 
 
-def _body(
-    weights: Any, scales: Any, lows: Any, highs: Any, losses: Any, *, rows: int, count: int, squared: bool
-) -> None:
+def _body(weights: Any, scales: Any, lows: Any, highs: Any, *rest: Any, rows: int, count: int) -> None:
     """One program: `LANES` columns, whose rows stay in registers, at `count` scales."""
+    *importance, losses = rest
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
     low, high = lows[columns], highs[columns]
     x = [weights[r, columns] for r in range(rows)]
+    own = [importance[0][r] if importance else None for r in range(rows)]
     first = lax.axis_index("chunks") * count
 
     def scale(i: jax.Array, carry: None) -> None:
         s = scales[first + i, columns]
         inverse = 1 / s
         total = jnp.zeros((LANES,), jnp.float32)
-        for value in x:
+        for value, weight in zip(x, own, strict=True):
             z = jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
-            total = total + raised(z, squared)
+            total = total + raised(z, weight)
         losses[first + i, columns] = total
         return carry
 
