@@ -173,15 +173,18 @@ class Study:
         name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"
         path = self.out / f"measurement-{name}.json"
         if not path.exists():
+            work = self.out / "work" / name
+            shutil.rmtree(work, ignore_errors=True)
             config = ConversionConfig(
                 in_dir=self.model,
-                out_dir=self.out / "work" / name,
+                out_dir=work,
                 output_measurement=path,
                 preset=recipe,
                 cal_dataset=self.measuring,
             )
             with metered() as cost:
                 convert(config)
+            shutil.rmtree(work)
             _cost_file(path).write_text(json.dumps(asdict(cost)))
         return path
 

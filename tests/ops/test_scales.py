@@ -90,9 +90,9 @@ def test_maps_over_groups_of_different_widths() -> None:
         check(w[i], bits, jax.tree.map(lambda x, i=i: x[i], choices))
 
 
-def column_losses(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def column_losses(w: np.ndarray, bits: int, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The oracle's losses at every index, and which of these the search tries."""
-    losses = oracle.index_losses(w, bits, MULTIPLIERS)
+    losses = oracle.index_losses(w, bits, MULTIPLIERS, importance)
     base = (np.abs(w.astype(np.float64)).max(axis=0) + 1e-12) / ((2**bits - 1) / 2)
     holds = np.rint(16 * np.sqrt(base / (base.max() * MULTIPLIERS[:, None].astype(np.float64))))
     away = np.arange(1, 17)[:, None] - holds[:, None]
@@ -105,8 +105,9 @@ def column_losses(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def test_columns_find_their_own_index(rows: int, bits: int) -> None:
     for seed in range(3):
         w = weights(rows, COLUMNS[rows], seed)
-        choice = by_column(w, jnp.float32(bits))
-        losses, tried = column_losses(w, bits)
+        importance = np.random.default_rng(seed).uniform(0.1, 30, rows).astype(np.float32)
+        choice = by_column(w, jnp.float32(bits), importance)
+        losses, tried = column_losses(w, bits, importance)
         best = np.where(tried, losses, np.inf).min(axis=1).sum(axis=1)
         m = int(np.argmin(np.abs(MULTIPLIERS - float(choice.multiplier))))
         reached = losses[m, np.asarray(choice.qs) - 1, np.arange(w.shape[1])].sum()

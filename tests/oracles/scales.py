@@ -33,11 +33,11 @@ def search(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np.ndarray
     return index, q_scale_max, half_scale(q_scale_max, index), multiplier
 
 
-def index_losses(w: np.ndarray, bits: int, multipliers: np.ndarray) -> np.ndarray:
-    """Squared error of every column at each index 1..16, `[multipliers, 16, N]`."""
+def index_losses(w: np.ndarray, bits: int, multipliers: np.ndarray, importance: np.ndarray) -> np.ndarray:
+    """Squared error of every column at each index 1..16, rows weighted, `[multipliers, 16, N]`."""
     w = np.asarray(w, np.float64)
     _, largest = base_scales(w, bits)
     half = 2 ** (bits - 1)
     steps = (np.arange(1, 17) / 16) ** 2 * largest * np.asarray(multipliers, np.float64)[:, None]
     rounded = [[np.clip(np.rint(w / step), -half, half - 1) * step for step in row] for row in steps]
-    return np.square(np.asarray(rounded) - w).sum(axis=2)
+    return np.einsum("mirn,r->min", np.square(np.asarray(rounded) - w), np.asarray(importance, np.float64))

@@ -94,6 +94,13 @@ def rounding_errors(x: np.ndarray, scales: np.ndarray, bits: np.ndarray) -> np.n
     return np.abs(np.clip(np.rint(x / s), -half, half - 1) * s - x)
 
 
+def loss_of(errors: np.ndarray, importance: Any) -> np.ndarray:
+    """Loss `[S, N]` of errors `[S, rows, N]`: their weighted squares, or stock's power."""
+    if importance is None:
+        return (errors**3.5).sum(axis=1)
+    return np.einsum("srn,r->sn", errors**2, np.asarray(importance, np.float64))
+
+
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("rows", GROUP_SIZES)
 @pytest.mark.parametrize("tiles", [INTERPRETED, pytest.param(COMPILED, marks=pytest.mark.gpu)])
@@ -104,8 +111,10 @@ def test_losses_of_all_widths_side_by_side(tiles: Tiles, rows: int, squared: boo
     w = weights(rows, COLUMNS, rows)
     steps = (w / (np.abs(w).max(axis=0) / (np.exp2(bits) / 2 - 0.5))).astype(np.float32)
     scales = np.random.default_rng(rows).uniform(0.5, 1.2, (23, COLUMNS if squared else 1)).astype(np.float32)
-    losses = scale_losses(*map(jnp.asarray, (steps, scales, np.exp2(bits))), squared=squared, tiles=tiles)
-    expected = (rounding_errors(steps, scales, bits) ** (2 if squared else 3.5)).sum(axis=1)
+    importance = np.linspace(0.1, 3, rows).astype(np.float32) if squared else None
+    operands = (steps, scales, np.exp2(bits), importance)
+    losses = scale_losses(*(None if x is None else jnp.asarray(x) for x in operands), tiles=tiles)
+    expected = loss_of(rounding_errors(steps, scales, bits), importance)
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
@@ -116,16 +125,16 @@ def test_losses_of_one_width(rows: int, columns: int, own: bool) -> None:
     """In blocks of columns, whose number does not divide theirs."""
     w = 20 * weights(rows, columns, columns)
     scales = np.random.default_rng(rows).uniform(0.1, 0.9, (11, columns if own else 1)).astype(np.float32)
-    for squared in (False, True):
-        losses = XLA.scale_losses(jnp.asarray(w), jnp.asarray(scales), jnp.float32(8), squared=squared)
-        expected = (rounding_errors(w, scales, np.full(columns, 3)) ** (2 if squared else 3.5)).sum(axis=1)
-        np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    errors = rounding_errors(w, scales, np.full(columns, 3))
+    for importance in (None, jnp.linspace(0.1, 3, rows)):
+        losses = XLA.scale_losses(jnp.asarray(w), jnp.asarray(scales), jnp.float32(8), importance)
+        np.testing.assert_allclose(losses, loss_of(errors, importance), rtol=1e-3)
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
 def test_scale_search(kernels: Kernels, bits: int) -> None:
     w = weights(32, 33, bits)
-    choice = search_scales(jnp.asarray(w), jnp.float32(bits), kernels)
+    choice = search_scales(jnp.asarray(w), jnp.float32(bits), None, kernels)
     index, _, _, multiplier = scales_oracle.search(w, bits)
     assert np.array_equal(np.asarray(choice.qs), index)
     reached, best = (scales_oracle.grid_loss(w, bits, float(p)) for p in (choice.multiplier, multiplier))
@@ -135,8 +144,10 @@ def test_scale_search(kernels: Kernels, bits: int) -> None:
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_search_by_column(kernels: Kernels, bits: int) -> None:
     w = weights(32, 33, bits)
-    choice, reference = (search_columns(jnp.asarray(w), jnp.float32(bits), k) for k in (kernels, XLA))
-    losses = scales_oracle.index_losses(w, bits, np.asarray([choice.multiplier, reference.multiplier]))
+    importance = jnp.linspace(1, 40, 32)
+    choice, reference = (search_columns(jnp.asarray(w), jnp.float32(bits), importance, k) for k in (kernels, XLA))
+    multipliers = np.asarray([choice.multiplier, reference.multiplier])
+    losses = scales_oracle.index_losses(w, bits, multipliers, np.asarray(importance))
     reached, best = (losses[i, np.asarray(c.qs) - 1, range(33)].sum() for i, c in enumerate((choice, reference)))
     np.testing.assert_allclose(reached, best, rtol=1e-5)
 
@@ -178,9 +189,9 @@ def test_walk_and_losses_lower_to_mosaic(rows: int) -> None:
     n = 2 * LANES + 5
     walk = lowered(compiled.walk_group, shape(rows, n), shape(rows, rows), shape(n), shape())
     assert "mosaic_gpu" in walk
-    for squared, own in ((False, 1), (True, n)):
-        losses = partial(compiled.scale_losses, squared=squared)
-        assert "mosaic_gpu" in lowered(losses, shape(rows, n), shape(72, own), shape())
+    stock = (shape(rows, n), shape(97, 1), shape())
+    for operands in (stock, (shape(rows, n), shape(72, n), shape(), shape(rows))):
+        assert "mosaic_gpu" in lowered(compiled.scale_losses, *operands)
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
