@@ -156,7 +156,7 @@ def test_stock_is_the_default_and_costs_nothing() -> None:
     ("kind", "text", "message"),
     [
         ("scale", "grid", "there is no kind of variant 'scale'"),
-        ("scales", "grit", "scales is 'grit'; it must be one of stock, grid,"),
+        ("scales", "grit", "scales is 'grit'; it must be one of stock, columns, grid,"),
         ("scales", "grid:powr=2", "no setting 'powr'; there are: power, low, high, steps"),
         ("scales", "grid:power=two", "power is 'two'; it must be like 3.5"),
         ("scales", "grid:low=2", "0 < low < high"),
