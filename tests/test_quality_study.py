@@ -59,9 +59,8 @@ def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> No
     assert best != tiny_study.measurement(VARIANTS["all tokens alike"])
     assert {tiny_study.measurement(VARIANTS[name]) for name in METHODS} == {best}
     own = [tiny_study.measurement(VARIANTS[name]) for name in ("rotation", "equalize")]
-    assert (
-        len({best, *own}) == 3 and own[0].name == "measurement-fisher-8-0-scales-columns-transform-rotation-seed-0.json"
-    )
+    assert len({best, *own}) == 3
+    assert own[0].name == "measurement-fisher-8-0-scales-columns-transform-rotation-seed-0.json"
 
 
 def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study) -> None:

@@ -98,7 +98,7 @@ def round_to_nearest(
     kernels: Kernels = XLA,
     search: ScaleSearch = search_scales,
 ) -> QuantizedLinear:
-    """Quantize `w [K, N]` without feedback, with the same scale search; for heads too large for a Hessian."""
+    """Quantize `w [K, N]` without feedback, scales as `gptq` finds them; for heads too large for a Hessian."""
     k, _ = w.shape
     identity = HessianFactor(perm, jnp.argsort(perm), jnp.eye(k), jnp.float32(0), jnp.int32(0), jnp.bool_(True))
     return gptq(w, identity, groups, kernels, search)

@@ -19,8 +19,8 @@ MULTIPLIERS = np.linspace(0.5, 1.2, 8, dtype=np.float32)
 
 OFFSETS = np.arange(-5, 4, dtype=np.float32)
 """Indices tried for a column, from the one whose scale just holds its widest weight: two bits want half of that scale,
-eight bits of few rows at times a little more. All sixteen would lower the loss by a percent of
-it, by three where outliers have two bits.
+eight bits of few rows at times a little more. All sixteen would lower the loss by a percent, by three or so where
+outliers have two bits.
 """
 
 MAX_INDEX = 16

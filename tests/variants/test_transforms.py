@@ -315,10 +315,8 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None
     assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
     assert job["inputs"]["preset"]["variants"][-1]["kind"] == "transform"
-    assert (
-        json.loads((tmp_path / "work" / "measurement.json").read_text())["method"]
-        == f"scales=columns, transform={text}"
-    )
+    measured = json.loads((tmp_path / "work" / "measurement.json").read_text())
+    assert measured["method"] == f"scales=columns, transform={text}"
 
 
 def test_a_stopped_conversion_ends_in_the_same_bytes(base: ConversionConfig, tmp_path: Path) -> None:
