@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ COMPILATION_CACHE = {
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
 }
 
+# Every compiled program takes some twenty memory mappings. Linux allows a process 65,530 of them, and a compiler that
+# gets no more crashes.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 25_000
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything imports JAX; workers inherit it from the process that starts them."""
@@ -35,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="exl2jax-tests-")
         os.environ.update(COMPILATION_CACHE, JAX_COMPILATION_CACHE_DIR=folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_dropped() -> Iterator[None]:
+    """After a file's tests, where its process holds many: what comes again is read from the cache on disk."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax  # not before the environment is set
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 EXL2 scales are subnormal halves for ordinary weights, so every rounding below is a real float16 conversion: a float32
 formula is wrong by up to half a percent at 8 bits. Compilers may drop a float32 -> float16 -> float32 pair as "excess
-precision"; `to_half` therefore goes through the integer bits, which no pass folds away.
+precision", through its integer bits too (XLA for CUDA does); `to_half` therefore does something to the bits between.
 """
 
 import jax
@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 HALF_MAX = 65504.0
+HALF_INFINITY = 0x7C00
 
 
 def to_half(x: jax.Array) -> jax.Array:
-    """Round float32 to the nearest float16 (ties to even, subnormals kept) and give it back as float32."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
-    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+    """Round float32 to the nearest float16 (ties to even, subnormals kept) and give it back as float32.
+
+    A NaN may come back as infinity: the bound on the bits changes nothing else, and no compiler may fold it away.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.int16)
+    return lax.bitcast_convert_type(jnp.minimum(bits, jnp.int16(HALF_INFINITY)), jnp.float16).astype(jnp.float32)
 
 
 def half_scale(qscale_max: jax.Array, qs: jax.Array) -> jax.Array:
