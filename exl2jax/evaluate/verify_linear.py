@@ -13,8 +13,8 @@ from exl2jax.evaluate.verify_files import Shards
 from exl2jax.evaluate.verify_groups import Table, table_faults, table_groups, word_rows_fault
 from exl2jax.evaluate.verify_report import Fault
 from exl2jax.models import LinearSpec
-from exl2jax.ops import dequantize, half_scale
-from exl2jax.ops.packing import TENSOR_NAMES, unpack_codes, unpack_scales
+from exl2jax.ops import dequantize
+from exl2jax.ops.packing import TENSOR_NAMES, PackedTiles, unpack_tiles
 from exl2jax.qparams import MAX_ROWS, ROW_MULTIPLE, Group, padded_columns
 
 DTYPES = {"q_weight": "I32", "q_scale": "I32", "q_scale_max": "F16", "q_groups": "I16", "q_invperm": "I32"}
@@ -134,39 +134,37 @@ def _maximum_faults(maxima: np.ndarray) -> Iterator[str]:
 def _code_faults(
     spec: LinearSpec, groups: Sequence[Group], words: np.ndarray, scales: np.ndarray, maxima: np.ndarray
 ) -> Iterator[Fault]:
-    """Faults of codes and of the weights they stand for, one group unpacked at a time."""
-    unpadded, scaleless, infinite, word = [], [], [], 0
-    for i, group in enumerate(groups):
-        part = words[word : word + group.words]
-        word += group.words
-        padded, zero, finite = _judge(part, scales[i], maxima[i], bits=group.bits, columns=spec.columns).tolist()
-        unpadded += [] if padded else [i]
-        scaleless += [i] if maxima[i] == 0 and not zero else []
-        infinite += [i] if np.isfinite(maxima[i]) and not finite else []
-    if unpadded:
+    """Faults of codes and of the weights they stand for."""
+    truths = np.asarray(_judge(PackedTiles.of(groups, words, scales, maxima), columns=spec.columns))
+    first = [group.start // ROW_MULTIPLE for group in groups]
+    padded, zero, finite = np.logical_and.reduceat(truths, first, axis=1)
+    unpadded = np.flatnonzero(~padded)
+    scaleless = np.flatnonzero((maxima == 0) & ~zero)
+    infinite = np.flatnonzero(np.isfinite(maxima) & ~finite)
+    if unpadded.size:
         message = f"padded columns from {spec.columns} on must hold 2^(bits-1); group {unpadded[0]} has other codes"
         yield _fault(spec, "q_weight", message)
-    if scaleless:
-        message = f"is 0 in {len(scaleless)} groups whose codes are not zero, the first is group {scaleless[0]}"
+    if scaleless.size:
+        message = f"is 0 in {scaleless.size} groups whose codes are not zero, the first is group {scaleless[0]}"
         yield _fault(spec, "q_scale_max", message)
-    if infinite:
-        message = f"makes weights beyond half precision in {len(infinite)} groups, the first is group {infinite[0]}"
+    if infinite.size:
+        message = f"makes weights beyond half precision in {infinite.size} groups, the first is group {infinite[0]}"
         yield _fault(spec, "q_scale_max", message)
 
 
-@partial(jax.jit, static_argnames=("bits", "columns"))
-def _judge(words: jax.Array, scales: jax.Array, maximum: jax.Array, *, bits: int, columns: int) -> jax.Array:
-    """Of one group, three truths: padded codes are zero codes, all codes are zero codes, all weights are finite.
+@partial(jax.jit, static_argnames=("columns",))
+def _judge(tiles: PackedTiles, *, columns: int) -> jax.Array:
+    """Three truths of every tile `[3, T]`: padded codes are zero codes, all codes are zero codes, weights are finite.
 
-    `words [rows * bits / 32, N]`, `scales [N / 8]`, `maximum []`. A weight grows with the distance of its code from
-    the zero code, so the farthest code of each column tells whether the column is finite.
+    A weight grows with the distance of its code from the zero code, so the farthest code of each column tells whether
+    the column is finite.
     """
-    zero = 2 ** (bits - 1)
-    codes = unpack_codes(words, bits=bits).astype(jnp.int32)
-    steps = jnp.max(jnp.abs(codes - zero), axis=0)
-    scale = half_scale(maximum, unpack_scales(scales[None])[0])
-    extreme = dequantize(zero - steps, scale, jnp.float32(bits))
-    return jnp.stack([jnp.all(codes[:, columns:] == zero), jnp.all(steps == 0), jnp.all(jnp.isfinite(extreme))])
+    codes, scale = unpack_tiles(tiles)
+    zero = (1 << (tiles.bits - 1))[:, None]
+    steps = jnp.max(jnp.abs(codes.astype(jnp.int32) - zero[:, None]), axis=1)
+    extreme = dequantize(zero - steps, scale, tiles.bits[:, None])
+    padded = jnp.all(steps[:, columns:] == 0, axis=1)
+    return jnp.stack([padded, jnp.all(steps == 0, axis=1), jnp.all(jnp.isfinite(extreme), axis=1)])
 
 
 def _fault(spec: LinearSpec, name: str, message: str) -> Fault:

@@ -24,16 +24,16 @@ def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("bits",))
-def unpack_codes(words: jax.Array, *, bits: int) -> jax.Array:
-    """Inverse of `pack_codes`: `[rows * bits / 32, N]` int32 to `[rows, N]` uint8."""
-    columns = words.shape[1]
-    tiles = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, bits, columns)
-    rows = []
-    for r in range(32):
-        word, shift = divmod(r * bits, 32)
-        value = tiles[:, word] >> shift
-        if shift + bits > 32:
-            value = value | (tiles[:, word + 1] << (32 - shift))
-        rows.append(value & jnp.uint32(2**bits - 1))
-    return jnp.stack(rows, axis=1).reshape(-1, columns).astype(jnp.uint8)
+@jax.jit
+def unpack_codes(words: jax.Array, bits: jax.Array) -> jax.Array:
+    """Inverse of `pack_codes` for groups one after the other: `words [W, N]` int32 to `[rows, N]` uint8.
+
+    `bits [rows]` int32 is the width of every row, traced: matrices of one shape share what is compiled. Words beyond
+    the rows' are not read.
+    """
+    stream = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    first = jnp.cumsum(bits) - bits
+    word, shift = first // 32, (first % 32).astype(jnp.uint32)[:, None]
+    crosses = (first % 32 + bits > 32)[:, None]  # the last row of a group never does
+    value = stream[word] >> shift | jnp.where(crosses, stream[word + 1] << (32 - shift & 31), 0)
+    return (value & ((1 << bits.astype(jnp.uint32)) - 1)[:, None]).astype(jnp.uint8)

@@ -1,8 +1,9 @@
 """The five tensors of an EXL2 linear: packing codes and scales into words, and back (EXL2.md section 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,17 +124,42 @@ def read_groups(packed: PackedLinear) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+class PackedTiles(NamedTuple):
+    """The stored tensors of a matrix by tiles of 32 rows, in shapes that depend on the matrix alone: `words [K/4, N]`
+    int32, which eight bits would fill, `scales [T, N/8]` int32, `maxima [T]` float16 and the width `bits [T]` int32.
+    """  # noqa: D205
+
+    words: np.ndarray
+    scales: np.ndarray
+    maxima: np.ndarray
+    bits: np.ndarray
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[Group], q_weight: np.ndarray, q_scale: np.ndarray, q_scale_max: np.ndarray
+    ) -> "PackedTiles":
+        """The tiles of a table's groups."""
+        sizes = [group.rows // ROW_MULTIPLE for group in groups]
+        group = np.repeat(np.arange(len(groups)), sizes)
+        spare = 8 * len(group) - len(q_weight)
+        bits = np.repeat(np.asarray([group.bits for group in groups], np.int32), sizes)
+        return cls(np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
+
+
+def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
+    """Codes `[T, 32, N]` uint8, and working scales `[T, N]` as float32 holding exact half values."""
+    codes = unpack_codes(tiles.words, jnp.repeat(tiles.bits, ROW_MULTIPLE, total_repeat_length=4 * len(tiles.words)))
+    scale = half_scale(tiles.maxima[:, None], unpack_scales(tiles.scales))
+    return codes.reshape(-1, ROW_MULTIPLE, codes.shape[1]), scale
+
+
 def unpack_linear(packed: PackedLinear) -> np.ndarray:
     """Dequantized weights `[K, N padded]` float16 in original row order, exactly as the runtime reconstructs them."""
-    scales = unpack_scales(jnp.asarray(packed.q_scale))
-    parts, word = [], 0
-    for g, group in enumerate(read_groups(packed)):
-        codes = unpack_codes(jnp.asarray(packed.q_weight[word : word + group.words]), bits=group.bits)
-        parts.append(np.asarray(_reconstruct(codes, scales[g], packed.q_scale_max[g], jnp.float32(group.bits))))
-        word += group.words
-    return np.concatenate(parts)[packed.q_invperm]
+    tiles = PackedTiles.of(read_groups(packed), packed.q_weight, packed.q_scale, packed.q_scale_max)
+    return np.asarray(_reconstruct(tiles)).reshape(-1, packed.q_weight.shape[1])[packed.q_invperm]
 
 
 @jax.jit
-def _reconstruct(codes: jax.Array, qs: jax.Array, qscale_max: jax.Array, bits: jax.Array) -> jax.Array:
-    return dequantize(codes, half_scale(qscale_max, qs), bits).astype(jnp.float16)
+def _reconstruct(tiles: PackedTiles) -> jax.Array:
+    codes, scale = unpack_tiles(tiles)
+    return dequantize(codes, scale[:, None], tiles.bits[:, None, None]).astype(jnp.float16)

@@ -70,7 +70,7 @@ def test_codes_against_big_integers(bits: int) -> None:
 @given(st.sampled_from(FORMAT_BITS), st.integers(0, 2**32 - 1))
 def test_codes_round_trip(bits: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (96, 5)).astype(np.uint8)
-    back = unpack_codes(pack_codes(jnp.asarray(codes), bits=bits), bits=bits)
+    back = unpack_codes(pack_codes(jnp.asarray(codes), bits=bits), jnp.full(96, bits))
     assert back.dtype == jnp.uint8
     assert np.array_equal(np.asarray(back), codes)
 
@@ -79,7 +79,19 @@ def test_codes_round_trip(bits: int, seed: int) -> None:
 @given(st.sampled_from(FORMAT_BITS), st.integers(0, 2**32 - 1))
 def test_words_round_trip(bits: int, seed: int) -> None:
     stored = np.random.default_rng(seed).integers(-(2**31), 2**31, (3 * bits, 5)).astype(np.int32)
-    assert np.array_equal(pack_codes(unpack_codes(jnp.asarray(stored), bits=bits), bits=bits), stored)
+    codes = unpack_codes(jnp.asarray(stored), jnp.full(96, bits))
+    assert np.array_equal(pack_codes(codes, bits=bits), stored)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(FORMAT_BITS), min_size=3, max_size=3), st.booleans(), st.integers(0, 2**32 - 1))
+def test_tiles_of_several_widths_one_after_the_other(widths: list[int], spare: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = [rng.integers(0, 2**bits, (32, 5)).astype(np.uint8) for bits in widths]
+    words = np.concatenate([oracle.pack_codes(tile, bits) for tile, bits in zip(codes, widths, strict=True)])
+    words = np.pad(words, ((0, 24 - len(words) if spare else 0), (0, 0)))
+    back = unpack_codes(jnp.asarray(words), jnp.repeat(jnp.asarray(widths), 32))
+    assert np.array_equal(back, np.concatenate(codes))
 
 
 @settings(max_examples=30, deadline=None)
