@@ -18,6 +18,9 @@ from exl2jax.variants import load_entry_points, load_plugin
 
 CACHE_MEGABYTES = 1024
 
+SAME_BYTES = "--xla_gpu_deterministic_ops"
+"""XLA's flag for results that do not depend on the run: otherwise it times algorithms on a GPU and takes the fastest."""
+
 
 def deliver(as_json: bool, record: dict[str, Any], table: Callable[[], Any]) -> None:
     """Print the result: one JSON object, or a table for people."""
@@ -28,11 +31,14 @@ def deliver(as_json: bool, record: dict[str, Any], table: Callable[[], Any]) -> 
 
 
 def set_up(console: Console) -> None:
-    """Logging to stderr, and the persistent compilation cache unless the environment names one."""
+    """Logging to stderr, and unless the environment names them the compilation cache and the same bytes on a GPU."""
     handler = logging.StreamHandler(console.file)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("exl2jax").setLevel(logging.INFO)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if SAME_BYTES not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {SAME_BYTES}=true".lstrip()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "exl2jax" / "xla"))

@@ -29,7 +29,8 @@ def half_scale(qscale_max: jax.Array, qs: jax.Array) -> jax.Array:
     (the stored nibble plus one). EXL2.md section 1, "Dequantize".
     """
     index = qs.astype(jnp.float32)
-    maximum = to_half(qscale_max.astype(jnp.float32) * jnp.float32(1 / 256))
+    stored = to_half(qscale_max.astype(jnp.float32))  # rounded just now, perhaps, in what compiles as one with this
+    maximum = to_half(stored * jnp.float32(1 / 256))
     return to_half(index * index * maximum)
 
 

@@ -21,40 +21,41 @@ def scale_losses(
     `codes`, the number of levels, may be one for each column here, `[N]`.
     """
     rows, columns = x.shape
-    count = len(scales)
-    chunks = -(-count // tiles.scales)
+    chunks = -(-len(scales) // tiles.scales)
+    count = -(-len(scales) // chunks)
     codes = jnp.broadcast_to(codes.astype(jnp.float32), (columns,))
     x, low, high = (pad_columns(v) for v in (x, -codes / 2, codes / 2 - 1))
-    scales = jnp.broadcast_to(scales, (count, columns))
-    extra = ((0, chunks * tiles.scales - count), (0, x.shape[1] - columns))
-    scales = jnp.pad(scales, extra, constant_values=1)
+    padded = jnp.broadcast_to(scales, (len(scales), columns))
+    extra = ((0, chunks * count - len(scales)), (0, x.shape[1] - columns))
+    padded = jnp.pad(padded, extra, constant_values=1)
     run = launch(
-        partial(_body, rows=rows, count=tiles.scales),
-        shape(scales.shape, jnp.float32),
+        partial(_body, rows=rows, count=count),
+        shape(padded.shape, jnp.float32),
         {"columns": x.shape[1] // LANES, "chunks": chunks},
         tiles,
     )
     weights = () if importance is None else (importance,)
-    return run(x, scales, low, high, *weights)[:count, :columns]
+    return run(x, padded, low, high, *weights)[: len(scales), :columns]
 
 
 def _body(weights: Any, scales: Any, lows: Any, highs: Any, *rest: Any, rows: int, count: int) -> None:
-    """One program: `LANES` columns, whose rows stay in registers, at `count` scales."""
+    """One program: `LANES` columns at `count` scales, whose losses grow in registers row by row."""
     *importance, losses = rest
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
     low, high = lows[columns], highs[columns]
-    x = [weights[r, columns] for r in range(rows)]
-    own = [importance[0][r] if importance else None for r in range(rows)]
     first = lax.axis_index("chunks") * count
+    tried = [scales[first + i, columns] for i in range(count)]
+    inverses = [1 / s for s in tried]
 
-    def scale(i: jax.Array, carry: None) -> None:
-        s = scales[first + i, columns]
-        inverse = 1 / s
-        total = jnp.zeros((LANES,), jnp.float32)
-        for value, weight in zip(x, own, strict=True):
-            z = jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
-            total = total + raised(z, weight)
+    def row(r: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        value = weights[r, columns]
+        weight = importance[0][r] if importance else None
+        errors = (
+            jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
+            for s, inverse in zip(tried, inverses, strict=True)
+        )
+        return tuple(total + raised(z, weight) for total, z in zip(totals, errors, strict=True))
+
+    totals = lax.fori_loop(0, rows, row, (jnp.zeros((LANES,), jnp.float32),) * count)
+    for i, total in enumerate(totals):
         losses[first + i, columns] = total
-        return carry
-
-    lax.fori_loop(0, count, scale, None)

@@ -12,10 +12,11 @@ LANES = 128
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
     """How the kernels cut their work: `walk_rows` rows held in registers by the walk (a divisor of 32), and
-    `scales` tried by one program of a scale search. Interpreted or compiled by `interpret`.
+    at most `scales` tried by one program of a scale search. Both are unrolled: tracing and compiling take as long as the
+    unrolled code is. Interpreted or compiled by `interpret`.
     """  # noqa: D205
 
-    walk_rows: int = 16
+    walk_rows: int = 8
     scales: int = 14
     interpret: bool = False
 
