@@ -99,13 +99,15 @@ def stage_terms(
     last = stage == len(spec.stages) - 1
     sums, out, kept = None, np.empty_like(reference) if last else reference, _room(spec, states) if last else None
     mask = full_mask(states, mask)
-    on_devices = on_all_devices((params, quantized, tables))
+    params, quantized, tables = on_all_devices((params, quantized, tables))
     for chunk in row_chunks(states):
-        arrays = (chunk.take(states), chunk.take(reference), chunk.take(mask))
-        found, sums = _chunk(decoder, spec.kind, stage, strengths, routed_only, *on_devices, *arrays, sums)
+        h, ref, m = chunk.take(states), chunk.take(reference), chunk.take(mask)
+        xs, ys = (_inputs(decoder, spec.kind, stage, *both) for both in ((quantized, h), (params, ref)))
+        arrays = (h, ref, m, xs, ys, sums)
+        hidden, sums = _add_chunk(decoder, spec.kind, stage, strengths, routed_only, params, quantized, tables, *arrays)
         if last:
-            chunk.put(out, found.hidden)
-        for array, x in zip(kept or (), found.inputs, strict=kept is not None):
+            chunk.put(out, hidden)
+        for array, x in zip(kept or (), xs, strict=kept is not None):
             chunk.put(array, x)
     assert sums is not None  # there is at least one row
     terms, counts = on_one_device(sums)
@@ -147,15 +149,17 @@ def _finish_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array, inputs
     return decoder.output(kind, params, h, decoder.linears(kind, decoder.stages(kind) - 1, params, inputs))
 
 
-class _Found(NamedTuple):
-    """Of a chunk: the full-precision output (before the last stage still its input), and what a stage reads."""
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _inputs(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
+    """What a stage reads, through the linears of the stages before it; the same compiled function for both streams."""
+    outputs: dict[str, jax.Array] = {}
+    for before in range(stage):
+        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
+    return decoder.inputs(kind, stage, params, h, outputs)
 
-    hidden: jax.Array
-    inputs: tuple[jax.Array, ...]
 
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=11)
-def _chunk(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=13)
+def _add_chunk(
     decoder: Decoder,
     kind: str,
     stage: int,
@@ -167,10 +171,13 @@ def _chunk(
     h: jax.Array,
     ref: jax.Array,
     mask: jax.Array,
+    xs: tuple[jax.Array, ...],
+    ys: tuple[jax.Array, ...],
     sums: tuple[list[CrossTerms], list[jax.Array]] | None,
-) -> tuple[_Found, tuple[list[CrossTerms], list[jax.Array]]]:
-    """What became of a chunk, and the sums with its products added."""
-    xs, ys = _inputs(decoder, kind, stage, quantized, h), _inputs(decoder, kind, stage, params, ref)
+) -> tuple[jax.Array, tuple[list[CrossTerms], list[jax.Array]]]:
+    """A chunk's full-precision states after the module (before its last stage as they are), and the sums with what it
+    adds; compiled apart from the inputs `xs` and `ys` of both streams, of which XLA would repeat parts.
+    """  # noqa: D205
     weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
     factors = token_factors(weights, tables, ref, mask)
     if stage < decoder.stages(kind) - 1:
@@ -181,15 +188,7 @@ def _chunk(
         hidden = decoder.output(kind, params, ref, outputs)
         wanted = [_without_bias(outputs[name], params[name]) for (name,) in decoder.names(kind)[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
-    return _Found(hidden, xs), added(sums, (new, [jnp.sum(w) for w in weights]))
-
-
-def _inputs(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
-    """What a stage reads, through the linears of the stages before it."""
-    outputs: dict[str, jax.Array] = {}
-    for before in range(stage):
-        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
-    return decoder.inputs(kind, stage, params, h, outputs)
+    return hidden, added(sums, (new, [jnp.sum(w) for w in weights]))
 
 
 def _without_bias(y: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
