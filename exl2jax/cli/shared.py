@@ -19,7 +19,7 @@ from exl2jax.variants import load_entry_points, load_plugin
 CACHE_MEGABYTES = 1024
 
 SAME_BYTES = "--xla_gpu_deterministic_ops"
-"""XLA's flag for results that do not depend on the run: otherwise it times algorithms on a GPU and takes the fastest."""
+"""XLA's flag for the same result in each run: otherwise it times algorithms on a GPU and takes the fastest."""
 
 
 def deliver(as_json: bool, record: dict[str, Any], table: Callable[[], Any]) -> None:

@@ -11,9 +11,9 @@ LANES = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """How the kernels cut their work: `walk_rows` rows held in registers by the walk (a divisor of 32), and
-    at most `scales` tried by one program of a scale search. Both are unrolled: tracing and compiling take as long as the
-    unrolled code is. Interpreted or compiled by `interpret`.
+    """How the kernels cut their work: `walk_rows` rows held in registers by the walk (a divisor of 32), and at most
+    `scales` tried by one program of a scale search. Both are unrolled, which is what takes tracing and compiling long.
+    Interpreted or compiled by `interpret`.
     """  # noqa: D205
 
     walk_rows: int = 8
