@@ -129,10 +129,10 @@ class PackedTiles(NamedTuple):
     int32, which eight bits would fill, `scales [T, N/8]` int32, `maxima [T]` float16 and the width `bits [T]` int32.
     """  # noqa: D205
 
-    words: np.ndarray
-    scales: np.ndarray
-    maxima: np.ndarray
-    bits: np.ndarray
+    words: jax.Array
+    scales: jax.Array
+    maxima: jax.Array
+    bits: jax.Array
 
     @classmethod
     def of(
@@ -143,7 +143,8 @@ class PackedTiles(NamedTuple):
         group = np.repeat(np.arange(len(groups)), sizes)
         spare = 8 * len(group) - len(q_weight)
         bits = np.repeat(np.asarray([group.bits for group in groups], np.int32), sizes)
-        return cls(np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
+        arrays = (np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
+        return cls(*map(jnp.asarray, arrays))
 
 
 def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
