@@ -11,6 +11,7 @@ import numpy as np
 from exl2jax.errors import SettingsError
 from exl2jax.models import HFModel, ModelConfig, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
+from exl2jax.ops.scales import TRIALS, search_scales
 from exl2jax.pipeline.blocks import Block
 from exl2jax.pipeline.measure import STATES, MeasureStep
 from exl2jax.pipeline.measurement import candidate_rows
@@ -62,8 +63,8 @@ class Stage(NamedTuple):
 
 
 def gptq_work(rows: int, columns: int) -> Work:
-    """GPTQ of one matrix: the feedback is a triangle of products, the search 97 trials of every weight."""
-    return Work(rows * rows * columns, rows * columns * (97 * SEARCH_OPS + WALK_OPS))
+    """GPTQ of one matrix as stock does it: the feedback is a triangle of products, the search a grid of scales."""
+    return Work(rows * rows * columns, rows * columns * (TRIALS[search_scales] * SEARCH_OPS + WALK_OPS))
 
 
 def forward_work(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:

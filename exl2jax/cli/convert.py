@@ -9,16 +9,26 @@ from rich.console import Console
 from exl2jax.calibration import CalibrationConfig
 from exl2jax.calibration.records import STANDARD
 from exl2jax.calibration.source import KNOWN
-from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json, Plugins
-from exl2jax.cli.shared import deliver, load_variants, set_up, settings_file
-from exl2jax.errors import SettingsError
+from exl2jax.cli.options import (
+    CalColumns,
+    CalDir,
+    CalFill,
+    CalSplit,
+    Candidates,
+    ExcludeBits,
+    Json,
+    Pins,
+    Plugins,
+    Variants,
+)
+from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up, settings_file
 from exl2jax.pipeline.asked import resumed_config
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.convert import convert
 from exl2jax.pipeline.devices import join_processes
 from exl2jax.pipeline.job import WorkDirectory
 from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.recipe import DEFAULT_PRESET, Recipe, recipe_from
+from exl2jax.pipeline.recipe import DEFAULT_PRESET
 from exl2jax.report import conversion_table, make_progress
 
 CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
@@ -82,9 +92,7 @@ def convert_command(
         bool, typer.Option("--with-accuracies", help="Measure stock's accuracies too, for stock's tools to read.")
     ] = False,
     allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
-    candidates: Annotated[
-        str | None, typer.Option("--candidates", help="Rows of settings: stock, free, or a JSON file of your own.")
-    ] = None,
+    candidates: Candidates = None,
     moe_calibration: Annotated[
         str, typer.Option("--moe-calibration", help="Tokens to calibrate experts on: routed, or all.")
     ] = "routed",
@@ -94,17 +102,10 @@ def convert_command(
     devices: Annotated[
         int | None, typer.Option("--devices", help="Devices to spread rows and linears over [all].")
     ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option("--variant", help="A registered variant, KIND=NAME or KIND=NAME:SETTING=VALUE,... (repeatable)."),
-    ] = None,
+    variant: Variants = None,
     plugin: Plugins = None,
-    pin: Annotated[
-        list[str] | None, typer.Option("--pin", help="PATTERN=BITS: one width for the linears named so (repeatable).")
-    ] = None,
-    exclude_bits: Annotated[
-        list[int] | None, typer.Option("--exclude-bits", help="A width that nothing may have (repeatable).")
-    ] = None,
+    pin: Pins = None,
+    exclude_bits: ExcludeBits = None,
     settings: Annotated[
         Path | None,
         typer.Option("--settings", callback=settings_file, is_eager=True, help="TOML file with flags by name."),
@@ -134,7 +135,7 @@ def convert_command(
         "length": length,
         "measurement_length": measurement_length,
         "seed": seed,
-        "preset": _recipe(preset, variant, candidates),
+        "preset": recipe_asked(preset, variant, candidates),
         "with_accuracies": with_accuracies,
         "pins": tuple(pin or ()),
         "exclude_bits": tuple(exclude_bits or ()),
@@ -148,17 +149,6 @@ def convert_command(
     result = convert(config, control)
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0
-
-
-def _recipe(preset: str, variants: list[str] | None, candidates: str | None) -> str | Recipe:
-    """The preset's name, or the recipe that it makes with variants."""
-    pairs = [(kind, name) for kind, _, name in (text.partition("=") for text in variants or ())]
-    pairs += [("candidates", candidates)] if candidates else []
-    kinds = [kind for kind, _ in pairs]
-    twice = [kind for kind in kinds if kinds.count(kind) > 1]
-    if twice:
-        raise SettingsError(f"two variants of one kind, {twice[0]}; give one")
-    return recipe_from({"preset": preset, **dict(pairs)}, preset) if pairs else preset
 
 
 def _source(

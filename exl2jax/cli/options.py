@@ -17,3 +17,16 @@ CalSplit = Annotated[str, typer.Option("--cal-split", help="Split of the named s
 CalFill = Annotated[
     bool, typer.Option("--cal-fill", help="Let the model write the rows that the standard text cannot fill.")
 ]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variant", help="A registered variant, KIND=NAME or KIND=NAME:SETTING=VALUE,... (repeatable)."),
+]
+Candidates = Annotated[
+    str | None, typer.Option("--candidates", help="Rows of settings: stock, free, or a JSON file of your own.")
+]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help="PATTERN=BITS: one width for the linears named so (repeatable).")
+]
+ExcludeBits = Annotated[
+    list[int] | None, typer.Option("--exclude-bits", help="A width that nothing may have (repeatable).")
+]

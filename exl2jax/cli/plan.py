@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from exl2jax.cli.options import Json
-from exl2jax.cli.shared import deliver, set_up
+from exl2jax.cli.options import Candidates, ExcludeBits, Json, Pins, Plugins, Variants
+from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up
 from exl2jax.pipeline.calibrate import PassRows
 from exl2jax.pipeline.config import ConversionConfig
 from exl2jax.pipeline.context import Context
@@ -34,9 +34,15 @@ def plan_command(
         float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
     ] = 8192,
     preset: Annotated[str, typer.Option("--preset", help="best, fast or stock.")] = DEFAULT_PRESET,
+    candidates: Candidates = None,
+    variant: Variants = None,
+    plugin: Plugins = None,
+    pin: Pins = None,
+    exclude_bits: ExcludeBits = None,
     as_json: Json = False,
 ) -> int:
     """Range of bits, size, disk, memory and calibration of a conversion; exit 1 when it would be refused."""
+    load_variants(plugin)
     set_up(Console(stderr=True))
     with tempfile.TemporaryDirectory() as nowhere:
         config = ConversionConfig(
@@ -51,7 +57,9 @@ def plan_command(
             measurement_length=length,
             measurement=measurement,
             shard_size=shard_size,
-            preset=preset,
+            preset=recipe_asked(preset, variant, candidates),
+            pins=tuple(pin or ()),
+            exclude_bits=tuple(exclude_bits or ()),
         )
         context = Context.open(config, Control())
         built = PassRows(config, context.model, context.tokenizer, context.work, context.control)

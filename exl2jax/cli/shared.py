@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from exl2jax.errors import SettingsError
+from exl2jax.pipeline.recipe import Recipe, recipe_from
 from exl2jax.variants import load_entry_points, load_plugin
 
 CACHE_MEGABYTES = 1024
@@ -79,3 +80,14 @@ def settings_file(context: typer.Context, path: Path | None) -> Path | None:
         raise SettingsError(f"--settings {path}: there is no flag --{unknown[0]}; see --help")
     context.default_map = {named[key]: value for key, value in values.items()}
     return path
+
+
+def recipe_asked(preset: str, variants: list[str] | None, candidates: str | None) -> str | Recipe:
+    """The preset's name, or the recipe that it makes with variants."""
+    pairs = [(kind, name) for kind, _, name in (text.partition("=") for text in variants or ())]
+    pairs += [("candidates", candidates)] if candidates else []
+    kinds = [kind for kind, _ in pairs]
+    twice = [kind for kind in kinds if kinds.count(kind) > 1]
+    if twice:
+        raise SettingsError(f"two variants of one kind, {twice[0]}; give one")
+    return recipe_from({"preset": preset, **dict(pairs)}, preset) if pairs else preset

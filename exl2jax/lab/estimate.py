@@ -16,6 +16,7 @@ from exl2jax.lab.results import STAGES
 from exl2jax.lab.sweep import cell_folder
 from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
 from exl2jax.models.modules import embedding_shapes
+from exl2jax.ops.scales import TRIALS
 
 PROBE = 1024
 TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
@@ -83,20 +84,21 @@ def _operations(cell: Cell, model: Model) -> dict[str, float]:
     linears = [linear for spec in specs for linear in spec.linears]
     weights = sum(linear.weights for linear in linears)
     hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
-    walk = sum(_walk_operations(x) for x in linears) / GPTQ_EFFICIENCY
+    trials = TRIALS[cell.recipe.method.search]
+    walk = sum(_walk_operations(x, trials) for x in linears) / GPTQ_EFFICIENCY
     pricing, plan = cell.recipe.pricing, cell.evaluation
     measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")
     judged = (plan.rows or 24) * plan.length
     return {
         "measure": measure * (2 * weights * PASSES[pricing] + hessians) + walk * SETTINGS_MEASURED[pricing],
-        "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head) / GPTQ_EFFICIENCY,
+        "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head, trials) / GPTQ_EFFICIENCY,
         "evaluate": judged * (2 * weights + 4 * head.weights),
     }
 
 
-def _walk_operations(linear: LinearSpec) -> float:
-    """A product with the factor, and 97 multipliers tried on every weight at about six operations each."""
-    return linear.weights * (linear.rows + 97 * 6)
+def _walk_operations(linear: LinearSpec, trials: int) -> float:
+    """A product with the factor, and the scales tried on every weight at about six operations each."""
+    return linear.weights * (linear.rows + trials * 6)
 
 
 def _tokens(cell: Cell, stage: str) -> int:

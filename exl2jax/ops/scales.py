@@ -81,6 +81,10 @@ def search_columns(
     return _choice(jnp.take_along_axis(qs[best], own[None], axis=0)[0], smax, jnp.asarray(MULTIPLIERS)[best])
 
 
+TRIALS: dict[ScaleSearch, int] = {search_scales: len(GRID), search_columns: len(MULTIPLIERS) * len(OFFSETS)}
+"""How many scales a search tries on every weight: what it costs."""
+
+
 def _base_scales(w: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The scale `[N]` at which the widest weight of each column is the widest level, and the largest of them."""
     base = (jnp.max(jnp.abs(w), axis=0) + 1e-12) / ((codes - 1) / 2)

@@ -52,6 +52,20 @@ def test_the_size_by_a_measurement_is_exact(
     assert code == 1 and "these candidates reach" in str(plan["refused"]) and plan["output_exact"] is False
 
 
+def test_limits_and_variants_of_the_conversion_are_planned_for(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(scene.config(tmp_path, pins=("*.q_proj=8",)))
+    given = str(tmp_path / "work" / "measurement.json")
+    size = (tmp_path / "exl2" / "output.safetensors").stat().st_size
+    flags = ("-b", "4.5", "-m", given)
+    code, plan = planned(scene, capsys, *flags, "--pin", "*.q_proj=8", "--variant", "scales=columns")
+    assert code == 0 and plan["output_exact"] is True and plan["output_size"] == size
+    assert planned(scene, capsys, *flags)[1]["output_size"] != size
+    assert main(["plan", str(scene.model), "--variant", "scales=none"]) == 2
+    assert "scales" in capsys.readouterr().err
+
+
 def test_bits_out_of_reach_are_refused_before_anything_is_computed(
     scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
