@@ -1,9 +1,11 @@
 """Summaries as tables."""
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from exl2jax.calibration import CalibrationSummary
@@ -35,8 +37,7 @@ def conversion_table(result: ConversionResult) -> Table:
             table.add_row(name, f"{fmean(errors.values()):.5f}")
     for stage, seconds in (result.seconds or {}).items():
         table.add_row(f"seconds, {stage}", f"{seconds:.1f}")
-    for warning in result.warnings:
-        table.add_row("[yellow]warning[/yellow]", warning)
+    _add_warnings(table, result.warnings)
     return table
 
 
@@ -54,6 +55,20 @@ def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
         for domain, figures in found.domains.items():
             table.add_row(f"  {domain}", *_figures(figures, compared), style="dim")
     return table
+
+
+def folded(warnings: Sequence[str]) -> list[str]:
+    """For people: the first warning of a kind, and how many others say the same of other tensors with other numbers."""
+    kinds: dict[str, list[str]] = {}
+    for text in warnings:
+        kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", text.rpartition(": ")[2]), []).append(text)
+    more = "{first} (and {count} more of this kind: --json lists them)"
+    return [first if not others else more.format(first=first, count=len(others)) for first, *others in kinds.values()]
+
+
+def _add_warnings(table: Table, warnings: Sequence[str]) -> None:
+    for warning in folded(warnings):
+        table.add_row("[yellow]warning[/yellow]", escape(warning))
 
 
 def _figures(found: Figures, compared: bool) -> list[str]:
@@ -98,8 +113,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("memory", f"about {plan.memory / MEGABYTE:.0f} MB, {plan.memory_present / MEGABYTE:.0f} MB present")
     for name, tokens in plan.calibration_tokens.items():
         table.add_row(f"calibration, {name} pass", f"{tokens} tokens")
-    for warning in plan.warnings:
-        table.add_row("[yellow]warning[/yellow]", warning)
+    _add_warnings(table, plan.warnings)
     for refusal in plan.refused:
         table.add_row("[red]would be refused[/red]", refusal)
     return table

@@ -16,6 +16,7 @@ from exl2jax.errors import JobError
 from exl2jax.report.conversion import conversion_page, read_conversion
 from exl2jax.report.page import NumberTable, Page, Section, page_html
 from exl2jax.report.plots import DARK, LIGHT, Plot, label, render
+from exl2jax.report.tables import folded
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
@@ -184,3 +185,13 @@ def test_screenshots_in_light_and_dark(work: Path, chromium: Callable[..., str],
         assert picture.shape == (1600, 800) and picture.std() > 10, "something is drawn"
         means[theme] = picture.mean()
     assert means["dark"] < 90 and means["light"] > 200
+
+
+def test_warnings_of_one_kind_are_folded() -> None:
+    dead = [f"layers.{i}.mlp: {i} of 640 inputs are never active" for i in range(3)]
+    other = "layers.1.mlp: damping raised 2 times, to 0.48"
+    assert folded([dead[0], other, *dead[1:]]) == [
+        f"{dead[0]} (and 2 more of this kind: --json lists them)",
+        other,
+    ]
+    assert folded([]) == []
