@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
 from exl2jax.calibration import CalibrationConfig, load_tokenizer
+from exl2jax.cli.shared import deliver
 from exl2jax.errors import Interrupted, ModelError
 from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.job import JobState, WorkDirectory
@@ -252,6 +254,15 @@ def test_drop_in_script_has_the_flags_of_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: -b/--bits is 99.0")
+
+
+def test_a_table_that_goes_to_no_terminal_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(*(f"column {i}" for i in range(9)))
+    cells = [f"{i}.123456789" for i in range(9)]
+    table.add_row(*cells)
+    deliver(False, {}, lambda: table)
+    out = capsys.readouterr().out
+    assert all(cell in out for cell in cells)
 
 
 def test_importing_does_nothing() -> None:

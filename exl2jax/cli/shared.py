@@ -18,6 +18,8 @@ from exl2jax.pipeline.recipe import Recipe, recipe_from
 from exl2jax.variants import load_entry_points, load_plugin
 
 CACHE_MEGABYTES = 1024
+LOG_WIDTH = 160
+"""Columns of a table that goes to no terminal."""
 
 SAME_BYTES = "--xla_gpu_deterministic_ops"
 """XLA's flag for the same result in each run: otherwise it times algorithms on a GPU and takes the fastest."""
@@ -28,7 +30,9 @@ def deliver(as_json: bool, record: dict[str, Any], table: Callable[[], Any]) -> 
     if as_json:
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:
-        Console().print(table())
+        console = Console()
+        # A pipe or a log has no width of its own, and cut figures are none.
+        (console if console.is_terminal else Console(width=LOG_WIDTH)).print(table())
 
 
 def set_up(console: Console) -> None:
