@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
 from exl2jax.calibration import CalibrationConfig, load_tokenizer
-from exl2jax.cli.shared import deliver
+from exl2jax.cli.shared import SAME_BYTES, deliver, set_up
 from exl2jax.errors import Interrupted, ModelError
 from exl2jax.pipeline.asked import asked_record
 from exl2jax.pipeline.job import JobState, WorkDirectory
@@ -263,6 +264,20 @@ def test_a_table_that_goes_to_no_terminal_is_whole(capsys: pytest.CaptureFixture
     deliver(False, {}, lambda: table)
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", f"{SAME_BYTES}=true"),
+        ("--xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {SAME_BYTES}=true"),
+        (f"{SAME_BYTES}=false", f"{SAME_BYTES}=false"),
+    ],
+)
+def test_a_gpu_is_asked_for_the_same_bytes(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
+    monkeypatch.setenv("XLA_FLAGS", before)
+    set_up(Console(stderr=True))
+    assert os.environ["XLA_FLAGS"] == after
 
 
 def test_importing_does_nothing() -> None:
