@@ -25,11 +25,12 @@ def to_half(x: jax.Array) -> jax.Array:
 def half_scale(qscale_max: jax.Array, qs: jax.Array) -> jax.Array:
     """Working scales `half(half(qs^2) * half(qscale_max / 256))` as float32 holding exact half values.
 
-    `qscale_max` float16 or float32 with half values, broadcast against `qs`, the 4-bit scale index 1..16
+    `qscale_max` float16 or float32, rounded to half here, broadcast against `qs`, the 4-bit scale index 1..16
     (the stored nibble plus one). EXL2.md section 1, "Dequantize".
     """
     index = qs.astype(jnp.float32)
-    stored = to_half(qscale_max.astype(jnp.float32))  # rounded just now, perhaps, in what compiles as one with this
+    # A cast to half right before this call may be one of those that a compiler drops.
+    stored = to_half(qscale_max.astype(jnp.float32))
     maximum = to_half(stored * jnp.float32(1 / 256))
     return to_half(index * index * maximum)
 

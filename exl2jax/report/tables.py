@@ -62,8 +62,10 @@ def folded(warnings: Sequence[str]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for text in warnings:
         kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", text.rpartition(": ")[2]), []).append(text)
-    more = "{first} (and {count} more of this kind: --json lists them)"
-    return [first if not others else more.format(first=first, count=len(others)) for first, *others in kinds.values()]
+    return [
+        f"{first} (and {len(others)} more of this kind: --json lists them)" if others else first
+        for first, *others in kinds.values()
+    ]
 
 
 def _add_warnings(table: Table, warnings: Sequence[str]) -> None:

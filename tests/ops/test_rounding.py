@@ -37,11 +37,25 @@ def test_to_half_is_a_float16_round_trip() -> None:
         assert same_halves(jax.jit(to_half)(x), x.astype(np.float16))
 
 
+def test_to_half_bounds_the_bits() -> None:
+    """What keeps XLA for CUDA from dropping the rounding: with the bound a NaN that is positive becomes infinite."""
+    assert np.isposinf(jax.jit(to_half)(jnp.float32(np.nan)))
+    assert not np.isfinite(jax.jit(to_half)(jnp.float32(-np.nan)))
+    assert np.isneginf(jax.jit(to_half)(jnp.float32(-np.inf)))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_half_scale_of_every_maximum_and_index(dtype: type) -> None:
     got = jax.jit(half_scale)(EVERY_HALF.astype(dtype)[:, None], INDEX.astype(np.uint8)[None, :])
     with np.errstate(over="ignore"):
         assert same_halves(got, oracle.half_scale(EVERY_HALF[:, None], INDEX[None, :]))
+
+
+def test_half_scale_rounds_a_maximum_that_is_none_yet() -> None:
+    """A maximum cast within the same compilation may arrive as it was before the cast."""
+    maxima = np.random.default_rng(1).uniform(1e-4, 2, 500).astype(np.float32)
+    expected = half_scale(jnp.asarray(maxima.astype(np.float16)), jnp.uint8(13))
+    assert np.array_equal(half_scale(jnp.asarray(maxima), jnp.uint8(13)), expected)
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
