@@ -239,15 +239,15 @@ def _finish(
 ) -> QuantizedLinear:
     """Collect the groups' scales and dequantize into original row order."""
     tile_of_group = np.asarray([g.start // ROW_MULTIPLE for g in groups])
-    weight = _weights(codes, qs, qscale_max, *_tiles(groups), inv_perm)
+    group, bits = groups_by_tile(groups)
+    weight = _weights(codes, qs, qscale_max, tile_of_group[group], bits, inv_perm)
     return QuantizedLinear(codes, qs[tile_of_group], qscale_max[tile_of_group], perm, groups, weight)
 
 
-def _tiles(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-    """For each tile of 32 rows: the tile that holds its group's scales, and its width in bits."""
+def groups_by_tile(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """For each tile of 32 rows: the index of its group, and its width in bits, int32."""
     sizes = [g.rows // ROW_MULTIPLE for g in groups]
-    first = np.asarray([g.start // ROW_MULTIPLE for g in groups])
-    return np.repeat(first, sizes), np.repeat(np.asarray([g.bits for g in groups], np.float32), sizes)
+    return np.repeat(np.arange(len(groups)), sizes), np.repeat(np.asarray([g.bits for g in groups], np.int32), sizes)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import numpy as np
 
 from exl2jax.errors import FormatError
 from exl2jax.ops.bitstream import pack_codes, unpack_codes
-from exl2jax.ops.gptq import QuantizedLinear
+from exl2jax.ops.gptq import QuantizedLinear, groups_by_tile
 from exl2jax.ops.rounding import dequantize, half_scale
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, Group, padded_columns
 
@@ -139,17 +139,15 @@ class PackedTiles(NamedTuple):
         cls, groups: Sequence[Group], q_weight: np.ndarray, q_scale: np.ndarray, q_scale_max: np.ndarray
     ) -> "PackedTiles":
         """The tiles of a table's groups."""
-        sizes = [group.rows // ROW_MULTIPLE for group in groups]
-        group = np.repeat(np.arange(len(groups)), sizes)
+        group, bits = groups_by_tile(groups)
         spare = 8 * len(group) - len(q_weight)
-        bits = np.repeat(np.asarray([group.bits for group in groups], np.int32), sizes)
         arrays = (np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
         return cls(*map(jnp.asarray, arrays))
 
 
 def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
     """Codes `[T, 32, N]` uint8, and working scales `[T, N]` as float32 holding exact half values."""
-    codes = unpack_codes(tiles.words, jnp.repeat(tiles.bits, ROW_MULTIPLE, total_repeat_length=4 * len(tiles.words)))
+    codes = unpack_codes(tiles.words, jnp.repeat(tiles.bits, ROW_MULTIPLE))
     scale = half_scale(tiles.maxima[:, None], unpack_scales(tiles.scales))
     return codes.reshape(-1, ROW_MULTIPLE, codes.shape[1]), scale
 

@@ -102,9 +102,10 @@ def stage_terms(
     params, quantized, tables = on_all_devices((params, quantized, tables))
     for chunk in row_chunks(states):
         h, ref, m = chunk.take(states), chunk.take(reference), chunk.take(mask)
-        xs, ys = (_inputs(decoder, spec.kind, stage, *both) for both in ((quantized, h), (params, ref)))
-        arrays = (h, ref, m, xs, ys, sums)
-        hidden, sums = _add_chunk(decoder, spec.kind, stage, strengths, routed_only, params, quantized, tables, *arrays)
+        xs = _inputs(decoder, spec.kind, stage, quantized, h)
+        ys = _inputs(decoder, spec.kind, stage, params, ref)
+        how = (decoder, spec.kind, stage, strengths, routed_only)
+        hidden, sums = _add_chunk(*how, params, quantized, tables, h, ref, m, xs, ys, sums)
         if last:
             chunk.put(out, hidden)
         for array, x in zip(kept or (), xs, strict=kept is not None):
