@@ -40,7 +40,7 @@ torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where not
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
 
 quality: demo-model ## measure what each choice of the algorithm is worth (most of an hour); the table of docs/quality.md
-	$(BIN)/python scripts/quality.py --plot build/quality/kl.png
+	$(BIN)/python -m scripts.studies.quality --plot build/quality/kl.png
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .
@@ -53,11 +53,11 @@ format: setup ## rewrite the sources in the house style
 
 parity: demo-model ## recompute the reference logits with torch and transformers and compare with the committed ones
 	@scripts/setup.sh parity
-	.venv-parity/bin/python -m scripts.parity --check
+	.venv-parity/bin/python -m scripts.parity.reference --check
 
 parity-write: demo-model ## rebuild the committed reference logits that no longer agree
 	@scripts/setup.sh parity
-	.venv-parity/bin/python -m scripts.parity --write
+	.venv-parity/bin/python -m scripts.parity.reference --write
 
 clean: ## remove caches and build outputs; keeps the virtual environments and the demo model
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -6,8 +6,8 @@ from pathlib import Path
 from exl2jax.lab import Plan, run_sweep
 from exl2jax.lab.page import sweep_page
 from exl2jax.lab.plan import EvaluationPlan, VariantPlan
-from exl2jax.pipeline.recipe import PRESETS
 from exl2jax.report.page import write_page
+from exl2jax.variants.recipe import PRESETS
 
 
 def main(model: str, out: Path, targets: list[float]) -> None:

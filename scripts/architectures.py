@@ -24,7 +24,7 @@ INTRODUCTION = """# Architectures
 What can be converted is what stock ExLlamaV2 0.3.2 can load: {count} architectures. Anything else is refused by name,
 since the runtime would take it for a Llama without a word.
 
-For each of them a tiny random model with all its options on is committed as a recipe (`tests/support`):
+For each of them a tiny random model with all its options on is committed as a recipe (`exl2jax/testing`):
 
 - **Logits.** The float32 logits of our forward pass agree with those of the reference named below, of `transformers`
   5.23.0 on torch 2.13.0, within 1e-3 at three lengths, one of them beyond the window or the trained context where there
@@ -75,7 +75,7 @@ saw less than a tenth of an even share. Each expert runs on every token, in one 
 the router's weights pick what counts.
 
 The experts of a layer are in memory together where 4 GiB hold them with all that belongs to them: weights, Hessians,
-factors, quantized copies (`EXPERT_BYTES` in `pipeline/blocks.py`). Otherwise every pass takes them in pieces: a few are
+factors, quantized copies (`EXPERT_BYTES` in `stream/blocks.py`). Otherwise every pass takes them in pieces: a few are
 read, worked on and let go before the next are read. A layer's output is a sum over its experts, and so are gradients
 and the states of candidates, so the result is the same but for the order of these sums. Pieces are not tuned, which the
 summary says, and the preset `stock` holds the outputs of all candidates meanwhile.

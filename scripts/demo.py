@@ -16,9 +16,9 @@ from rich.table import Table
 
 from exl2jax import ConversionConfig, ConversionResult, Evaluation, Exl2JaxError, convert, evaluate
 from exl2jax.calibration import load_tokenizer
-from exl2jax.evaluate.verify import verify
-from exl2jax.pipeline.progress import Control
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.report import make_progress
+from exl2jax.stream.progress import Control
 
 ROW_LENGTH = 512
 

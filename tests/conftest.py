@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_model import write_tiny_llama
+from exl2jax.testing.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import cli
-from tests.support.tiny_model import write_tiny_llama
+from exl2jax.testing.tiny_model import write_tiny_llama
 
 WEIGHTS = "model.safetensors"
 FIRST_NORM = "model.layers.0.input_layernorm.weight"

@@ -22,11 +22,11 @@ import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
 from exl2jax.calibration import CalibrationConfig, load_tokenizer
 from exl2jax.cli.shared import SAME_BYTES, deliver, set_up
+from exl2jax.conversion.settings import asked_record
+from exl2jax.conversion.work_directory import JobState, WorkDirectory
 from exl2jax.errors import Interrupted, ModelError
-from exl2jax.pipeline.asked import asked_record
-from exl2jax.pipeline.job import JobState, WorkDirectory
-from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.recipe import Recipe
+from exl2jax.stream.progress import Control
+from exl2jax.variants.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 32

@@ -11,11 +11,11 @@ from exl2jax.calibration.records import STANDARD
 from exl2jax.calibration.source import KNOWN
 from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
 from exl2jax.cli.shared import deliver, set_up
+from exl2jax.conversion.calibrate import build_rows
 from exl2jax.models import open_model, read_config
-from exl2jax.pipeline.calibrate import build_rows
-from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.report import calibration_table, make_progress
 from exl2jax.storage import make_directory, write_tensors
+from exl2jax.stream.progress import Control, StopFlag
 
 
 def calibrate_command(

@@ -22,14 +22,14 @@ from exl2jax.cli.options import (
     Variants,
 )
 from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up, settings_file
-from exl2jax.pipeline.asked import resumed_config
-from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.convert import convert
-from exl2jax.pipeline.devices import join_processes
-from exl2jax.pipeline.job import WorkDirectory
-from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.recipe import DEFAULT_PRESET
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.convert import convert
+from exl2jax.conversion.settings import resumed_config
+from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.report import conversion_table, make_progress
+from exl2jax.stream.devices import join_processes
+from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.variants.recipe import DEFAULT_PRESET
 
 CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
 """Parameters that say more about the calibration source."""

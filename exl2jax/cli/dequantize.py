@@ -8,7 +8,7 @@ from rich.text import Text
 
 from exl2jax.cli.options import Json
 from exl2jax.cli.shared import deliver
-from exl2jax.pipeline.dequantize import dequantize_model
+from exl2jax.exl2.dequantize import dequantize_model
 
 
 def dequantize_command(

@@ -24,7 +24,7 @@ from exl2jax.cli.shared import say
 from exl2jax.cli.sweep import sweep_command
 from exl2jax.cli.verify import verify_command
 from exl2jax.errors import Exl2JaxError, Interrupted
-from exl2jax.pipeline.progress import StopFlag
+from exl2jax.stream.progress import StopFlag
 from exl2jax.version import VERSION
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from exl2jax.cli.options import Json
 from exl2jax.cli.shared import deliver, set_up
-from exl2jax.evaluate import evaluate_many, load_eval_rows
-from exl2jax.evaluate.harness import run_tasks
-from exl2jax.evaluate.rows import HELDOUT
+from exl2jax.evaluation import evaluate_many, load_eval_rows
+from exl2jax.evaluation.harness import run_tasks
+from exl2jax.evaluation.rows import HELDOUT
 from exl2jax.report import evaluation_table, harness_table
 
 HELDOUT_LENGTH, FILE_LENGTH = 256, 512

@@ -8,7 +8,7 @@ import typer
 
 from exl2jax.cli.options import Json
 from exl2jax.cli.shared import deliver
-from exl2jax.evaluate.inspect import inspect
+from exl2jax.exl2.inspect import inspect
 from exl2jax.report import inspection_table
 
 

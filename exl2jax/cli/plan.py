@@ -9,13 +9,13 @@ from rich.console import Console
 
 from exl2jax.cli.options import Candidates, ExcludeBits, Json, Pins, Plugins, Variants
 from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up
-from exl2jax.pipeline.calibrate import PassRows
-from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.context import Context
-from exl2jax.pipeline.plan import make_plan
-from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.recipe import DEFAULT_PRESET
+from exl2jax.conversion.calibrate import PassRows
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.preflight import make_plan
 from exl2jax.report import plan_table
+from exl2jax.stream.progress import Control
+from exl2jax.variants.recipe import DEFAULT_PRESET
 
 
 def plan_command(

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from exl2jax.errors import SettingsError
-from exl2jax.pipeline.recipe import Recipe, recipe_from
 from exl2jax.variants import load_entry_points, load_plugin
+from exl2jax.variants.recipe import Recipe, recipe_from
 
 CACHE_MEGABYTES = 1024
 LOG_WIDTH = 160

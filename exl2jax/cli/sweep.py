@@ -17,10 +17,10 @@ from exl2jax.lab.estimate import estimate
 from exl2jax.lab.page import sweep_page
 from exl2jax.lab.plan import without_variants
 from exl2jax.lab.tables import estimate_table, sweep_table
-from exl2jax.pipeline.progress import Control, StopFlag
 from exl2jax.report import make_progress
 from exl2jax.report.page import write_page
 from exl2jax.report.plots import write_plots
+from exl2jax.stream.progress import Control, StopFlag
 
 
 def sweep_command(
@@ -45,7 +45,8 @@ def sweep_command(
         cells = estimate(asked, out)
         deliver(as_json, {"cells": [asdict(cell) for cell in cells]}, lambda: estimate_table(cells))
         return 0
-    logging.getLogger("exl2jax.pipeline").setLevel(logging.WARNING)  # of each conversion only what goes wrong
+    for room in ("conversion", "stream"):
+        logging.getLogger(f"exl2jax.{room}").setLevel(logging.WARNING)  # of each conversion only what goes wrong
     control = Control(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
     result = run_sweep(asked, out, control, ray_runner(ray) if ray else None)
     page = sweep_page(out)

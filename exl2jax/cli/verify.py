@@ -8,7 +8,7 @@ import typer
 
 from exl2jax.cli.options import Json
 from exl2jax.cli.shared import deliver
-from exl2jax.evaluate.verify import verify
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.report import verify_table
 
 

@@ -12,17 +12,17 @@ import jax
 import numpy as np
 from filelock import FileLock
 
+from exl2jax.conversion.convert import convert
+from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.errors import Interrupted, JobError
-from exl2jax.evaluate import EvalRows, Evaluation, evaluate_one, load_eval_rows, reference_pass
-from exl2jax.evaluate.perplexity import Reference
+from exl2jax.evaluation import EvalRows, Evaluation, evaluate_one, load_eval_rows, reference_pass
+from exl2jax.evaluation.perplexity import Reference
 from exl2jax.lab.meter import Cost, metered
 from exl2jax.lab.plan import Cell, settings_json
-from exl2jax.pipeline.context import digest
-from exl2jax.pipeline.convert import convert
-from exl2jax.pipeline.job import WorkDirectory
-from exl2jax.pipeline.progress import Control
-from exl2jax.pipeline.result import ConversionResult
 from exl2jax.storage import make_directory, read_json, remove, write_json
+from exl2jax.storage.digests import digest
+from exl2jax.stream.progress import Control
 from exl2jax.version import VERSION
 
 MEASUREMENT_NAME = "measurement.json"

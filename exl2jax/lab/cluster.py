@@ -13,8 +13,8 @@ from exl2jax.errors import Interrupted, SettingsError
 from exl2jax.lab.cell import ROW_NAME, Judge, failed_row
 from exl2jax.lab.plan import Cell, Plan, Resources
 from exl2jax.lab.sweep import Runner, cell_folder, measure, measurement_folder, one_cell
-from exl2jax.pipeline.progress import Control
 from exl2jax.storage import make_directory, write_json
+from exl2jax.stream.progress import Control
 
 MISSING = "--ray needs Ray, which is not installed; get it with: pip install 'exl2jax[ray]'"
 POLL_SECONDS = 1.0

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from exl2jax.candidates import head_qparams
 from exl2jax.lab.cell import finished_row
 from exl2jax.lab.plan import Cell, Plan
 from exl2jax.lab.results import STAGES
@@ -17,6 +16,7 @@ from exl2jax.lab.sweep import cell_folder
 from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
 from exl2jax.models.modules import embedding_shapes
 from exl2jax.ops.scales import TRIALS
+from exl2jax.stock_tables import head_qparams
 
 PROBE = 1024
 TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048

@@ -13,10 +13,10 @@ from exl2jax.errors import Exl2JaxError
 from exl2jax.lab.cell import MEASUREMENT_NAME
 from exl2jax.lab.results import STAGES, read_results
 from exl2jax.lab.sweep import TABLE_NAME
-from exl2jax.pipeline.context import digest
 from exl2jax.report.conversion import Conversion, conversion_plots, depth_plot, read_conversion, time_plot
 from exl2jax.report.page import NumberTable, Page, Section
 from exl2jax.report.plots import COLOURS, Plot, Theme, label
+from exl2jax.storage.digests import digest
 
 Row = Mapping[str, Any]
 MEGABYTE = 1e6

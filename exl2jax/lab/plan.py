@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from exl2jax.conversion.config import ConversionConfig
 from exl2jax.errors import SettingsError
-from exl2jax.evaluate.rows import HELDOUT
-from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.job import fingerprint
-from exl2jax.pipeline.recipe import Recipe, recipe_from
+from exl2jax.evaluation.rows import HELDOUT
+from exl2jax.storage.digests import fingerprint
+from exl2jax.variants.recipe import Recipe, recipe_from
 
 SETTINGS = (
     *("cal_dataset", "head_bits", "dataset_rows", "measurement_rows", "length", "measurement_length"),

@@ -12,8 +12,8 @@ from exl2jax.errors import Interrupted, JobError
 from exl2jax.lab.cell import Judge, failed_row, finished_row, measure, row_of, run_cell
 from exl2jax.lab.plan import Cell, Plan
 from exl2jax.lab.results import write_results
-from exl2jax.pipeline.progress import Control
 from exl2jax.storage import make_directory
+from exl2jax.stream.progress import Control
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.errors import JobError, MeasurementError
-from exl2jax.pipeline.job import WorkDirectory
-from exl2jax.pipeline.sensitivity import MEASURED
+from exl2jax.measure.sensitivity import MEASURED
 from exl2jax.qparams import QParams
 from exl2jax.report.page import NumberTable, Page, Section
 from exl2jax.report.plots import Plot, Theme, label, lines

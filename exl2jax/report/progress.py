@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from exl2jax.pipeline.progress import Progress as ProgressReceiver
+from exl2jax.stream.progress import Progress as ProgressReceiver
 
 
 class BarProgress:

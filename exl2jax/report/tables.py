@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from exl2jax.calibration import CalibrationSummary
-from exl2jax.evaluate import Evaluation, Figures
-from exl2jax.evaluate.inspect import LinearInspection
-from exl2jax.evaluate.verify import VerifyReport
-from exl2jax.pipeline.plan import Plan
-from exl2jax.pipeline.result import ConversionResult
+from exl2jax.conversion.preflight import Plan
+from exl2jax.conversion.result import ConversionResult
+from exl2jax.evaluation import Evaluation, Figures
+from exl2jax.exl2.inspect import LinearInspection
+from exl2jax.exl2.verify.directory import VerifyReport
 
 MEGABYTE = 1e6
 

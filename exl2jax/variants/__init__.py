@@ -2,7 +2,7 @@
 
 A variant is a function with a name, a docstring that gives its source, and a frozen configuration. `variant` registers
 one, `choose` names one with settings, `Method` is what the pipeline quantizes a linear with.
-The solvers of the allocation register where they are, in `exl2jax.pipeline.solvers`.
+The solvers of the allocation register where they are, in `exl2jax.variants.solvers`.
 """
 
 from exl2jax.variants import candidates, damping, measures, objective, order, rounding, scales, transforms, tuning  # noqa: F401  (they register themselves)

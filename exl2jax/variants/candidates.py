@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exl2jax.candidates import ATTENTION, MLP, Row
 from exl2jax.errors import Exl2JaxError, SettingsError
 from exl2jax.qparams import FORMAT_BITS, QParams
+from exl2jax.stock_tables import ATTENTION, MLP, Row
 from exl2jax.variants.registry import NoSettings, variant
 
 PARTS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}

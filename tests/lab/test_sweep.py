@@ -13,12 +13,12 @@ from filelock import FileLock
 
 from exl2jax import cli, evaluate
 from exl2jax.errors import Interrupted, JobError, StorageError
-from exl2jax.evaluate import load_eval_rows
-from exl2jax.evaluate.verify import verify
+from exl2jax.evaluation import load_eval_rows
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.lab import Plan, SweepResult, read_results, reproducible, run_sweep
 from exl2jax.lab.estimate import estimate
 from exl2jax.lab.results import SCHEMA
-from exl2jax.pipeline.progress import Control
+from exl2jax.stream.progress import Control
 
 
 def rows_of(sweep: SweepResult) -> list[dict]:

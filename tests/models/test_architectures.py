@@ -10,19 +10,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
-from exl2jax.evaluate import model_logits
-from exl2jax.evaluate.verify import verify
+from exl2jax.evaluation import model_logits
+from exl2jax.exl2.dequantize import dequantize_model
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import HFModel, Model, module_specs, open_model
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.models.spelling import stock_spelling
-from exl2jax.pipeline import blocks
-from exl2jax.pipeline.dequantize import dequantize_model
+from exl2jax.stream import blocks
+from exl2jax.testing.made_up import made_up_measurement
+from exl2jax.testing.stock_names import STOCK
+from exl2jax.testing.tiny_architectures import TINY
+from exl2jax.testing.tiny_layout import VOCABULARY, write_tiny
 from scripts.architectures import render
-from tests.support.made_up import made_up_measurement
-from tests.support.stock_names import STOCK
-from tests.support.tiny_architectures import TINY
-from tests.support.tiny_layout import VOCABULARY, write_tiny
 
 ROWS, LENGTH = 16, 32
 HALF_STEP = 2.0**-11

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exl2jax.evaluate import model_logits
-from tests.support.parity_cases import DEMO_CASE, TINY_CASES, ParityCase
-from tests.support.tiny_model import weights_digest
+from exl2jax.evaluation import model_logits
+from exl2jax.testing.parity_cases import DEMO_CASE, TINY_CASES, ParityCase
+from exl2jax.testing.tiny_model import weights_digest
 
 TOLERANCE = 1e-3  # absolute, on float32 logits of standard deviation 2 to 3
 

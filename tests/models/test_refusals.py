@@ -15,8 +15,8 @@ from exl2jax.models import HFModel, open_model, read_config
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.spelling import stock_spelling
 from exl2jax.models.tensors import canonical_name, rescale
-from tests.support.tiny_architectures import TINY
-from tests.support.tiny_layout import TinyArchitecture, write_tiny
+from exl2jax.testing.tiny_architectures import TINY
+from exl2jax.testing.tiny_layout import TinyArchitecture, write_tiny
 
 SIZES = (
     ("hidden_size", "n_embd", "d_model"),

@@ -15,7 +15,7 @@ from exl2jax.errors import FormatError, ModelError, SettingsError
 from exl2jax.models import Exl2Model, HFModel, ModuleSpec, head_spec, load_exl2, module_specs, open_model
 from exl2jax.ops import pack_linear, round_to_nearest
 from exl2jax.qparams import q
-from tests.support.tiny_model import TinyLlama, tiny_weights, write_tiny_llama
+from exl2jax.testing.tiny_model import TinyLlama, tiny_weights, write_tiny_llama
 
 TINY = TinyLlama()
 UNTIED = TinyLlama(seed=1, tie=False, attention_bias=True, mlp_bias=True, dtype="bfloat16", shards=3, num_layers=3)

@@ -22,8 +22,8 @@ from exl2jax.models import (
 from exl2jax.models.architectures import ARCHITECTURES
 from exl2jax.models.tensors import SourceTensors, canonical_name, source_name
 from exl2jax.storage import TensorFiles
-from tests.support.tiny_architectures import TINY
-from tests.support.tiny_layout import TinyArchitecture, write_tiny
+from exl2jax.testing.tiny_architectures import TINY
+from exl2jax.testing.tiny_layout import TinyArchitecture, write_tiny
 
 PUBLISHED = {"gpt2": ("", "transformer.")}
 """Prefixes of a tiny source that come back as others, where an architecture is published under both."""

@@ -29,16 +29,16 @@ from safetensors.numpy import save
 from exl2jax.calibration import load_tokenizer
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.settings import asked_record, resumed_config
+from exl2jax.conversion.work_directory import FileCheckpoint, JobState, WorkDirectory
 from exl2jax.errors import Exl2JaxError
-from exl2jax.evaluate.verify import verify
+from exl2jax.exl2.verify.directory import verify
+from exl2jax.measure.measurement import Measurement, read_measurement
 from exl2jax.models import module_specs, open_model, read_config
-from exl2jax.pipeline.asked import asked_record, resumed_config
-from exl2jax.pipeline.config import ConversionConfig
-from exl2jax.pipeline.job import FileCheckpoint, JobState, WorkDirectory
-from exl2jax.pipeline.measurement import Measurement, read_measurement
 from exl2jax.storage import TensorFiles, write_checked_tensors
-from tests.support.exl2_dir import write_tiny_exl2
-from tests.support.tiny_model import write_tiny_llama
+from exl2jax.testing.exl2_dir import write_tiny_exl2
+from exl2jax.testing.tiny_model import write_tiny_llama
 
 SECONDS_A_CASE = 10
 GIGABYTE = 2**30
@@ -240,7 +240,7 @@ def _sound_checkpoint(home: Path) -> bytes:
 
 
 def _measurement(specs: Any) -> Any:
-    from exl2jax.pipeline.measurement import Candidate, candidate_rows, module_bits
+    from exl2jax.measure.measurement import Candidate, candidate_rows, module_bits
 
     modules = {
         spec.key: tuple(

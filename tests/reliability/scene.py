@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from exl2jax import ConversionConfig, convert
-from tests.support.tiny_model import write_tiny_llama
+from exl2jax.testing.tiny_model import write_tiny_llama
 
 ROWS, LENGTH = 4, 32
 

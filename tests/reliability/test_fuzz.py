@@ -15,13 +15,13 @@ import pytest
 from exl2jax.calibration import load_tokenizer
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
+from exl2jax.conversion.settings import resumed_config
 from exl2jax.errors import CalibrationError, Exl2JaxError, JobError, ModelError
+from exl2jax.exl2.compile import copy_source_files
 from exl2jax.models import read_config
-from exl2jax.pipeline.asked import resumed_config
-from exl2jax.pipeline.compile import copy_source_files
 from exl2jax.storage import TensorFiles
+from exl2jax.testing.tiny_model import write_tiny_llama
 from tests.reliability.fuzzing import CASES, GIGABYTE, Target, limited, peak_memory, run_target, targets
-from tests.support.tiny_model import write_tiny_llama
 
 BOUNDED = 1500
 """Cases of the run, shared out as in the full one."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from exl2jax.cli import main
-from exl2jax.pipeline.job import WorkDirectory
+from exl2jax.conversion.work_directory import WorkDirectory
 from tests.reliability.disk import REFUSED
 from tests.reliability.experiments import (
     POINTS,

@@ -35,7 +35,7 @@ def state():
     }
 
 before = state()
-import exl2jax, exl2jax.cli, exl2jax.report, exl2jax.calibration, exl2jax.evaluate.verify
+import exl2jax, exl2jax.cli, exl2jax.report, exl2jax.calibration, exl2jax.exl2.verify.directory
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from exl2jax import ConversionConfig, cli, convert
-from exl2jax.candidates import MLP
 from exl2jax.errors import SettingsError
-from exl2jax.evaluate.inspect import inspect
-from exl2jax.evaluate.verify import verify
-from exl2jax.pipeline import annealing, solvers
-from exl2jax.pipeline.recipe import recipe_from
-from exl2jax.variants import choose, load_plugin, names
-from tests.support.tiny_model import write_tiny_llama
+from exl2jax.exl2.inspect import inspect
+from exl2jax.exl2.verify.directory import verify
+from exl2jax.ops import annealing
+from exl2jax.stock_tables import MLP
+from exl2jax.testing.tiny_model import write_tiny_llama
+from exl2jax.variants import choose, load_plugin, names, solvers
+from exl2jax.variants.recipe import recipe_from
 
 ROOT = Path(__file__).parents[2]
 LINEARS = ("scales", "rounding", "order", "damping", "tuning", "transform")

@@ -13,25 +13,25 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from exl2jax import ConversionConfig, cli, convert
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.preflight import make_plan
 from exl2jax.errors import Interrupted, JobError, NumericalError, SettingsError
-from exl2jax.evaluate import model_logits
-from exl2jax.evaluate.inspect import inspect
-from exl2jax.evaluate.logits import final_states
-from exl2jax.evaluate.verify import verify
+from exl2jax.evaluation import model_logits
+from exl2jax.evaluation.logits import final_states
+from exl2jax.exl2.inspect import inspect
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.lab import read_plan
 from exl2jax.models import HFModel, Model, build_decoder, head_norm_spec, module_specs, open_model
 from exl2jax.models.transform import layout_of, transformed
-from exl2jax.pipeline.context import Context
-from exl2jax.pipeline.plan import make_plan
-from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.recipe import PRESETS, recipe_from
-from exl2jax.pipeline.stream import head_logits
+from exl2jax.stream.forward import head_logits
+from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.testing.tiny_architectures import TINY
+from exl2jax.testing.tiny_layout import write_tiny
+from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants import Choice, choose, registry, variant
+from exl2jax.variants.recipe import PRESETS, recipe_from
 from exl2jax.variants.transforms import Layout, Pair, Read, Rewritten, orthogonal
 from tests.oracles import llama
-from tests.support.tiny_architectures import TINY
-from tests.support.tiny_layout import write_tiny
-from tests.support.tiny_model import write_tiny_llama
 
 BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 ROTATED = ("llama", "qwen2", "qwen3", "granite", "minicpm", "phi3", "internlm2", "gemma", "mixtral", "qwen3_moe")

@@ -12,17 +12,17 @@ from safetensors.numpy import load_file
 
 from exl2jax import ConversionConfig, convert
 from exl2jax.errors import Interrupted, SettingsError
-from exl2jax.evaluate.verify import verify
+from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import build_decoder, module_specs, open_model
-from exl2jax.pipeline.progress import Control, StopFlag
-from exl2jax.pipeline.quantize import ModuleReport
-from exl2jax.pipeline.recipe import recipe_from
-from exl2jax.pipeline.scoring import perplexity, score
-from exl2jax.pipeline.stream import embed, forward
+from exl2jax.quantize.report import ModuleReport
 from exl2jax.storage import read_json
+from exl2jax.stream.forward import embed, forward
+from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.scoring import perplexity, score
+from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants import choose
+from exl2jax.variants.recipe import recipe_from
 from exl2jax.variants.tuning import Tunable
-from tests.support.tiny_model import write_tiny_llama
 
 ADAM = {"name": "adam", "steps": 6, "every": 2, "learning_rate": 4e-3}
 

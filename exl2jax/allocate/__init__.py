@@ -1,0 +1,1 @@
+"""From costs to bits: which settings every linear gets, so that the whole reaches the target."""

@@ -1,0 +1,94 @@
+"""Calibration rows for a model, which sets vocabulary, context and noise rows and may be the author itself."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from exl2jax.calibration import CalibrationConfig, CalibrationRows, Tokenizer, load_rows
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.work_directory import WorkDirectory
+from exl2jax.models import HFModel, Model, ModelConfig
+from exl2jax.storage import write_tensors
+from exl2jax.storage.digests import fingerprint
+from exl2jax.stream.progress import Control
+from exl2jax.stream.sample import model_sampler, remembered
+
+log = logging.getLogger(__name__)
+
+
+class PassRows:
+    """The calibration rows of a conversion's passes, built once each and left in its work directory."""
+
+    def __init__(
+        self, config: ConversionConfig, model: HFModel, tokenizer: Tokenizer, work: WorkDirectory, control: Control
+    ) -> None:
+        """Remember what the rows are made from; nothing is read yet."""
+        self._config, self._model, self._tokenizer = config, model, tokenizer
+        self._work, self._control = work, control
+        self._built: dict[bool, CalibrationRows] = {}
+
+    def build(self, *, measure: bool) -> CalibrationRows:
+        """The rows of a pass. Before the first pass this is asked for both, so that bad input stops the job early."""
+        if measure not in self._built:
+            rows = build_rows(
+                self._config.calibration(measure=measure),
+                self._model.config,
+                self._tokenizer,
+                lambda: self._model,
+                self._control,
+                memory=(self._work.self_rows, self._identity()),
+            )
+            for note in rows.notes:
+                log.warning("calibration: %s", note)
+            self._built[measure] = rows
+        return self._built[measure]
+
+    def write(self, *, measure: bool) -> CalibrationRows:
+        """The rows of a pass, left in `cal_data.safetensors`; those of the measurement also under their own name."""
+        rows = self.build(measure=measure)
+        for path in (self._work.cal_data, *([self._work.measure_cal_data] if measure else [])):
+            write_tensors(path, rows.tensors(), {"pass": "measure" if measure else "quantize", "sha256": rows.sha256})
+        return rows
+
+    def _identity(self) -> str:
+        """What the model's own text depends on besides the prompts."""
+        model, config = self._model, self._config
+        return fingerprint(
+            {
+                "config": model.config_digest,
+                "weights": model.weights_digest(),
+                "tokenizer": self._tokenizer.fingerprint,
+                "rope": [config.rope_scale, config.rope_alpha],
+            }
+        )
+
+
+def build_rows(
+    wanted: CalibrationConfig,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    opened: Callable[[], Model],
+    control: Control,
+    *,
+    memory: tuple[Path, str] | None = None,
+) -> CalibrationRows:
+    """The rows of a configuration for a model; `opened` gives the model itself, and is called only for text of its own.
+
+    `memory` is a folder to keep that text in and what stands for the model there (`remembered`). Raises what
+    `load_rows` and `model_sampler` raise.
+    """
+
+    def sample(prompts: Sequence[Sequence[int]], n_rows: int, length: int, seed: int) -> np.ndarray:
+        vocab = min(config.vocab_size, tokenizer.vocab_size)
+        return model_sampler(opened(), vocab, control)(prompts, n_rows, length, seed)
+
+    return load_rows(
+        wanted,
+        tokenizer,
+        vocab_size=config.vocab_size,
+        context=config.max_position,
+        architecture=config.architecture,
+        sampler=sample if memory is None else remembered(sample, *memory),
+    )

@@ -1,0 +1,123 @@
+"""What the stages of one conversion share, and what decides the bytes of its result."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from exl2jax.calibration import Tokenizer, load_tokenizer
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.work_directory import FileCheckpoint, WorkDirectory
+from exl2jax.errors import SettingsError
+from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.models.transform import transformed
+from exl2jax.qparams import require_quantizable_rows
+from exl2jax.storage.digests import digest, fingerprint
+from exl2jax.stream.blocks import Block, HeadBlock
+from exl2jax.stream.progress import Control
+from exl2jax.stream.scan import Carry, scan
+from exl2jax.variants.recipe import Recipe
+from exl2jax.version import VERSION
+
+MEASURING = (
+    "cal_name",
+    "rope_scale",
+    "rope_alpha",
+    "measurement_rows",
+    "measurement_length",
+    "seed",
+    "moe_calibration",
+)
+QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation", "pins", "exclude_bits")
+"""Settings that decide the measurement, and those that decide the quantization after it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """The source, the settings and the work directory of a conversion; `inputs` is everything the bytes depend on."""
+
+    config: ConversionConfig
+    recipe: Recipe
+    model: HFModel
+    decoder: Decoder
+    specs: tuple[ModuleSpec, ...]
+    tokenizer: Tokenizer
+    work: WorkDirectory
+    control: Control
+    inputs: dict[str, Any]
+
+    @classmethod
+    def open(cls, config: ConversionConfig, control: Control) -> "Context":
+        """Open the source model and check all that can be checked before anything is computed."""
+        model = _open_source(config)
+        tokenizer = load_tokenizer(config.in_dir)
+        return cls(
+            config=config,
+            recipe=config.recipe,
+            model=model,
+            decoder=build_decoder(model.config),
+            specs=module_specs(model.config),
+            tokenizer=tokenizer,
+            work=WorkDirectory(config.out_dir),
+            control=control,
+            inputs=_inputs(config, model, tokenizer),
+        )
+
+    def load(self, spec: ModuleSpec | LinearSpec) -> Block | HeadBlock:
+        """The block of a module, or of the head, with its weights; a large mixture reads its experts later."""
+        if isinstance(spec, LinearSpec):
+            return HeadBlock(spec, self.model.head_params())
+        return Block.of(self.model, spec)
+
+    def scan[O](
+        self,
+        stage: str,
+        step: Callable[[Carry, Any], tuple[Carry, O]],
+        start: Callable[[], Carry],
+        specs: Sequence[ModuleSpec | LinearSpec],
+        *,
+        describe: Callable[[Any, O], str],
+        write: Callable[[list[O]], None],
+        read: Callable[[int], list[O]],
+    ) -> tuple[Carry, list[O]]:
+        """A checkpointed pass over blocks in this work directory; `write` and `read` keep its outputs."""
+        checkpoint = FileCheckpoint(work=self.work, stage=stage, job=fingerprint(self.inputs), write=write, read=read)
+        return scan(
+            step,
+            start,
+            specs,
+            load=self.load,
+            describe=describe,
+            checkpoint=checkpoint,
+            interval=self.config.checkpoint_interval,
+            stage=stage,
+            control=self.control,
+        )
+
+
+def _open_source(config: ConversionConfig) -> HFModel:
+    model = open_model(config.in_dir, rope_scale=config.rope_scale, rope_alpha=config.rope_alpha)
+    if not isinstance(model, HFModel):
+        raise SettingsError(f"{config.in_dir}: this is an EXL2 directory already; give the original model")
+    for spec in module_specs(model.config):
+        for linear in spec.linears:
+            require_quantizable_rows(linear.rows, f"{config.in_dir}: {linear.key}")
+    require_quantizable_rows(model.config.hidden_size, f"{config.in_dir}: lm_head")
+    model.check_headers()
+    return transformed(model, config.recipe.transform)
+
+
+def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    chosen = MEASURING if config.output_measurement else MEASURING + QUANTIZING
+    inputs: dict[str, Any] = {
+        "package version": VERSION,
+        "model config": model.config_digest,
+        "model weights": model.weights_digest(),
+        "tokenizer": tokenizer.fingerprint,
+        **{name: getattr(config, name) for name in chosen},
+        "preset": asdict(config.recipe),
+    }
+    if config.measurement is not None:
+        inputs["measurement file"] = digest(config.measurement)
+    return json.loads(json.dumps(inputs))  # as a job file gives them back: tuples are lists

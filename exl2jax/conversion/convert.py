@@ -1,0 +1,229 @@
+"""The whole conversion: stages in order, each resumable, over one work directory."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import dropwhile
+from pathlib import Path
+
+import numpy as np
+
+from exl2jax.allocate.allocate import require_reachable
+from exl2jax.allocate.strategy import Strategy
+from exl2jax.calibration import CalibrationRows
+from exl2jax.conversion.calibrate import PassRows
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.passes import (
+    accuracy_pass,
+    backward_pass,
+    forward_pass,
+    perturb_pass,
+    price_pass,
+    quantize_pass,
+    read_reports,
+)
+from exl2jax.conversion.preflight import require_space
+from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.settings import asked_record
+from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
+from exl2jax.conversion.summary import quantization_config, strategy_record, summarize
+from exl2jax.conversion.work_directory import JobState
+from exl2jax.errors import JobError, StorageError
+from exl2jax.exl2.compile import compile_model, copy_source_files
+from exl2jax.measure.measurement import Measurement, read_measurement
+from exl2jax.quantize.diagnostics import calibration_shortage
+from exl2jax.storage import make_directory
+from exl2jax.storage.digests import digest
+from exl2jax.stream.devices import spread
+from exl2jax.stream.progress import Control
+
+log = logging.getLogger(__name__)
+
+type Stage = Callable[[JobState], JobState]
+
+MEASURING_PASSES = {
+    "forward": forward_pass,
+    "backward": backward_pass,
+    "perturb": perturb_pass,
+    "price": price_pass,
+    "measure": accuracy_pass,
+}
+"""Passes of the measurement in order; a recipe takes some of them."""
+
+
+def convert(config: ConversionConfig, control: Control | None = None) -> ConversionResult:
+    """Convert a Hugging Face model to EXL2, or go on with the conversion that `config.out_dir` holds.
+
+    Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
+    """
+    context = Context.open(config, control or Control())
+    config.limits.require_matches(context.specs)
+    if config.measurement is None and config.output_measurement is None:
+        require_reachable(context.specs, config.bits, context.recipe.pricing, context.recipe.table)
+    with spread(config.devices), context.work.locked():
+        if config.no_resume:
+            context.work.clear()
+        return _Conversion(context).run()
+
+
+class _Conversion:
+    """One run over a work directory."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config = context.config
+        self.work = context.work
+        self.rows = PassRows(context.config, context.model, context.tokenizer, context.work, context.control)
+        self.saved = JobState(inputs=context.inputs, settings=asked_record(context.config), stage="")
+
+    def run(self) -> ConversionResult:
+        """Every stage that is not done yet."""
+        stages = self._stages()
+        state = self.work.resume(replace(self.saved, stage=next(iter(stages))))
+        self._check_calibration(state, stages)
+        following = [*stages, "compile"][1:]
+        for (name, stage), after in zip(stages.items(), following, strict=True):
+            if state.stage == name:
+                state = self._timed(state, name, stage).advanced(after)
+        if self.config.output_measurement is not None:
+            return self._deliver_measurement(state)
+        return self._finish(state)
+
+    def _check_calibration(self, state: JobState, stages: Iterable[str]) -> None:
+        """Build the rows of every pass still to come: bad input is named before any weight is read."""
+        coming = list(dropwhile(lambda name: name != state.stage, stages))
+        passes = sorted({name != "quantize" for name in coming}, reverse=True)
+        built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
+        require_space(self.context, built)
+
+    def _stages(self) -> dict[str, Stage]:
+        """The stages before compilation, in order."""
+        recipe = self.context.recipe
+        measure = partial(self._with_rows, measure=True)
+        if self.config.measurement is not None:
+            stages: dict[str, Stage] = {}
+        else:
+            stages = {name: partial(measure, run) for name, run in MEASURING_PASSES.items() if name in recipe.passes}
+        return stages if self.config.output_measurement is not None else {**stages, "quantize": self._quantize}
+
+    def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
+        """Run a stage and add its seconds, those of interrupted runs included."""
+        begun = time.monotonic()
+        before = state.records.get("seconds", {})
+
+        def timed(state: JobState) -> JobState:
+            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - begun, 3)}
+            return replace(state, records={**state.records, "seconds": spent})
+
+        self._save(state)
+        try:
+            state = timed(stage(state))
+        except BaseException:
+            with suppress(StorageError):  # what stopped the stage is the news
+                self._save(timed(self.saved))
+            raise
+        left = self.work.left_by(name)
+        state = state if left is None else state.advanced(name, sha256=self._digests(state) | {left.name: digest(left)})
+        self._save(state)
+        return state
+
+    def _save(self, state: JobState) -> None:
+        self.work.save(state)
+        self.saved = state
+
+    def _digests(self, state: JobState) -> dict[str, str]:
+        """Digests of the files that the stages so far left, by name."""
+        return state.records.get("sha256", {})
+
+    def _require_unchanged(self, path: Path, state: JobState) -> None:
+        """Refuse to go on with a stage's result that is not the one the stage left."""
+        if self._digests(state).get(path.name) != digest(path):
+            advice = "start over with -nr, or take it with -m into another -o"
+            raise JobError(f"{path}: changed since this job wrote it; {advice}")
+
+    def _with_rows(
+        self, run: Callable[[Context, CalibrationRows], None], state: JobState, *, measure: bool
+    ) -> JobState:
+        """Run a pass on its calibration rows."""
+        rows = self.rows.write(measure=measure)
+        state = self._with_calibration(state, "measure" if measure else "quantize", rows)
+        run(self.context, rows)
+        return state
+
+    def _quantize(self, state: JobState) -> JobState:
+        if self.config.measurement is None:
+            self._require_unchanged(self.work.measurement, state)
+        strategy, measurement = self._allocate()
+        run = partial(quantize_pass, strategy=strategy, token_weights=self._token_weights(measurement))
+        state = self._with_rows(run, state, measure=False)
+        return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})
+
+    def _token_weights(self, measurement: Measurement) -> dict[str, np.ndarray]:
+        """The weights of tokens that Hessians take, by key of a linear, where the recipe asks for them."""
+        power = self.context.recipe.weigh_hessians
+        if not power:
+            return {}
+        weights = {} if measurement.sensitivity is None else measurement.sensitivity.token_weights
+        if not weights:
+            log.warning("quantization: the measurement has no weights of tokens, so that all of them count alike")
+        return {key: weight**power for key, weight in weights.items()}
+
+    def _allocate(self) -> tuple[Strategy, Measurement]:
+        """The allocation, and the measurement it rests on."""
+        measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
+        strategy = choose_strategy(self.context, measurement, usable_pricing(self.context, measurement))
+        figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
+        log.info("allocation: %.4f bits per weight, %s %.4f", strategy.bpw, figure, strategy.objective)
+        return strategy, measurement
+
+    def _deliver_measurement(self, state: JobState) -> ConversionResult:
+        target = self.config.output_measurement
+        assert target is not None  # run() checked
+        target = target / "measurement.json" if target.is_dir() else target
+        make_directory(target.parent, "-om/--output_measurement")
+        read_measurement(self.work.measurement, self.context.specs).write(target, self.context.specs)
+        return ConversionResult(
+            output=str(target),
+            bits=self.config.bits,
+            preset=self.context.recipe.name,
+            calibration=state.records.get("calibration"),
+            seconds=state.records.get("seconds"),
+        )
+
+    def _finish(self, state: JobState) -> ConversionResult:
+        target = self.config.compile_full or self.work.path
+        self._require_unchanged(self.work.reports, state)
+        begun = time.monotonic()
+        reports = read_reports(self.context)
+        shards = compile_model(
+            self.context.model,
+            self.work.out_tensor,
+            target,
+            shard_mb=self.config.shard_size,
+            own_norms={key for report in reports for key in report.own_norms},
+            own_files=self.work.files if target == self.work.path else (),
+        )
+        if self.config.compile_full is not None:
+            copy_source_files(self.context.model, target, quantization_config(self.config, state))
+        seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - begun, 3)}
+        state = state.advanced("finished", seconds=seconds)
+        result = summarize(self.context, state, target, shards, reports)
+        self.work.save(state.advanced("finished", summary=result.to_json()))
+        return result
+
+    def _with_calibration(self, state: JobState, name: str, rows: CalibrationRows) -> JobState:
+        """The state with the pass's calibration on record; a resume under other rows is refused."""
+        known = state.records.get("calibration", {})
+        tokens = rows.input_ids.size if rows.attention_mask is None else int(rows.attention_mask.sum())
+        shortage = calibration_shortage([linear for spec in self.context.specs for linear in spec.linears], tokens)
+        record = rows.record()
+        record["notes"] = [*record["notes"], *(f"{name} pass {line}" for line in shortage)]
+        if name in known and known[name]["sha256"] != rows.sha256:
+            raise JobError(f"{self.work.job_file}: the calibration data changed since the {name} pass began; use -nr")
+        state = replace(state, records={**state.records, "calibration": {**known, name: record}})
+        self._save(state)
+        return state

@@ -1,0 +1,206 @@
+"""What a conversion will take and give, and what would be refused, before anything is computed."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exl2jax.allocate.allocate import feasible_bpw, reach, reachable_budget
+from exl2jax.allocate.strategy import Strategy
+from exl2jax.calibration import CalibrationRows
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
+from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
+from exl2jax.exl2.compile import compiled_size, source_head
+from exl2jax.models import head_spec, slots_of
+from exl2jax.models.modules import embedding_shapes, head_norm_spec
+from exl2jax.qparams import padded_columns
+from exl2jax.quantize.diagnostics import calibration_shortage
+from exl2jax.quantize.propagate import kept_bytes
+from exl2jax.stock_tables import head_qparams
+
+FLOAT = 4
+HEADER = 160
+"""Bytes of a safetensors header per tensor, at most: name, dtype, shape and place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Sizes in bytes. `low_bpw` and `high_bpw` are what any allocation reaches, over the decoder's linears.
+
+    `output_size` is that of the compiled weights: by a measurement exactly (`output_exact`), without one when the whole
+    budget is spent, which is the most they can take. `disk` is what the work directory and the result take at their
+    largest, `memory` an estimate of the host's.
+    `refused` says what a conversion would refuse, `warnings` what it would go on with.
+    """
+
+    bits: float
+    low_bpw: float
+    high_bpw: float
+    output_size: int
+    output_exact: bool
+    source_size: int
+    disk: int
+    disk_free: int
+    memory: int
+    memory_present: int
+    calibration_tokens: Mapping[str, int]
+    refused: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `--json`."""
+        return asdict(self)
+
+
+def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
+    """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
+
+    A measurement that the job names is read, and bits are allocated by it.
+    """
+    (low, high), exact, refused = _budget(context)
+    disk, free = _disk(context, rows, high), _free(context)
+    memory, present = _memory(context, rows), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tokens = {name: _tokens(each) for name, each in rows.items()}
+    linears = [linear for spec in context.specs for linear in spec.linears]
+    short = [f"{name} pass {line}" for name, count in tokens.items() for line in calibration_shortage(linears, count)]
+    tight = [f"memory: about {memory / 1e9:.1f} GB are needed, this machine has {present / 1e9:.1f} GB"]
+    return Plan(
+        bits=context.config.bits,
+        low_bpw=low,
+        high_bpw=high,
+        output_size=_output_size(context, high) if exact is None else exact,
+        output_exact=exact is not None,
+        source_size=sum(path.stat().st_size for path in context.model.files.files),
+        disk=disk,
+        disk_free=free,
+        memory=memory,
+        memory_present=present,
+        calibration_tokens=tokens,
+        refused=tuple(str(e) for e in (*refused, *_disk_refusals(context, disk, free))),
+        warnings=(*short, *(tight if memory > present else [])),
+    )
+
+
+def require_space(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
+    """Raise `StorageError` where a plan would refuse for the disk."""
+    _, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
+    for error in _disk_refusals(context, _disk(context, rows, high), _free(context)):
+        raise error
+
+
+def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl2JaxError]]:
+    """Least and greatest bits per weight, the size by a given measurement, and why the target is refused."""
+    config, specs, table = context.config, context.specs, context.recipe.table
+    if config.measurement is None:
+        within = reach(specs, context.recipe.pricing, table)
+        try:
+            if config.output_measurement is None:
+                reachable_budget(within, specs, config.bits)
+        except MeasurementError as e:
+            return within, None, [e]
+        return within, None, []
+    measurement = limited_measurement(context, config.measurement)
+    pricing = usable_pricing(context, measurement)
+    within = feasible_bpw(measurement, specs, pricing, table)
+    try:
+        return within, _exact_size(context, choose_strategy(context, measurement, pricing)), []
+    except MeasurementError as e:
+        return within, None, [e]
+
+
+def _exact_size(context: Context, strategy: Strategy) -> int:
+    chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
+    chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
+    return compiled_size(context.model, chosen, shard_mb=context.config.shard_size)
+
+
+def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]:
+    missing = disk - _present(context) - free
+    if missing <= 0:
+        return []
+    return [
+        StorageError(
+            f"{context.config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
+            f"free {missing / 1e6:.0f} MB more or choose another -o"
+        )
+    ]
+
+
+def _linears_size(context: Context, high: float) -> int:
+    """Bytes of the packed linears and the head, biases included, when the budget is spent."""
+    weights = sum(spec.weights for spec in context.specs)
+    head = head_spec(context.model.config)
+    linears = [*(linear for spec in context.specs for linear in spec.linears), head]
+    biases = sum(2 * padded_columns(linear.columns) for linear in linears if linear.bias)
+    bits = int(weights * min(context.config.bits, high))
+    return bits // 8 + head_qparams(context.config.head_bits).total_bits(head.rows, head.columns) // 8 + biases
+
+
+def _output_size(context: Context, high: float) -> int:
+    """Bytes of the compiled weights: packed linears, everything else as the source stores it, and headers."""
+    model = context.model
+    inner = [name for spec in context.specs for name in spec.plain]
+    outer = [*embedding_shapes(model.config), *head_norm_spec(model.config).tensors, *model.copied()]
+    tensors = sum(source_head(model, name).nbytes for name in (*inner, *outer))
+    linears = sum(len(spec.linears) for spec in context.specs) + 1
+    return _linears_size(context, high) + tensors + HEADER * (len(inner) + len(outer) + 6 * linears)
+
+
+def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) -> int:
+    """Bytes of work directory and result at their largest: linears twice, states twice, and the forward pass's."""
+    passing = 2 * _states(context, rows) + _inputs(context, rows)
+    if context.config.output_measurement is not None:
+        return passing
+    return _linears_size(context, high) + _output_size(context, high) + passing
+
+
+def _states(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Bytes of the largest checkpoint's hidden states, the full-precision stream's among them."""
+    streams = 2 if context.recipe.carries_reference else 1
+    width = context.model.config.hidden_size
+    return max((streams * each.input_ids.size * width * FLOAT for each in rows.values()), default=0)
+
+
+def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Bytes of the module inputs that the forward pass keeps."""
+    if "forward" not in context.recipe.passes or "measure" not in rows:
+        return 0
+    ids = rows["measure"].input_ids
+    size = min(context.recipe.fisher_rows, len(ids)) * ids.shape[1] * context.model.config.hidden_size
+    return size * FLOAT * (len(context.specs) + 1)
+
+
+def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
+    """Estimate: states twice, the largest block's weights and Hessian several times over or the embedding, and what
+    propagation keeps of a module.
+    """  # noqa: D205
+    module = max(spec.weights for spec in context.specs)
+    widest = max(linear.rows for spec in context.specs for linear in spec.linears)
+    table = context.model.config.vocab_size * context.model.config.hidden_size
+    tokens = rows["quantize"].input_ids.size if "quantize" in rows and context.recipe.propagates else 0
+    kept = max(kept_bytes(spec, tokens) for spec in context.specs)
+    return 2 * _states(context, rows) + kept + FLOAT * max(4 * module + 6 * widest**2, 3 * table) + 500 * 10**6
+
+
+def _tokens(rows: CalibrationRows) -> int:
+    return rows.input_ids.size if rows.attention_mask is None else int(rows.attention_mask.sum())
+
+
+def _present(context: Context) -> int:
+    """Bytes that an earlier run left in the work directory and the result: a resume needs so much less."""
+    folders = [context.work.path, *([context.config.compile_full] if context.config.compile_full else [])]
+    return sum(p.stat().st_size for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+
+
+def _free(context: Context) -> int:
+    """Bytes free where the work directory is or will be."""
+    return shutil.disk_usage(_existing(context.config.out_dir)).free
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above a path that exists: where its space will come from."""
+    path = path.resolve()
+    return next(p for p in (path, *path.parents) if p.is_dir())

@@ -1,0 +1,37 @@
+"""The whole forward pass of a directory, block by block."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from exl2jax.models import Model, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.stream.blocks import Block, forward_block
+from exl2jax.stream.chunks import row_chunks
+from exl2jax.stream.forward import embed, head_logits
+
+
+def walk(model: Model, input_ids: np.ndarray) -> Iterator[tuple[ModuleSpec, np.ndarray]]:
+    """Every module and the hidden states `[R, T, D]` after it, one block resident."""
+    decoder = build_decoder(model.config)
+    states = embed(model, input_ids)
+    for spec in module_specs(model.config):
+        states = forward_block(decoder, Block.of(model, spec), states)
+        yield spec, states
+
+
+def final_states(model: Model, input_ids: np.ndarray) -> np.ndarray:
+    """Hidden states `[R, T, D]` after the last layer."""
+    *_, (_, states) = walk(model, input_ids)
+    return states
+
+
+def model_logits(directory: Path, input_ids: np.ndarray) -> np.ndarray:
+    """Logits `[R, T, vocab]` float32 of a Hugging Face or EXL2 directory on `input_ids [R, T]`."""
+    model = open_model(directory)
+    states = final_states(model, input_ids)
+    decoder, params = build_decoder(model.config), model.head_params()
+    out = np.empty((*input_ids.shape, model.config.vocab_size), np.float32)
+    for chunk in row_chunks(states):
+        chunk.put(out, head_logits(decoder, params, chunk.take(states)))
+    return out

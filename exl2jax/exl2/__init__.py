@@ -1,0 +1,1 @@
+"""An EXL2 directory: compiled, read back, described and verified."""

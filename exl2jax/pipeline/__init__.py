@@ -1,1 +1,0 @@
-"""The stages of a conversion and the checkpointed scan that drives them."""

@@ -1,0 +1,1 @@
+"""One module from full-precision weights to packed tensors, corrected for the errors before it."""

@@ -1,0 +1,288 @@
+"""The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exl2jax.errors import NumericalError
+from exl2jax.models import Decoder, LinearSpec, ModuleSpec
+from exl2jax.models.modules import NormSpec
+from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
+from exl2jax.qparams import QParams
+from exl2jax.quantize.diagnostics import clamp_bias, hessian_trouble, linear_trouble, starved_experts
+from exl2jax.quantize.head import quantize_head
+from exl2jax.quantize.linear import Task, factor_hessian, module_factors, pack_checked, quantize_many
+from exl2jax.quantize.propagate import StageTerms, Strengths, corrected_target, finish, stage_terms
+from exl2jax.quantize.report import ModuleReport
+from exl2jax.quantize.store import stored_norm, tensor_file
+from exl2jax.quantize.tune import TuneTask
+from exl2jax.stock_tables import head_qparams
+from exl2jax.storage import write_checked_tensors
+from exl2jax.stream.blocks import Block, HeadBlock, Piece, cut
+from exl2jax.stream.forward import forward, relative_error
+from exl2jax.stream.hessians import collect
+from exl2jax.stream.scan import REFERENCE, STATES, Carry
+from exl2jax.stream.scoring import perplexity, score
+from exl2jax.stream.token_classes import group_tables
+from exl2jax.variants.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeStep:
+    """The step of the quantization scan, with everything that stays the same through it.
+
+    The carry holds the quantized model's states and, as `REFERENCE`, those of the full-precision one: of all rows where
+    the recipe propagates errors or tunes, else of the `check_rows` that the final check runs on.
+    """
+
+    decoder: Decoder
+    recipe: Recipe
+    strategy: Mapping[str, Mapping[str, QParams]]
+    head_bits: int
+    input_ids: np.ndarray
+    mask: np.ndarray | None
+    out_tensor: Path
+    check_rows: int
+    routed_only: bool = True
+    seed: int = 0
+    token_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def start(self, states: np.ndarray) -> Carry:
+        """The carry before the first module, from the embedded rows."""
+        return {STATES: states, REFERENCE: states[: None if self.recipe.carries_reference else self.check_rows].copy()}
+
+    def __call__(self, carry: Carry, block: Block | HeadBlock) -> tuple[Carry, ModuleReport]:
+        """Quantize a block and move on with its quantized outputs."""
+        if isinstance(block, HeadBlock):
+            return self._head(carry, block)
+        run = partial(
+            self._propagated if self.recipe.propagates else self._plain,
+            states=carry[STATES],
+            reference=carry[REFERENCE],
+        )
+        done = reduce(Outcome.joined, map(run, block.pieces(self.decoder)))
+        if not np.isfinite(done.states).all():
+            raise NumericalError(f"{block.spec.key}: the quantized output holds NaN or infinity")
+        error = relative_error(done.states, done.wanted, self.mask)
+        said = (*done.trouble, *starved_experts(block.spec, done.tokens))
+        if self.recipe.tuning is not None and len(cut(block.spec)) > 1:
+            said = (*said, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
+        report = ModuleReport(
+            key=block.spec.key,
+            bits=done.bits,
+            damping=done.damping,
+            trouble=said,
+            tuning=done.tuning,
+            own_norms=done.own_norms,
+            **{"stream_error" if self.recipe.propagates else "rfn_error": error},
+        )
+        return {STATES: done.states, REFERENCE: done.reference}, report
+
+    def _plain(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
+        """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
+        decoder, spec, params = piece
+        tables = group_tables(spec.groups, self.token_weights)
+        collected = collect(decoder, spec, params, states, self.mask, routed_only=self.routed_only, tables=tables)
+        factors = module_factors(spec, collected.hessians, self.recipe.method)
+        kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
+        done = self._linears(spec, spec.linears, params, kernels, factors)
+        said = [
+            line
+            for g, h in zip(spec.groups, collected.hessians, strict=True)
+            for line in hessian_trouble(h, factors[g[0].name], g)
+        ]
+        done = done._replace(trouble=(*done.trouble, *said))
+        tokens = collected.tokens[-len(spec.stages[-1]) :]
+        return self._outcome(piece, done, factors, tokens, states, piece.forward(reference), collected.states)
+
+    def _propagated(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
+        """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
+        decoder, spec, params = piece
+        done, said, found = _Quantized(params, {}, ()), list[str](), StageTerms([], [], reference)
+        factors: dict[str, HessianFactor] = {}
+        kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
+        strengths = Strengths(self.recipe.propagation, self.recipe.residual * decoder.residual_share(spec.kind))
+        for stage, groups in enumerate(spec.stages):
+            found = stage_terms(
+                decoder,
+                spec,
+                stage,
+                params,
+                done.params,
+                states,
+                reference,
+                self.mask,
+                strengths,
+                routed_only=self.routed_only,
+                tables=group_tables(groups, self.token_weights),
+            )
+            targets = dict[str, jax.Array]()
+            for group, terms in zip(groups, found.terms, strict=True):
+                keys = " and ".join(linear.key for linear in group)
+                factor = factor_hessian(terms.hessian, keys, self.recipe.method)
+                said += hessian_trouble(terms.hessian, factor, group)
+                factors |= {x.name: factor for x in group}
+                targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
+            linears = [x for group in groups for x in group]
+            now = self._linears(spec, linears, done.params, targets, factors)
+            done = now._replace(linears={**done.linears, **now.linears})
+            said += now.trouble
+        done = done._replace(trouble=tuple(said))
+        following, kept = found.reference, None if self.recipe.tuning else found.inputs  # tuned norms change them
+        return self._outcome(piece, done, factors, found.tokens, states, following, following, kept)
+
+    def _outcome(
+        self,
+        piece: Piece,
+        done: "_Quantized",
+        factors: Mapping[str, HessianFactor],
+        tokens: list[int],
+        states: np.ndarray,
+        reference: np.ndarray,
+        wanted: np.ndarray,
+        inputs: Sequence[np.ndarray] | None = None,
+    ) -> "Outcome":
+        """Store what is quantized and run it, from the `inputs` of its last stage where these are known."""
+        params, kept = self._finish(piece, done, states, reference)
+        out = states if piece.whole else np.empty_like(states)
+        if inputs is None:
+            forward(piece.decoder, piece.spec.kind, params, states, out=out)
+        else:
+            finish(piece.decoder, piece.spec, params, states, inputs, out)
+        return Outcome(
+            states=out,
+            wanted=wanted,
+            reference=reference,
+            damping={name: float(factor.damping) for name, factor in factors.items()},
+            trouble=done.trouble,
+            tokens=tokens,
+            **kept,
+        )
+
+    def _linears(
+        self,
+        spec: ModuleSpec,
+        linears: Sequence[LinearSpec],
+        params: Any,
+        targets: Mapping[str, Any],
+        factors: Mapping[str, HessianFactor],
+    ) -> "_Quantized":
+        """Quantize some linears of a module, whose other parameters stay."""
+        settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
+        tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x, self.recipe.method) for x in linears]
+        out, results, trouble = dict(params), quantize_many(tasks), list[str]()
+        for linear, result in zip(linears, results, strict=True):
+            own = dict(params[linear.name])
+            trouble += linear_trouble(linear, own["kernel"], result)
+            bias, said = clamp_bias(linear, np.asarray(own["bias"]) if "bias" in own else None)
+            trouble += said
+            out[linear.name] = own | {"kernel": result.weight} | ({} if bias is None else {"bias": bias})
+        return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(trouble))
+
+    def _finish(
+        self, piece: Piece, done: "_Quantized", states: np.ndarray, reference: np.ndarray
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report.
+
+        Pieces of a mixture are not tuned: what they should give together is known only when the last one is stored.
+        """
+        spec, params, linears, report = piece.spec, done.params, done.linears, dict[str, Any]()
+        norms: tuple[NormSpec, ...] = ()
+        if self.recipe.tuning is not None and piece.whole:
+            task = TuneTask(
+                decoder=piece.decoder,
+                spec=spec,
+                params=params,
+                linears=linears,
+                states=states,
+                reference=reference,
+                mask=self.mask,
+            )
+            params, linears, result = task.run(self.recipe.tuning, self.seed)
+            report["tuning"] = {"before": result.before, "after": result.after, "steps": result.steps}
+            norms = () if result.values is None else tuple(n for n in spec.norms if n.name in result.values.norms)
+        bits = 0
+        for linear in spec.linears:
+            packed = pack_checked(linears[linear.name], linear, params[linear.name].get("bias"))
+            self._store(linear, packed.packed)
+            bits += packed.packed.bits
+        for norm in norms:
+            write_checked_tensors(tensor_file(self.out_tensor, norm.key), stored_norm(norm, params[norm.name]))
+        return params, report | {"bits": bits, "own_norms": tuple(norm.key for norm in norms)}
+
+    def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
+        kernel = block.params["lm_head"]["kernel"]
+        qparams, method = head_qparams(self.head_bits), self.recipe.method
+        packed, damping, trouble = quantize_head(
+            self.decoder,
+            block.spec,
+            block.params,
+            carry[STATES],
+            self.mask,
+            qparams,
+            method,
+            reference=carry[REFERENCE],
+            strength=self.recipe.propagation,
+        )
+        self._store(block.spec, packed.packed)
+        rows = min(self.check_rows, len(self.input_ids))
+        ids, mask = self.input_ids[:rows], None if self.mask is None else self.mask[:rows]
+        params = {"norm": block.params["norm"], "lm_head": {"kernel": packed.weight}}
+        full = {"norm": block.params["norm"], "lm_head": {"kernel": kernel}}
+        report = ModuleReport(
+            key=block.spec.key,
+            bits=packed.packed.bits,
+            damping=damping,
+            trouble=trouble,
+            perplexity=perplexity(score(self.decoder, params, carry[STATES][:rows], ids).nll, mask),
+            perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE][:rows], ids).nll, mask),
+        )
+        return carry, report
+
+    def _store(self, spec: LinearSpec, packed: PackedLinear) -> None:
+        write_checked_tensors(tensor_file(self.out_tensor, spec.key), packed.tensors(spec.key))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What quantizing a module, or a piece of it, gave.
+
+    `states` are those after it, `wanted` those that they are judged by, `reference` the full-precision ones; `tokens`
+    went into the Hessian of each group of the last stage; the rest is for the report.
+    """
+
+    states: np.ndarray
+    wanted: np.ndarray
+    reference: np.ndarray
+    bits: int
+    damping: dict[str, float]
+    trouble: tuple[str, ...]
+    tokens: list[int]
+    tuning: Mapping[str, float] | None = None
+    own_norms: tuple[str, ...] = ()
+
+    def joined(self, then: "Outcome") -> "Outcome":
+        """Together with the next piece: states add up, the rest is put side by side."""
+        return Outcome(
+            states=self.states + then.states,
+            wanted=self.wanted + then.wanted,
+            reference=self.reference + then.reference,
+            bits=self.bits + then.bits,
+            damping=self.damping | then.damping,
+            trouble=self.trouble + then.trouble,
+            tokens=self.tokens + then.tokens,
+        )
+
+
+class _Quantized(NamedTuple):
+    """Parameters of a module with the linears so far quantized, those linears, and what there is to say of them."""
+
+    params: dict[str, Any]
+    linears: dict[str, QuantizedLinear]
+    trouble: tuple[str, ...]

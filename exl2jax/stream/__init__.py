@@ -1,0 +1,1 @@
+"""A model walked module by module over the hidden states of all rows; this room knows nothing of quantization."""

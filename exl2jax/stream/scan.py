@@ -1,0 +1,94 @@
+"""The checkpointed scan over modules: the contract of `lax.scan`, driven from the host.
+
+`step(carry, block) -> (carry, output)` is pure; blocks stream from disk one ahead of the computation, and the carry
+(hidden states) can be persisted, so that a killed run resumes at its last checkpoint and ends in the same bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from exl2jax.errors import Interrupted
+from exl2jax.stream.devices import as_first_process, require_agreement
+from exl2jax.stream.progress import Control
+
+type Carry = dict[str, np.ndarray]
+
+
+class Checkpoint[O](Protocol):
+    """Where a scan leaves its state."""
+
+    def load(self) -> tuple[int, Carry, list[O]] | None:
+        """Blocks done, carry and outputs of the last checkpoint, if there is one."""
+
+    def save(self, position: int, carry: Carry, outputs: list[O]) -> None:
+        """Persist the state after `position` blocks; on return it is the one that `load` gives."""
+
+
+def scan[S, B, O](
+    step: Callable[[Carry, B], tuple[Carry, O]],
+    start: Callable[[], Carry],
+    specs: Sequence[S],
+    *,
+    load: Callable[[S], B],
+    describe: Callable[[S, O], str],
+    checkpoint: Checkpoint[O],
+    interval: float,
+    stage: str,
+    control: Control,
+) -> tuple[Carry, list[O]]:
+    """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
+
+    A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), and when `control` asks
+    to stop, which raises `Interrupted` once everything is saved. Of several processes the first decides for all.
+    """
+    found = checkpoint.load()
+    require_agreement(f"{stage} after {found[0] if found else 0} modules")
+    position, carry, outputs = found or (0, start(), [])
+    control.progress.start(stage, len(specs), position)
+    saved = time.monotonic()
+    for spec, block in zip(specs[position:], _ahead(load, specs[position:]), strict=True):
+        carry, output = step(carry, block)
+        outputs.append(output)
+        position += 1
+        control.progress.step(describe(spec, output))
+        stopping = as_first_process(control.stop.asked) and position < len(specs)
+        if stopping or as_first_process(time.monotonic() - saved >= interval):
+            checkpoint.save(position, carry, outputs)
+            saved = time.monotonic()
+        if stopping:
+            raise Interrupted(
+                f"stopped in {stage} after {position} of {len(specs)} modules; run the same command to resume"
+            )
+    control.progress.finish()
+    return carry, outputs
+
+
+def _ahead[S, B](load: Callable[[S], B], specs: Sequence[S]) -> Iterator[B]:
+    """Load blocks one ahead of their use, so that reading overlaps computing."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = pool.submit(load, specs[0]) if specs else None
+        for i in range(len(specs)):
+            assert waiting is not None  # submitted below for every spec that follows
+            block = waiting.result()
+            waiting = pool.submit(load, specs[i + 1]) if i + 1 < len(specs) else None
+            yield block
+
+
+GRADIENT = "gradient"
+"""Name of the gradients in the carry of the backward scan."""
+
+
+STATES = "row"
+"""Name of the hidden states in a carry."""
+
+
+REFERENCE = "ref"
+"""Name, in a carry, of the full-precision states."""
+
+
+PERTURBED = "perturbed"
+"""Name, in the carry, of the states of the perturbed models, `[modules * k, T, D]`."""

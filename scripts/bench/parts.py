@@ -1,0 +1,62 @@
+"""What one block costs in each part of the quantization pass: where the time of the whole goes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from exl2jax.models import HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs
+from exl2jax.models.modules import ATTENTION_KIND
+from exl2jax.ops import QuantizedLinear
+from exl2jax.quantize.linear import Task, module_factors, pack_checked, quantize_many
+from exl2jax.stream.forward import forward, relative_error
+from exl2jax.stream.hessians import collect
+from scripts.bench.stages import SETTING, PassSizes, Work, factor_work, forward_work, gptq_work, hessian_work
+
+ROWS = 16
+"""Rows of tokens that the parts are timed on; enough to fill four chunks."""
+
+
+class Part(NamedTuple):
+    """A piece of the pass, the work that its shapes call for, and the bytes that it moves at least."""
+
+    name: str
+    run: Callable[[], Any]
+    work: Work = Work(0)
+    moved: float = 0.0
+
+
+def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
+    """The parts of the first block: forward passes, Hessians beside them, factors, GPTQ, packing with its check."""
+    decoder, length = build_decoder(model.config), sizes.length
+    for spec in module_specs(model.config)[:2]:
+        name = "attention" if spec.kind == ATTENTION_KIND else "MLP"
+        states = np.random.default_rng(0).standard_normal((ROWS, length, model.config.hidden_size)).astype(np.float32)
+        params = model.module_params(spec)
+        ahead = forward_work(spec, model.config, length).times(ROWS)
+        yield Part(f"{name} forward", partial(forward, decoder, spec.kind, params, states), ahead)
+        run = partial(collect, decoder, spec, params, states, None)
+        both = ahead + hessian_work(spec, length).times(ROWS)
+        yield Part(f"{name} forward and Hessians", lambda run=run: run().hessians, both)
+        yield Part(
+            f"{name} error of the output", partial(relative_error, states, states, None), moved=2 * states.nbytes
+        )
+        hessians = run().hessians
+        cubes = [factor_work(group[0].rows) for group in spec.groups]
+        yield Part(f"{name} factors", partial(_factors, spec, hessians), sum(cubes, Work(0)))
+        factors = module_factors(spec, hessians)
+        tasks = [Task(params[x.name]["kernel"], factors[x.name], SETTING, x) for x in spec.linears]
+        walks = [gptq_work(x.rows, x.columns) for x in spec.linears]
+        yield Part(f"{name} GPTQ", lambda tasks=tasks: [x.weight for x in quantize_many(tasks)], sum(walks, Work(0)))
+        done = list(zip(quantize_many(tasks), spec.linears, strict=True))
+        yield Part(f"{name} packing and check", partial(_packed, done), moved=4 * sum(x.weights for x in spec.linears))
+
+
+def _packed(done: list[tuple[QuantizedLinear, LinearSpec]]) -> list[jax.Array]:
+    return [pack_checked(result, linear, None).weight for result, linear in done]
+
+
+def _factors(spec: ModuleSpec, hessians: list[jax.Array]) -> list[jax.Array]:
+    return [factor.u for factor in module_factors(spec, hessians).values()]

@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""Measure what each choice of the algorithm is worth: convert the demo model by variants, compare on held-out rows.
+
+    python -m scripts.studies.quality                    the whole study; trials that are done already are not run again
+    python -m scripts.studies.quality --only stock best  some variants
+    python -m scripts.studies.quality --only rotation    one of the dear variants that the whole study leaves out
+    python -m scripts.studies.quality --rows 115         as many calibration rows as a real conversion takes
+    python -m scripts.studies.quality --development      judged on calibration rows that no trial saw, to choose by
+
+Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
+precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
+table of docs/quality.md and draws its plot; CPU seconds and peak memory are of the measurement, which conversions of
+a kind share, and of the conversion.
+"""
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from exl2jax import ConversionConfig, convert
+from exl2jax.evaluation.logits import final_states
+from exl2jax.lab.meter import metered
+from exl2jax.models import build_decoder, load_exl2, open_model
+from exl2jax.stream.scoring import perplexity, score
+from exl2jax.variants import choose
+from exl2jax.variants.recipe import PRESETS, Recipe
+
+BEST, STOCK = PRESETS["best"], PRESETS["stock"]
+PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
+TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
+METHODS = {
+    "coordinate descent": choose("rounding", "descent"),
+    "refit of maxima": choose("rounding", "refit"),
+    "weighted scales": choose("scales", "weighted"),
+    "squared scales": choose("scales", "grid:power=2"),
+    "little damping": choose("damping", "growing"),
+    "no act-order": choose("order", "none"),
+    "tuned": choose("tuning", "adam"),
+}
+"""How `best` quantizes otherwise, at the prices of its own roundings: plain walks are slow to measure with."""
+
+VARIANTS: dict[str, Recipe] = {
+    "stock": STOCK,
+    "stock + propagation": replace(STOCK, propagation=BEST.propagation),
+    "fisher": PLAIN,
+    "best": BEST,
+    "fast": PRESETS["fast"],
+    "one multiplier": BEST.over([choose("scales", "stock")]),
+    "all tokens alike": replace(BEST, weigh_tokens=False, weigh_hessians=0.0),
+    "plain Hessians": replace(BEST, weigh_hessians=0.0),
+    "Hessians in full": replace(BEST, weigh_hessians=1.0),
+    "fisher, plain Hessians": replace(PLAIN, weigh_hessians=0.0),
+    "strength 1": replace(BEST, propagation=1.0, residual=1.0),
+    "without residual": replace(BEST, residual=0.0),
+    "scaled by divergence": replace(BEST, divergence_rows=2),
+    "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
+    "16 fisher rows": replace(BEST, fisher_rows=16),
+    **{name: replace(BEST.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
+    **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
+}
+LEFT_OUT = (*DIVERGENCES, *TRANSFORMS, *METHODS)
+"""Run only where they are named: their measurements, or their walks, take minutes."""
+EVERY_TARGET = ("stock", "fisher", "best")
+TARGETS = (2.5, 3.0, 4.0)
+SUBSETS = 3
+"""Calibration subsets of the noise floor, for `best` at three bits."""
+DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia": (range(10, 58), 2)}
+"""By domain of the calibration set: its rows, and how many of those that a trial does not see choices are judged on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One conversion to judge; `subset` names the calibration rows."""
+
+    variant: str
+    bits: float
+    subset: int = 0
+
+    @property
+    def key(self) -> str:
+        """Name of its result file."""
+        return f"{self.variant}-{self.bits:g}-{self.subset}".replace(" ", "_")
+
+
+def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterator[Trial]:
+    """The trials of the study, the most telling first."""
+    for bits in targets:
+        yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
+    for variant in VARIANTS:
+        if variant not in EVERY_TARGET and (variant in only if only else variant not in LEFT_OUT):
+            yield Trial(variant=variant, bits=3.0)
+    if not only or "best" in only:
+        yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))
+
+
+class Study:
+    """Inputs of all trials, and where their results lie."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Read the held-out rows and the reference's predictions on them."""
+        self.model: Path = arguments.model
+        self.out: Path = arguments.out
+        self.rows: int = arguments.rows
+        self.calibration: str = arguments.calibration
+        self.measuring: str = arguments.measuring
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.ids, self.domains = self._development() if arguments.development else _halves(arguments.heldout)
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """The result of a trial, from its file where it was run before."""
+        path = self.out / f"{trial.key}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        work = self.out / "work" / trial.key
+        shutil.rmtree(work, ignore_errors=True)
+        config = self._config(trial, work)
+        with metered() as cost:
+            result = convert(config)
+        record = {
+            **asdict(trial),
+            "bpw": result.bpw,
+            "predicted": (result.allocation or {})["objective"],
+            "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
+            "domains": self._judge(work / "exl2"),
+        }
+        shutil.rmtree(work)
+        path.write_text(json.dumps(record, indent=1))
+        return record
+
+    def _development(self) -> tuple[np.ndarray, dict[str, slice]]:
+        """Calibration rows that neither a measurement nor a conversion sees, and the slice of each domain."""
+        ids = load_file(self.calibration)["input_ids"]
+        seen = [load_file(path)["input_ids"] for path in (self.measuring, self._calibration_rows(0))]
+        known = {row.tobytes() for rows in seen for row in rows.astype(ids.dtype)}
+        picked, domains = list[int](), dict[str, slice]()
+        for name, (rows, most) in DEVELOPMENT.items():
+            fresh = [row for row in rows if row < len(ids) and ids[row].tobytes() not in known][:most]
+            if not fresh:
+                raise SystemExit(f"--development: {self.rows} calibration rows leave none of {name} to judge on")
+            domains[name] = slice(len(picked), len(picked) + len(fresh))
+            picked += fresh
+        return ids[np.asarray(picked)].astype(np.int32), domains
+
+    def _config(self, trial: Trial, work: Path) -> ConversionConfig:
+        recipe = VARIANTS[trial.variant]
+        return ConversionConfig(
+            in_dir=self.model,
+            out_dir=work / "work",
+            compile_full=work / "exl2",
+            bits=trial.bits,
+            preset=recipe,
+            measurement=self.measurement(recipe),
+            cal_dataset=self._calibration_rows(trial.subset),
+        )
+
+    def measurement(self, recipe: Recipe) -> Path:
+        """The measurement that a recipe allocates by, shared by all trials that measure alike."""
+        if recipe.name in METHODS:
+            recipe = BEST
+        by = re.sub(r"\W+", "-", f"-{recipe.measured_by}") if recipe.measured_by else ""
+        alike = "-alike" if recipe.pricing == "fisher" and not recipe.weigh_tokens else ""
+        name = f"{recipe.pricing}-{recipe.fisher_rows}-{recipe.divergence_rows}{alike}{by}"
+        path = self.out / f"measurement-{name}.json"
+        if not path.exists():
+            work = self.out / "work" / name
+            shutil.rmtree(work, ignore_errors=True)
+            config = ConversionConfig(
+                in_dir=self.model,
+                out_dir=work,
+                output_measurement=path,
+                preset=recipe,
+                cal_dataset=self.measuring,
+            )
+            with metered() as cost:
+                convert(config)
+            shutil.rmtree(work)
+            _cost_file(path).write_text(json.dumps(asdict(cost)))
+        return path
+
+    def _measuring_cost(self, measurement: Path | None) -> list[dict[str, Any]]:
+        """What a measurement took, nothing where it came from elsewhere."""
+        path = None if measurement is None else _cost_file(measurement)
+        return [json.loads(path.read_text())] if path is not None and path.exists() else []
+
+    def _calibration_rows(self, subset: int) -> str:
+        """A file of every `SUBSETS`-th row of the calibration set, or of as many rows from its front as asked."""
+        path = self.out / f"rows-{self.rows}-{subset}.safetensors"
+        if not path.exists():
+            ids = load_file(self.calibration)["input_ids"]
+            # Rows lie by domain: a stride keeps the composition.
+            picked = np.unique(np.linspace(subset, len(ids) - SUBSETS + subset, self.rows).round().astype(int))
+            save_file({"input_ids": ids[picked] if self.rows < len(ids) else ids}, path)
+        return str(path)
+
+    def _judge(self, directory: Path) -> dict[str, Any]:
+        """Perplexity, KL divergence with its standard error over rows, and agreement, by domain."""
+        model, full = load_exl2(directory), open_model(self.model)
+        reference = (full.head_params(), final_states(full, self.ids))
+        states = final_states(model, self.ids)
+        scores = score(build_decoder(model.config), model.head_params(), states, self.ids, reference)
+        assert scores.kl is not None and scores.agree is not None  # a reference was given
+        found = {}
+        for name, part in self.domains.items():
+            by_row = scores.kl[part].mean(axis=1, dtype=np.float64)
+            found[name] = {
+                "perplexity": perplexity(scores.nll[part]),
+                "kl": float(by_row.mean()),
+                "kl_error": float(by_row.std(ddof=1) / np.sqrt(len(by_row))),
+                "top1": float(scores.agree[part].mean()),
+            }
+        return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    domains = list(records[0]["domains"])
+    heads = [f"{figure} {name}" for figure in ("KL", "ppl", "top-1") for name in domains]
+    lines = [f"| variant | bpw | {' | '.join(heads)} | CPU s | peak GB |", "|---" * (len(heads) + 4) + "|"]
+    for r in records:
+        found = [r["domains"][name] for name in domains]
+        name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
+        figures = [f"{d['kl']:.3f} ± {d['kl_error']:.3f}" for d in found]
+        figures += [f"{d['perplexity']:.2f}" for d in found] + [f"{d['top1']:.3f}" for d in found]
+        spent = " + ".join(f"{cost['cpu_seconds']:.0f}" for cost in r["costs"])
+        peaks = ", ".join(f"{cost['peak_memory'] / 1e9:.2f}" for cost in r["costs"])
+        lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join(figures)} | {spent} | {peaks} |")
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL divergence against bits per weight, a line per variant and domain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, domain in zip(axes, ("web", "code"), strict=True):
+        for variant in EVERY_TARGET:
+            points = sorted(
+                (r["bpw"], r["domains"][domain]["kl"], r["domains"][domain]["kl_error"])
+                for r in records
+                if r["variant"] == variant and not r["subset"]
+            )
+            if points:
+                bpw, kl, error = zip(*points, strict=True)
+                axis.errorbar(bpw, kl, error, marker="o", capsize=3, label=variant)
+        axis.set(title=f"{domain} rows", xlabel="bits per weight", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("KL to full precision, nats per token")
+    axes[0].legend()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _halves(path: str) -> tuple[np.ndarray, dict[str, slice]]:
+    """The held-out rows, and the slice of each domain: web in the first half, code in the second."""
+    ids = load_file(path)["input_ids"].astype(np.int32)
+    return ids, {"web": slice(0, len(ids) // 2), "code": slice(len(ids) // 2, None)}
+
+
+def _cost_file(measurement: Path) -> Path:
+    """Where it stands what a measurement took."""
+    return measurement.with_name(f"{measurement.stem}-cost.json")
+
+
+def main() -> int:
+    """Run the study and print its table."""
+    golden = Path("../shared/data/golden")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("demo/model"), help="source model")
+    parser.add_argument("--out", type=Path, default=Path("build/quality"), help="results, kept between runs")
+    parser.add_argument(
+        "--calibration", default=str(golden / "cal_quant_512.safetensors"), help="token rows to quantize on"
+    )
+    parser.add_argument(
+        "--measuring", default=str(golden / "cal_measure_512.safetensors"), help="token rows to measure on"
+    )
+    parser.add_argument(
+        "--heldout", default=str(golden / "heldout_public_512.safetensors"), help="web rows, then as many of code"
+    )
+    parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
+    parser.add_argument("--rows", type=int, default=24, help="calibration rows")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
+    parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")
+    parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
+    parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    jax.config.update("jax_compilation_cache_dir", str(arguments.out / "xla"))
+    found = Study(arguments)
+    records = []
+    for trial in study(arguments.only, arguments.bits, arguments.subsets):
+        records.append(found.run(trial))
+        print(table(records[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(records))
+    if arguments.plot:
+        plot(records, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
