@@ -18,7 +18,7 @@ from exl2jax import ConversionConfig, ConversionResult, Evaluation, Exl2JaxError
 from exl2jax.calibration import load_tokenizer
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.report import make_progress
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 ROW_LENGTH = 512
 
@@ -56,7 +56,7 @@ def table(result: ConversionResult, before: Evaluation, after: Evaluation, secon
 def run(config: ConversionConfig, console: Console) -> int:
     """Convert, verify, evaluate, show."""
     assert config.compile_full is not None
-    result = convert(config, Control(progress=make_progress(console, status=False)))
+    result = convert(config, RunControl(progress=make_progress(console, status=False)))
     begun = time.monotonic()
     report = verify(config.compile_full)
     for fault in report.faults:

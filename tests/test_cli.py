@@ -25,7 +25,7 @@ from exl2jax.cli.shared import SAME_BYTES, deliver, set_up
 from exl2jax.conversion.settings import asked_record
 from exl2jax.conversion.work_directory import JobState, WorkDirectory
 from exl2jax.errors import Interrupted, ModelError
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.variants.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
     """The settings that the command would convert with."""
     found: list[ConversionConfig] = []
 
-    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+    def convert(config: ConversionConfig, control: RunControl) -> ConversionResult:
         found.append(config)
         return ConversionResult(output="nowhere", bits=config.bits, preset=config.recipe.name)
 
@@ -190,7 +190,7 @@ def test_help_and_version(capsys: Any) -> None:
     ids=["failed", "interrupted", "second signal"],
 )
 def test_exit_codes_of_failures(raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+    def convert(config: ConversionConfig, control: RunControl) -> ConversionResult:
         raise raised
 
     monkeypatch.setattr(command, "convert", convert)
@@ -203,7 +203,7 @@ def test_exit_codes_of_failures(raised: BaseException, code: int, monkeypatch: p
 def test_a_signal_asks_to_stop_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     before = signal.getsignal(signal.SIGINT)
 
-    def convert(config: ConversionConfig, control: Control) -> ConversionResult:
+    def convert(config: ConversionConfig, control: RunControl) -> ConversionResult:
         os.kill(os.getpid(), signal.SIGINT)
         while not control.stop.asked:
             time.sleep(0.001)

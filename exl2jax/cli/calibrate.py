@@ -15,7 +15,7 @@ from exl2jax.conversion.calibrate import build_rows
 from exl2jax.models import open_model, read_config
 from exl2jax.report import calibration_table, make_progress
 from exl2jax.storage import make_directory, write_tensors
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 
 
 def calibrate_command(
@@ -36,7 +36,7 @@ def calibrate_command(
     """Build calibration rows and show them, without converting."""
     console = Console(stderr=True)
     set_up(console)
-    control = Control(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
+    control = RunControl(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
     wanted = CalibrationConfig(
         source=source,
         rows=rows,

@@ -28,7 +28,7 @@ from exl2jax.conversion.settings import resumed_config
 from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.report import conversion_table, make_progress
 from exl2jax.stream.devices import join_processes
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.variants.recipe import DEFAULT_PRESET
 
 CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
@@ -145,7 +145,7 @@ def convert_command(
         "devices": devices,
     }
     config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
-    control = Control(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())
+    control = RunControl(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())
     result = convert(config, control)
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0

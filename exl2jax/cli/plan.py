@@ -12,9 +12,9 @@ from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up
 from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.preflight import make_plan
+from exl2jax.conversion.preflight import preflight
 from exl2jax.report import plan_table
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.variants.recipe import DEFAULT_PRESET
 
 
@@ -61,9 +61,9 @@ def plan_command(
             pins=tuple(pin or ()),
             exclude_bits=tuple(exclude_bits or ()),
         )
-        context = Context.open(config, Control())
+        context = Context.open(config, RunControl())
         built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
         passes = ("quantize",) if measurement else ("measure", "quantize")
-        plan = make_plan(context, {name: built.build(measure=name == "measure") for name in passes})
+        plan = preflight(context, {name: built.build(measure=name == "measure") for name in passes})
     deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     return 1 if plan.refused else 0

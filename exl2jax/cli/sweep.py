@@ -20,7 +20,7 @@ from exl2jax.lab.tables import estimate_table, sweep_table
 from exl2jax.report import make_progress
 from exl2jax.report.page import write_page
 from exl2jax.report.plots import write_plots
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 
 
 def sweep_command(
@@ -47,7 +47,7 @@ def sweep_command(
         return 0
     for room in ("conversion", "stream"):
         logging.getLogger(f"exl2jax.{room}").setLevel(logging.WARNING)  # of each conversion only what goes wrong
-    control = Control(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
+    control = RunControl(progress=make_progress(console, status=False), stop=context.obj or StopFlag())
     result = run_sweep(asked, out, control, ray_runner(ray) if ray else None)
     page = sweep_page(out)
     write_page(page, out / "report.html")

@@ -12,7 +12,7 @@ from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.models import HFModel, Model, ModelConfig
 from exl2jax.storage import write_tensors
 from exl2jax.storage.digests import fingerprint
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.stream.sample import model_sampler, remembered
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class PassRows:
     """The calibration rows of a conversion's passes, built once each and left in its work directory."""
 
     def __init__(
-        self, config: ConversionConfig, model: HFModel, tokenizer: Tokenizer, work: WorkDirectory, control: Control
+        self, config: ConversionConfig, model: HFModel, tokenizer: Tokenizer, work: WorkDirectory, control: RunControl
     ) -> None:
         """Remember what the rows are made from; nothing is read yet."""
         self._config, self._model, self._tokenizer = config, model, tokenizer
@@ -70,7 +70,7 @@ def build_rows(
     config: ModelConfig,
     tokenizer: Tokenizer,
     opened: Callable[[], Model],
-    control: Control,
+    control: RunControl,
     *,
     memory: tuple[Path, str] | None = None,
 ) -> CalibrationRows:

@@ -14,7 +14,7 @@ from exl2jax.models.transform import transformed
 from exl2jax.qparams import require_quantizable_rows
 from exl2jax.storage.digests import digest, fingerprint
 from exl2jax.stream.blocks import Block, HeadBlock
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.stream.scan import Carry, scan
 from exl2jax.variants.recipe import Recipe
 from exl2jax.version import VERSION
@@ -43,11 +43,11 @@ class Context:
     specs: tuple[ModuleSpec, ...]
     tokenizer: Tokenizer
     work: WorkDirectory
-    control: Control
+    control: RunControl
     inputs: dict[str, Any]
 
     @classmethod
-    def open(cls, config: ConversionConfig, control: Control) -> "Context":
+    def open(cls, config: ConversionConfig, control: RunControl) -> "Context":
         """Open the source model and check all that can be checked before anything is computed."""
         model = _open_source(config)
         tokenizer = load_tokenizer(config.in_dir)

@@ -39,7 +39,7 @@ from exl2jax.quantize.diagnostics import calibration_shortage
 from exl2jax.storage import make_directory
 from exl2jax.storage.digests import digest
 from exl2jax.stream.devices import spread
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ MEASURING_PASSES = {
 """Passes of the measurement in order; a recipe takes some of them."""
 
 
-def convert(config: ConversionConfig, control: Control | None = None) -> ConversionResult:
+def convert(config: ConversionConfig, control: RunControl | None = None) -> ConversionResult:
     """Convert a Hugging Face model to EXL2, or go on with the conversion that `config.out_dir` holds.
 
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
-    context = Context.open(config, control or Control())
+    context = Context.open(config, control or RunControl())
     config.limits.require_matches(context.specs)
     if config.measurement is None and config.output_measurement is None:
         require_reachable(context.specs, config.bits, context.recipe.pricing, context.recipe.table)

@@ -27,7 +27,7 @@ HEADER = 160
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Preflight:
     """Sizes in bytes. `low_bpw` and `high_bpw` are what any allocation reaches, over the decoder's linears.
 
     `output_size` is that of the compiled weights: by a measurement exactly (`output_exact`), without one when the whole
@@ -55,8 +55,8 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
-    """Plan a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
+def preflight(context: Context, rows: Mapping[str, CalibrationRows]) -> Preflight:
+    """Check a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
 
     A measurement that the job names is read, and bits are allocated by it.
     """
@@ -67,7 +67,7 @@ def make_plan(context: Context, rows: Mapping[str, CalibrationRows]) -> Plan:
     linears = [linear for spec in context.specs for linear in spec.linears]
     short = [f"{name} pass {line}" for name, count in tokens.items() for line in calibration_shortage(linears, count)]
     tight = [f"memory: about {memory / 1e9:.1f} GB are needed, this machine has {present / 1e9:.1f} GB"]
-    return Plan(
+    return Preflight(
         bits=context.config.bits,
         low_bpw=low,
         high_bpw=high,

@@ -40,7 +40,7 @@ def summarize(
     measured_by, own = strategy["measured_by"], context.recipe.measured_by
     differs = measured_by != own and not weaker
     other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if differs else []
-    trouble = [line for report in reports for line in report.trouble]
+    diagnostics = [line for report in reports for line in report.diagnostics]
     return ConversionResult(
         output=str(target),
         bits=config.bits,
@@ -56,7 +56,7 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *trouble, *notes),
+        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *diagnostics, *notes),
     )
 
 

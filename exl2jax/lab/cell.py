@@ -1,4 +1,4 @@
-"""Running one cell: convert with the shared measurement, judge the result, and put everything into one row."""
+"""Running one cell: convert with the shared measurement, evaluator the result, and put everything into one row."""
 
 import json
 import platform
@@ -22,7 +22,7 @@ from exl2jax.lab.meter import Cost, metered
 from exl2jax.lab.plan import Cell, settings_json
 from exl2jax.storage import make_directory, read_json, remove, write_json
 from exl2jax.storage.digests import digest
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.version import VERSION
 
 MEASUREMENT_NAME = "measurement.json"
@@ -31,7 +31,7 @@ ROW_NAME = "cell.json"
 MODEL_NAME = "model"
 
 
-class Judge:
+class Evaluator:
     """The evaluation rows of a model and the full-precision model's pass over them, made when first needed."""
 
     def __init__(self, cell: Cell) -> None:
@@ -48,7 +48,7 @@ class Judge:
         return self._ready
 
 
-def measure(cell: Cell, folder: Path, control: Control) -> Path:
+def measure(cell: Cell, folder: Path, control: RunControl) -> Path:
     """The measurement that the cell shares with others, made in `folder` unless it is there already."""
     target = folder / MEASUREMENT_NAME
     make_directory(folder, "the folder of measurements")
@@ -63,11 +63,11 @@ def measure(cell: Cell, folder: Path, control: Control) -> Path:
 
 
 def run_cell(
-    cell: Cell, measurement: Path, folder: Path, judge: Judge, control: Control, *, keep: bool
+    cell: Cell, measurement: Path, folder: Path, evaluator: Evaluator, control: RunControl, *, keep: bool
 ) -> dict[str, Any]:
     """Run a cell to its row, or to the row of its failure; `Interrupted` passes, with everything saved to resume."""
     try:
-        row = _run(cell, measurement, folder, judge, control)
+        row = _run(cell, measurement, folder, evaluator, control)
     except Interrupted:
         raise
     except Exception as e:  # whatever it was, the other cells go on
@@ -102,12 +102,12 @@ def failed_row(cell: Cell, error: BaseException, folder: Path) -> dict[str, Any]
     return row
 
 
-def _run(cell: Cell, measurement: Path, folder: Path, judge: Judge, control: Control) -> dict[str, Any]:
+def _run(cell: Cell, measurement: Path, folder: Path, evaluator: Evaluator, control: RunControl) -> dict[str, Any]:
     make_directory(folder, "the folder of a cell")
     work, model = folder / "work", folder / MODEL_NAME
     with metered() as converting:
         result = convert(cell.config(work, measurement=measurement, compile_full=model), control)
-    rows, reference = judge.ready()
+    rows, reference = evaluator.ready()
     with metered() as evaluating:
         found = evaluate_one(model, rows, reference)
     job = read_json(WorkDirectory(work).job_file, JobError, "the job file")

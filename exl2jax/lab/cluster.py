@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from exl2jax.errors import Interrupted, SettingsError
-from exl2jax.lab.cell import ROW_NAME, Judge, failed_row
-from exl2jax.lab.plan import Cell, Plan, Resources
+from exl2jax.lab.cell import ROW_NAME, Evaluator, failed_row
+from exl2jax.lab.plan import Cell, Resources, SweepPlan
 from exl2jax.lab.sweep import Runner, cell_folder, measure, measurement_folder, one_cell
 from exl2jax.storage import make_directory, write_json
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 MISSING = "--ray needs Ray, which is not installed; get it with: pip install 'exl2jax[ray]'"
 POLL_SECONDS = 1.0
@@ -29,7 +29,7 @@ def ray_runner(address: str) -> Runner:
     return partial(_run_on_ray, address)
 
 
-def _run_on_ray(address: str, plan: Plan, cells: Sequence[Cell], out: Path, control: Control) -> None:
+def _run_on_ray(address: str, plan: SweepPlan, cells: Sequence[Cell], out: Path, control: RunControl) -> None:
     import ray  # pyright: ignore[reportMissingImports]
 
     begun = not ray.is_initialized()
@@ -42,7 +42,7 @@ def _run_on_ray(address: str, plan: Plan, cells: Sequence[Cell], out: Path, cont
             ray.shutdown()
 
 
-def _collect(plan: Plan, cells: Sequence[Cell], out: Path, control: Control) -> None:
+def _collect(plan: SweepPlan, cells: Sequence[Cell], out: Path, control: RunControl) -> None:
     """Start every task, and take the rows as they come."""
     import ray  # pyright: ignore[reportMissingImports]
 
@@ -96,12 +96,12 @@ def _row(task: Any, cell: Cell, out: Path) -> dict[str, Any]:
 def _measure_task(cell: Cell, out: Path) -> str | None:
     """Make a measurement on a node: None, or why it failed (which the cells then find out themselves)."""
     try:
-        measure(cell, measurement_folder(out, cell), Control())
+        measure(cell, measurement_folder(out, cell), RunControl())
     except Exception as e:
         return str(e)
     return None
 
 
-def _cell_task(plan: Plan, cell: Cell, out: Path, _: str | None) -> dict[str, Any]:
+def _cell_task(plan: SweepPlan, cell: Cell, out: Path, _: str | None) -> dict[str, Any]:
     """Run a cell on a node, once its measurement is there."""
-    return one_cell(plan, cell, out, Judge(cell), Control())
+    return one_cell(plan, cell, out, Evaluator(cell), RunControl())

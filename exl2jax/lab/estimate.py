@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from exl2jax.lab.cell import finished_row
-from exl2jax.lab.plan import Cell, Plan
+from exl2jax.lab.plan import Cell, SweepPlan
 from exl2jax.lab.results import STAGES
 from exl2jax.lab.sweep import cell_folder
 from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
@@ -42,7 +42,7 @@ class Estimate:
     finished: bool
 
 
-def estimate(plan: Plan, out: Path) -> list[Estimate]:
+def estimate(plan: SweepPlan, out: Path) -> list[Estimate]:
     """Estimates of every cell of a plan."""
     cells = plan.cells()
     models = {cell.model: open_model(Path(cell.model)) for cell in cells}

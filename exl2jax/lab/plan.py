@@ -116,7 +116,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class SweepPlan:
     """A sweep; `keep` says whether the converted models stay after their evaluation."""
 
     models: tuple[str, ...]
@@ -147,7 +147,7 @@ class Plan:
         )
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> SweepPlan:
     """Read a plan; `SettingsError` names the file and the entry that is wrong, before anything runs."""
     try:
         record = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -162,12 +162,12 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
-def _plan(record: dict[str, Any]) -> Plan:
-    _require_known(record, [f.name for f in fields(Plan)], "the plan")
+def _plan(record: dict[str, Any]) -> SweepPlan:
+    _require_known(record, [f.name for f in fields(SweepPlan)], "the plan")
     settings = _table(record, "settings")
     _require_known(settings, SETTINGS, "[settings]")
     variants = _table(record, "variants") or {"best": {}}
-    return Plan(
+    return SweepPlan(
         models=tuple(_strings(record, "models")),
         targets=tuple(float(x) for x in _numbers(record, "targets")),
         seeds=tuple(int(x) for x in _numbers(record, "seeds", [0])),
@@ -219,7 +219,7 @@ def settings_json(cell: Cell) -> str:
     return json.dumps({**cell.settings, "evaluation": asdict(cell.evaluation)}, sort_keys=True)
 
 
-def without_variants(plan: Plan, kept: tuple[str, ...]) -> Plan:
+def without_variants(plan: SweepPlan, kept: tuple[str, ...]) -> SweepPlan:
     """The plan with some of its variants only."""
     names = [v.name for v in plan.variants]
     unknown = [name for name in kept if name not in names]

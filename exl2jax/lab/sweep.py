@@ -9,17 +9,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from exl2jax.errors import Interrupted, JobError
-from exl2jax.lab.cell import Judge, failed_row, finished_row, measure, row_of, run_cell
-from exl2jax.lab.plan import Cell, Plan
+from exl2jax.lab.cell import Evaluator, failed_row, finished_row, measure, row_of, run_cell
+from exl2jax.lab.plan import Cell, SweepPlan
 from exl2jax.lab.results import write_results
 from exl2jax.storage import make_directory
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 log = logging.getLogger(__name__)
 
 TABLE_NAME = "results.parquet"
 
-type Runner = Callable[[Plan, Sequence[Cell], Path, Control], None]
+type Runner = Callable[[SweepPlan, Sequence[Cell], Path, RunControl], None]
 """Runs unfinished cells in a sweep's folder, where each leaves its row."""
 
 
@@ -37,7 +37,9 @@ class SweepResult:
         return sum(row["status"] != "ok" for row in self.rows)
 
 
-def run_sweep(plan: Plan, out: Path, control: Control | None = None, runner: Runner | None = None) -> SweepResult:
+def run_sweep(
+    plan: SweepPlan, out: Path, control: RunControl | None = None, runner: Runner | None = None
+) -> SweepResult:
     """Run every cell of a plan that `out` does not hold yet, and write the table of all of them.
 
     A failed cell is a row that says why, and is tried again next time. Raises `Interrupted` when `control.stop` was
@@ -55,27 +57,27 @@ def run_sweep(plan: Plan, out: Path, control: Control | None = None, runner: Run
         waiting = [cell for cell in cells if cell.name not in known]
         log.info("sweep: %d cells, %d finished before", len(cells), len(known))
         try:
-            (runner or run_here)(plan, waiting, out, control or Control())
+            (runner or run_here)(plan, waiting, out, control or RunControl())
         finally:
             rows = tuple(row for cell in cells if (row := row_of(cell, cell_folder(out, cell))))
             write_results(out / TABLE_NAME, rows)
     return SweepResult(rows=rows, table=out / TABLE_NAME, skipped=len(known))
 
 
-def run_here(plan: Plan, cells: Sequence[Cell], out: Path, control: Control) -> None:
+def run_here(plan: SweepPlan, cells: Sequence[Cell], out: Path, control: RunControl) -> None:
     """Run cells one after the other in this process; those of one measurement follow each other."""
-    judges: dict[str, Judge] = {}
+    evaluators: dict[str, Evaluator] = {}
     for number, cell in enumerate(cells):
         log.info("sweep: cell %d of %d, %s", number + 1, len(cells), cell.name)
-        judge = judges.setdefault(cell.model, Judge(cell))
-        row = one_cell(plan, cell, out, judge, control)
+        evaluator = evaluators.setdefault(cell.model, Evaluator(cell))
+        row = one_cell(plan, cell, out, evaluator, control)
         if row["status"] != "ok":
             log.warning("sweep: %s failed: %s", cell.name, row["error"])
         if control.stop.asked and number + 1 < len(cells):
             raise Interrupted(f"stopped after {number + 1} of {len(cells)} cells; run the same command to resume")
 
 
-def one_cell(plan: Plan, cell: Cell, out: Path, judge: Judge, control: Control) -> dict[str, Any]:
+def one_cell(plan: SweepPlan, cell: Cell, out: Path, evaluator: Evaluator, control: RunControl) -> dict[str, Any]:
     """The measurement of a cell if it is not there yet, then the cell."""
     try:
         measurement = measure(cell, measurement_folder(out, cell), control)
@@ -83,7 +85,7 @@ def one_cell(plan: Plan, cell: Cell, out: Path, judge: Judge, control: Control) 
         raise
     except Exception as e:  # the cells of other measurements go on
         return failed_row(cell, e, cell_folder(out, cell))
-    return run_cell(cell, measurement, cell_folder(out, cell), judge, control, keep=plan.keep)
+    return run_cell(cell, measurement, cell_folder(out, cell), evaluator, control, keep=plan.keep)
 
 
 def cell_folder(out: Path, cell: Cell) -> Path:

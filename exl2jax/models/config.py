@@ -7,10 +7,10 @@ from typing import Any
 
 from exl2jax.errors import ModelError
 from exl2jax.models.architectures import ARCHITECTURES
+from exl2jax.models.block_scales import NEUTRAL_SCALES, Scales, read_scales
 from exl2jax.models.fields import Fields
 from exl2jax.models.registry import Architecture, find_architecture
 from exl2jax.models.rope import RopeConfig, read_rope, read_theta
-from exl2jax.models.scales import NEUTRAL_SCALES, Scales, read_scales
 from exl2jax.storage import read_json
 
 CONFIG_NAME = "config.json"

@@ -50,7 +50,7 @@ class LinearSpec:
         return self.name.partition(".")[0]
 
 
-type Group = tuple[LinearSpec, ...]
+type LinearGroup = tuple[LinearSpec, ...]
 """Linears that read one input."""
 
 
@@ -86,12 +86,12 @@ class ModuleSpec:
     layer: int
     index: int = 0
     norms: tuple[NormSpec, ...]
-    stages: tuple[tuple[Group, ...], ...]
+    stages: tuple[tuple[LinearGroup, ...], ...]
     branches: tuple["ModuleSpec", ...] = ()
     experts: range | None = None
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LinearGroup, ...]:
         """All groups, stage after stage."""
         return tuple(group for stage in self.stages for group in stage)
 

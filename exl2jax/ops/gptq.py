@@ -44,7 +44,7 @@ class _Walk(NamedTuple):
     qscale_max: jax.Array
 
 
-class _How(NamedTuple):
+class _WalkOptions(NamedTuple):
     """What a walk is made of: the search of a group's scales, and the inner loops."""
 
     search: ScaleSearch
@@ -66,7 +66,7 @@ def gptq(
     group size are loops, so one compilation per (shape, group size) serves every setting. `kernels`: inner loops;
     `search`: how a group finds its scales.
     """
-    walk = _walk(w[factor.perm], factor.u, groups, _How(search, kernels))
+    walk = _walk(w[factor.perm], factor.u, groups, _WalkOptions(search, kernels))
     return _finish(walk.codes, walk.qs, walk.qscale_max, factor.perm, factor.inv_perm, tuple(groups))
 
 
@@ -87,7 +87,7 @@ def gptq_tile_losses(
     less than nothing however large the damping. A row's share depends little on how the rows before it were rounded, so
     the tiles of runs at single widths price any mixture of those widths.
     """
-    walk = _walk(w[factor.perm], factor.u, groups, _How(search, kernels))
+    walk = _walk(w[factor.perm], factor.u, groups, _WalkOptions(search, kernels))
     return walk_tile_losses(walk.errors, factor.u, factor.damping, column_weight)
 
 
@@ -104,11 +104,11 @@ def round_to_nearest(
     return gptq(w, identity, groups, kernels, search)
 
 
-def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group], how: _How) -> _Walk:
+def _walk(ordered: jax.Array, u: jax.Array, groups: Sequence[Group], options: _WalkOptions) -> _Walk:
     """Walk the permuted weights from the first group to the last."""
     walk = _start(*ordered.shape)
     for size, start, widths in _segments(groups):
-        walk = _segment(walk, ordered, u, jnp.int32(start), widths, size=size, how=how)
+        walk = _segment(walk, ordered, u, jnp.int32(start), widths, size=size, options=options)
     return walk
 
 
@@ -129,7 +129,7 @@ def _segments(groups: Sequence[Group]) -> Iterator[tuple[int, int, np.ndarray]]:
         yield size, members[0].start, np.asarray([g.bits for g in members], np.float32)
 
 
-@partial(jax.jit, static_argnames=("size", "how"), donate_argnames=("walk",))
+@partial(jax.jit, static_argnames=("size", "options"), donate_argnames=("walk",))
 def _segment_jit(
     walk: _Walk,
     w: jax.Array,
@@ -139,7 +139,7 @@ def _segment_jit(
     count: jax.Array,
     *,
     size: int,
-    how: _How,
+    options: _WalkOptions,
 ) -> _Walk:
     """Quantize `count` groups of `size` rows from row `start`; `widths` holds the bits of each.
 
@@ -154,7 +154,7 @@ def _segment_jit(
         origin = jnp.minimum(a, w.shape[0] - span)
         current = lax.dynamic_slice_in_dim(w, origin, span, 0) - _debt(walk.errors, u, origin, a, span)
         corner = lax.dynamic_slice(u, (origin, origin), (span, span))
-        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size, how)
+        return _walk_span(walk, current, corner, (origin, a, jnp.minimum(a + span, stop)), widths, start, size, options)
 
     return lax.fori_loop(0, (count * size + span - 1) // span, one, walk)
 
@@ -188,7 +188,7 @@ def _walk_span(
     widths: jax.Array,
     start: jax.Array,
     size: int,
-    how: _How,
+    options: _WalkOptions,
 ) -> _Walk:
     """Walk the groups of a span: `current [span, N]` and `u [span, span]` begin at row `origin`, the groups at row
     `a` and end at `stop`, where `place = (origin, a, stop)`.
@@ -204,8 +204,8 @@ def _walk_span(
         if size < u.shape[0]:
             toward = lax.dynamic_slice_in_dim(u, row - origin, size, 1)
             mine = mine - jnp.matmul(toward.T, local, precision=lax.Precision.HIGHEST)
-        choice = how.search(mine, bits, 1 / jnp.square(jnp.diagonal(corner)), how.kernels)
-        errors, codes = how.kernels.walk_group(mine, corner, choice.scale, bits)
+        choice = options.search(mine, bits, 1 / jnp.square(jnp.diagonal(corner)), options.kernels)
+        errors, codes = options.kernels.walk_group(mine, corner, choice.scale, bits)
         tile = row // ROW_MULTIPLE
         walk = _Walk(
             lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
@@ -220,13 +220,13 @@ def _walk_span(
 
 
 def _segment(
-    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, *, size: int, how: _How
+    walk: _Walk, w: jax.Array, u: jax.Array, start: jax.Array, widths: np.ndarray, *, size: int, options: _WalkOptions
 ) -> _Walk:
     """Call the compiled segment with `widths` padded to a length that depends on the matrix alone."""
     padded = np.zeros(walk.qs.shape[0], np.float32)
     padded[: len(widths)] = widths
     count = jnp.int32(len(widths))
-    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size, how=how)
+    return _segment_jit(walk, w, u, start, jnp.asarray(padded), count, size=size, options=options)
 
 
 def _finish(

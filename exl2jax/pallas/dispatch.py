@@ -8,7 +8,7 @@ import jax
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels
 from exl2jax.pallas.packing import pack_codes
-from exl2jax.pallas.scales import scale_losses
+from exl2jax.pallas.scale_losses import scale_losses
 from exl2jax.pallas.tiles import Tiles
 from exl2jax.pallas.walk import walk_group
 

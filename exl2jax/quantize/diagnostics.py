@@ -1,4 +1,4 @@
-"""Numerical trouble that a conversion survives: put in words, by linear, for the summary and the job's record."""
+"""Diagnostics: numerical faults that a conversion survives, in words, for the summary and the report of a module."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ STARVED = 0.1
 """An expert that gets less than this part of an even share of the tokens is reported."""
 
 
-def hessian_trouble(hessian: jax.Array, factor: HessianFactor, linears: Sequence[LinearSpec]) -> list[str]:
+def hessian_diagnostics(hessian: jax.Array, factor: HessianFactor, linears: Sequence[LinearSpec]) -> list[str]:
     """What was special about the Hessian `[K, K]` that `linears` share: raised damping, inputs never active."""
     keys, out = " and ".join(linear.key for linear in linears), []
     if int(factor.attempts) > 1:
@@ -26,7 +26,7 @@ def hessian_trouble(hessian: jax.Array, factor: HessianFactor, linears: Sequence
     return out
 
 
-def linear_trouble(spec: LinearSpec, kernel: np.ndarray | jax.Array, linear: QuantizedLinear) -> list[str]:
+def linear_diagnostics(spec: LinearSpec, kernel: np.ndarray | jax.Array, linear: QuantizedLinear) -> list[str]:
     """Weights `[K, N]` too small for half precision, which the format stores as zero: groups whose scale vanished."""
     empty = np.flatnonzero(np.asarray(linear.qscale_max) == 0)
     perm, kernel = np.asarray(linear.perm), np.asarray(kernel)

@@ -10,7 +10,7 @@ import numpy as np
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import round_to_nearest
 from exl2jax.qparams import QParams
-from exl2jax.quantize.diagnostics import hessian_trouble, linear_trouble
+from exl2jax.quantize.diagnostics import hessian_diagnostics, linear_diagnostics
 from exl2jax.quantize.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
 from exl2jax.quantize.propagate import CrossTerms, Strengths, added, corrected_target, cross_terms
 from exl2jax.stream.chunks import full_mask, row_chunks
@@ -33,7 +33,7 @@ def quantize_head(
     reference: np.ndarray | None = None,
     strength: float = 0.0,
 ) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
-    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), trouble.
+    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), diagnostics.
 
     With the full-precision `reference [R, T, D]` its target is corrected by `strength` for what these states lack
     (`exl2jax.quantize.propagate`): the head is the last that can.
@@ -49,8 +49,8 @@ def quantize_head(
     if terms.cross is not None:
         target = corrected_target(target.astype(jnp.float32), factor, terms, Strengths(strength, 0.0))
     linear = quantize_linear(target, factor, qparams, spec, method)
-    trouble = (*hessian_trouble(terms.hessian, factor, (spec,)), *linear_trouble(spec, kernel, linear))
-    return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, trouble
+    diagnostics = (*hessian_diagnostics(terms.hessian, factor, (spec,)), *linear_diagnostics(spec, kernel, linear))
+    return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, diagnostics
 
 
 def head_terms(

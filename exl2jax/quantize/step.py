@@ -15,7 +15,7 @@ from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.models.modules import NormSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
 from exl2jax.qparams import QParams
-from exl2jax.quantize.diagnostics import clamp_bias, hessian_trouble, linear_trouble, starved_experts
+from exl2jax.quantize.diagnostics import clamp_bias, hessian_diagnostics, linear_diagnostics, starved_experts
 from exl2jax.quantize.head import quantize_head
 from exl2jax.quantize.linear import Task, factor_hessian, module_factors, pack_checked, quantize_many
 from exl2jax.quantize.propagate import StageTerms, Strengths, corrected_target, finish, stage_terms
@@ -70,14 +70,14 @@ class QuantizeStep:
         if not np.isfinite(done.states).all():
             raise NumericalError(f"{block.spec.key}: the quantized output holds NaN or infinity")
         error = relative_error(done.states, done.wanted, self.mask)
-        said = (*done.trouble, *starved_experts(block.spec, done.tokens))
+        said = (*done.diagnostics, *starved_experts(block.spec, done.tokens))
         if self.recipe.tuning is not None and len(cut(block.spec)) > 1:
             said = (*said, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
         report = ModuleReport(
             key=block.spec.key,
             bits=done.bits,
             damping=done.damping,
-            trouble=said,
+            diagnostics=said,
             tuning=done.tuning,
             own_norms=done.own_norms,
             **{"stream_error" if self.recipe.propagates else "rfn_error": error},
@@ -95,9 +95,9 @@ class QuantizeStep:
         said = [
             line
             for g, h in zip(spec.groups, collected.hessians, strict=True)
-            for line in hessian_trouble(h, factors[g[0].name], g)
+            for line in hessian_diagnostics(h, factors[g[0].name], g)
         ]
-        done = done._replace(trouble=(*done.trouble, *said))
+        done = done._replace(diagnostics=(*done.diagnostics, *said))
         tokens = collected.tokens[-len(spec.stages[-1]) :]
         return self._outcome(piece, done, factors, tokens, states, piece.forward(reference), collected.states)
 
@@ -126,14 +126,14 @@ class QuantizeStep:
             for group, terms in zip(groups, found.terms, strict=True):
                 keys = " and ".join(linear.key for linear in group)
                 factor = factor_hessian(terms.hessian, keys, self.recipe.method)
-                said += hessian_trouble(terms.hessian, factor, group)
+                said += hessian_diagnostics(terms.hessian, factor, group)
                 factors |= {x.name: factor for x in group}
                 targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
             linears = [x for group in groups for x in group]
             now = self._linears(spec, linears, done.params, targets, factors)
             done = now._replace(linears={**done.linears, **now.linears})
-            said += now.trouble
-        done = done._replace(trouble=tuple(said))
+            said += now.diagnostics
+        done = done._replace(diagnostics=tuple(said))
         following, kept = found.reference, None if self.recipe.tuning else found.inputs  # tuned norms change them
         return self._outcome(piece, done, factors, found.tokens, states, following, following, kept)
 
@@ -160,7 +160,7 @@ class QuantizeStep:
             wanted=wanted,
             reference=reference,
             damping={name: float(factor.damping) for name, factor in factors.items()},
-            trouble=done.trouble,
+            diagnostics=done.diagnostics,
             tokens=tokens,
             **kept,
         )
@@ -176,14 +176,14 @@ class QuantizeStep:
         """Quantize some linears of a module, whose other parameters stay."""
         settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
         tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x, self.recipe.method) for x in linears]
-        out, results, trouble = dict(params), quantize_many(tasks), list[str]()
+        out, results, diagnostics = dict(params), quantize_many(tasks), list[str]()
         for linear, result in zip(linears, results, strict=True):
             own = dict(params[linear.name])
-            trouble += linear_trouble(linear, own["kernel"], result)
+            diagnostics += linear_diagnostics(linear, own["kernel"], result)
             bias, said = clamp_bias(linear, np.asarray(own["bias"]) if "bias" in own else None)
-            trouble += said
+            diagnostics += said
             out[linear.name] = own | {"kernel": result.weight} | ({} if bias is None else {"bias": bias})
-        return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(trouble))
+        return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(diagnostics))
 
     def _finish(
         self, piece: Piece, done: "_Quantized", states: np.ndarray, reference: np.ndarray
@@ -219,7 +219,7 @@ class QuantizeStep:
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
         qparams, method = head_qparams(self.head_bits), self.recipe.method
-        packed, damping, trouble = quantize_head(
+        packed, damping, diagnostics = quantize_head(
             self.decoder,
             block.spec,
             block.params,
@@ -239,7 +239,7 @@ class QuantizeStep:
             key=block.spec.key,
             bits=packed.packed.bits,
             damping=damping,
-            trouble=trouble,
+            diagnostics=diagnostics,
             perplexity=perplexity(score(self.decoder, params, carry[STATES][:rows], ids).nll, mask),
             perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE][:rows], ids).nll, mask),
         )
@@ -262,7 +262,7 @@ class Outcome:
     reference: np.ndarray
     bits: int
     damping: dict[str, float]
-    trouble: tuple[str, ...]
+    diagnostics: tuple[str, ...]
     tokens: list[int]
     tuning: Mapping[str, float] | None = None
     own_norms: tuple[str, ...] = ()
@@ -275,7 +275,7 @@ class Outcome:
             reference=self.reference + then.reference,
             bits=self.bits + then.bits,
             damping=self.damping | then.damping,
-            trouble=self.trouble + then.trouble,
+            diagnostics=self.diagnostics + then.diagnostics,
             tokens=self.tokens + then.tokens,
         )
 
@@ -285,4 +285,4 @@ class _Quantized(NamedTuple):
 
     params: dict[str, Any]
     linears: dict[str, QuantizedLinear]
-    trouble: tuple[str, ...]
+    diagnostics: tuple[str, ...]

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from exl2jax.calibration import CalibrationSummary
-from exl2jax.conversion.preflight import Plan
+from exl2jax.conversion.preflight import Preflight
 from exl2jax.conversion.result import ConversionResult
 from exl2jax.evaluation import Evaluation, Figures
 from exl2jax.exl2.inspect import LinearInspection
@@ -105,7 +105,7 @@ def inspection_table(linears: Sequence[LinearInspection]) -> Table:
     return table
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Preflight) -> Table:
     """What a conversion will take and give."""
     table = _two_columns("Plan")
     table.add_row("bits per weight", f"{plan.low_bpw:.4f} to {plan.high_bpw:.4f} can be reached, asked {plan.bits:g}")

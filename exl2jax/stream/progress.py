@@ -53,7 +53,7 @@ class StopFlag:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Control:
+class RunControl:
     """What accompanies a run: where it reports, and whether it should stop."""
 
     progress: Progress = field(default_factory=LogProgress)

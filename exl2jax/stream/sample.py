@@ -25,7 +25,7 @@ from exl2jax.models.modules import ATTENTION_KINDS
 from exl2jax.storage import write_tensors
 from exl2jax.stream.blocks import Block, Piece
 from exl2jax.stream.forward import forward_chunk, head_logits
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ class Embeddings(NamedTuple):
         return hidden if self.positions is None else hidden + self.positions[position]
 
 
-def model_sampler(model: Model, vocab: int, control: Control | None = None) -> Sampler:
+def model_sampler(model: Model, vocab: int, control: RunControl | None = None) -> Sampler:
     """A sampler of the model, over the ids `0 .. vocab-1`: the same model, prompts and seed give the same rows.
 
     Calling it raises `Interrupted` when `control.stop` was asked; nothing of the weights is read before.
     """
-    return partial(_sample, model, vocab, control or Control())
+    return partial(_sample, model, vocab, control or RunControl())
 
 
 def remembered(sampler: Sampler, folder: Path, identity: str) -> Sampler:
@@ -82,7 +82,7 @@ def remembered(sampler: Sampler, folder: Path, identity: str) -> Sampler:
 def _sample(
     model: Model,
     vocab: int,
-    control: Control,
+    control: RunControl,
     prompts: Sequence[Sequence[int]],
     n_rows: int,
     length: int,

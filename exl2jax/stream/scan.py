@@ -13,7 +13,7 @@ import numpy as np
 
 from exl2jax.errors import Interrupted
 from exl2jax.stream.devices import as_first_process, require_agreement
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 type Carry = dict[str, np.ndarray]
 
@@ -38,7 +38,7 @@ def scan[S, B, O](
     checkpoint: Checkpoint[O],
     interval: float,
     stage: str,
-    control: Control,
+    control: RunControl,
 ) -> tuple[Carry, list[O]]:
     """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
 

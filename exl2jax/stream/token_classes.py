@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models.modules import Group, LinearSpec
+from exl2jax.models.modules import LinearGroup, LinearSpec
 
 PLACES = (1, 2, 8, 32)
 """Places in a row at which the classes after the first one begin."""
@@ -58,7 +58,7 @@ def token_factors(
     return [weight * root[classes] for weight, root in zip(weights, jnp.sqrt(jnp.asarray(tables)), strict=True)]
 
 
-def group_tables(groups: Sequence[Group], tables: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def group_tables(groups: Sequence[LinearGroup], tables: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """The weights of classes `[groups, CLASSES]` from those by key of a linear; None where there are none."""
     found = [tables.get(group[0].key) for group in groups]
     return np.stack([np.asarray(x, np.float32) for x in found if x is not None]) if found[0] is not None else None

@@ -5,7 +5,17 @@ one, `choose` names one with settings, `Method` is what the pipeline quantizes a
 The solvers of the allocation register where they are, in `exl2jax.variants.solvers`.
 """
 
-from exl2jax.variants import candidates, damping, measures, objective, order, rounding, scales, transforms, tuning  # noqa: F401  (they register themselves)
+from exl2jax.variants import (
+    candidates,
+    damping,
+    measures,
+    objective,
+    order,
+    rounding,
+    scale_searches,
+    transforms,
+    tuning,
+)  # noqa: F401  (they register themselves)
 from exl2jax.variants.method import STOCK, Method
 from exl2jax.variants.plugins import load_entry_points, load_plugin
 from exl2jax.variants.registry import KINDS, Choice, NoSettings, Variant, choose, find, names, variant

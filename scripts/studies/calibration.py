@@ -22,7 +22,7 @@ from exl2jax.evaluation import read_token_rows
 from exl2jax.evaluation.logits import final_states
 from exl2jax.models import Model, build_decoder
 from exl2jax.report import make_progress
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.stream.scoring import score
 
 SOURCES = ("standard", "standard:../shared/data/standard_cal", "self", "random")
@@ -65,7 +65,7 @@ def study(source: str, arguments: argparse.Namespace, judge: Judge, console: Con
         seed=arguments.seed,
     )
     begun = time.monotonic()
-    result = convert(config, Control(progress=make_progress(console, status=False)))
+    result = convert(config, RunControl(progress=make_progress(console, status=False)))
     assert config.compile_full is not None and result.calibration is not None
     return {
         "source": source,

@@ -17,7 +17,7 @@ from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.errors import CalibrationError, Exl2JaxError, Interrupted, JobError, SettingsError
 from exl2jax.models import HFModel, open_model
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 
 TEXTS = [f"The {word} of the town is painted every spring." for word in ("bridge", "gate", "old ferry house", "well")]
 
@@ -30,7 +30,7 @@ def settings(model: Path, base: Path, **changes: Any) -> ConversionConfig:
 def pass_rows(config: ConversionConfig) -> PassRows:
     model = open_model(config.in_dir)
     assert isinstance(model, HFModel)
-    return PassRows(config, model, load_tokenizer(config.in_dir), WorkDirectory(config.out_dir), Control())
+    return PassRows(config, model, load_tokenizer(config.in_dir), WorkDirectory(config.out_dir), RunControl())
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_other_rows_under_the_same_name_are_refused_on_resume(tiny_llama: Path, 
     stop = StopFlag()
     stop.ask()
     with pytest.raises(Interrupted):
-        convert(config, Control(stop=stop))
+        convert(config, RunControl(stop=stop))
     source.write_text("The river has left the mill and does not say where it has gone. " * 9, encoding="utf-8")
     with pytest.raises(JobError, match="calibration data changed"):
         convert(config)

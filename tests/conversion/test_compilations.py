@@ -15,7 +15,7 @@ from exl2jax.qparams import q
 from exl2jax.quantize.step import QuantizeStep
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.testing.compilations import compilations
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants.recipe import find_recipe
@@ -79,7 +79,7 @@ def test_measuring_compiles_for_the_first_block_only(path: Path, tmp_path: Path)
             measurement_length=24,
             with_accuracies=True,
         )
-        convert(config, Control(progress=meter))
+        convert(config, RunControl(progress=meter))
     assert list(meter.counts) == ["forward", "backward", "price", "measure"]
     for stage, counts in meter.counts.items():
         assert len(counts) == 2 * BLOCKS + 1

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from exl2jax import ConversionConfig, convert, evaluate
 from exl2jax.errors import Exl2JaxError, Interrupted, JobError, MeasurementError, SettingsError
 from exl2jax.exl2.verify.directory import verify
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants.recipe import recipe_from
 
@@ -127,7 +127,7 @@ def test_stop_and_resume_give_the_same_bytes(
         stop = StopFlag()
         stop.ask()
         try:
-            convert(config, Control(stop=stop))
+            convert(config, RunControl(stop=stop))
             break
         except Interrupted as e:
             assert e.exit_code == 130

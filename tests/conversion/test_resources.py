@@ -11,7 +11,7 @@ from jax import monitoring
 from safetensors.numpy import save_file
 
 from exl2jax import ConversionConfig, convert
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 from exl2jax.testing.tiny_model import write_tiny_llama
 
 LAYERS = 3
@@ -54,7 +54,7 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         config = ConversionConfig(
             in_dir=model, out_dir=base / "work", cal_dataset=str(tokens), bits=4.5, preset=request.param
         )
-        convert(config, Control(progress=watch))
+        convert(config, RunControl(progress=watch))
     finally:
         monitoring.unregister_event_duration_listener(watch.listen)
     yield watch, base / "work"

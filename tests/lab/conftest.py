@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from exl2jax.lab import Plan, SweepResult, read_plan, run_sweep
+from exl2jax.lab import SweepPlan, SweepResult, read_plan, run_sweep
 
 TEXT = """
 models = ["{model}"]
@@ -28,7 +28,7 @@ propagation = 0.25
 
 
 @pytest.fixture(scope="session")
-def plan(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
     """Stock cannot reach three bits on this model: one of the six cells fails."""
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
     path.write_text(TEXT.format(model=tiny_llama))
@@ -36,6 +36,6 @@ def plan(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="session")
-def sweep(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+def sweep(plan: SweepPlan, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     """The plan, run without a break."""
     return run_sweep(plan, tmp_path_factory.mktemp("sweep"))

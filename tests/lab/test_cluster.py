@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exl2jax.lab import Plan, SweepResult, read_results, run_sweep
+from exl2jax.lab import SweepPlan, SweepResult, read_results, run_sweep
 from exl2jax.lab.cluster import ray_runner
 
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 FIGURES = ["cell", "status", "bpw", "size", "perplexity", "kl_divergence", "sha256_measurement", "sha256_calibration"]
 
 
-def test_two_nodes_one_killed(plan: Plan, sweep: SweepResult, tmp_path: Path) -> None:
+def test_two_nodes_one_killed(plan: SweepPlan, sweep: SweepResult, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     asked = replace(plan, variants=plan.variants[1:])

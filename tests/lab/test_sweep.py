@@ -15,10 +15,10 @@ from exl2jax import cli, evaluate
 from exl2jax.errors import Interrupted, JobError, StorageError
 from exl2jax.evaluation import load_eval_rows
 from exl2jax.exl2.verify.directory import verify
-from exl2jax.lab import Plan, SweepResult, read_results, reproducible, run_sweep
+from exl2jax.lab import SweepPlan, SweepResult, read_results, reproducible, run_sweep
 from exl2jax.lab.estimate import estimate
 from exl2jax.lab.results import SCHEMA
-from exl2jax.stream.progress import Control
+from exl2jax.stream.progress import RunControl
 
 
 def rows_of(sweep: SweepResult) -> list[dict]:
@@ -36,7 +36,7 @@ class StopAfter:
 
     def __init__(self, modules: int) -> None:
         self.left = modules
-        self.control = Control(progress=self)
+        self.control = RunControl(progress=self)
 
     def start(self, stage: str, total: int, done: int) -> None: ...
 
@@ -48,7 +48,7 @@ class StopAfter:
             self.control.stop.ask()
 
 
-def test_the_table_says_it_all(sweep: SweepResult, plan: Plan, tiny_llama: Path) -> None:
+def test_the_table_says_it_all(sweep: SweepResult, plan: SweepPlan, tiny_llama: Path) -> None:
     rows = rows_of(sweep)
     assert [(r["variant"], r["bits"]) for r in rows] == [(c.variant, c.bits) for c in plan.cells()]
     assert [r["status"] for r in rows] == ["failed", *["ok"] * 5] and sweep.failed == 1
@@ -79,7 +79,7 @@ def test_one_measurement_for_all_that_measure_the_same(sweep: SweepResult) -> No
 
 
 def test_interrupted_resumed_and_the_same_bytes(
-    sweep: SweepResult, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: SweepResult, plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Interrupted):  # in the stock measurement
         run_sweep(plan, tmp_path, StopAfter(2).control)
@@ -105,13 +105,13 @@ def test_reproducible_columns_are_those_without_time(sweep: SweepResult) -> None
     assert left == {n for n in SCHEMA.names if n.startswith(("seconds", "cpu_", "peak_", "tokens_per"))}
 
 
-def test_models_need_not_stay(plan: Plan, tmp_path: Path) -> None:
+def test_models_need_not_stay(plan: SweepPlan, tmp_path: Path) -> None:
     small = replace(plan, keep=False, variants=plan.variants[1:2], targets=(4.5,))
     [row] = run_sweep(small, tmp_path).rows
     assert row["status"] == "ok" and row["output"] is None and not list(tmp_path.rglob("output*.safetensors"))
 
 
-def test_estimates_before_and_after(sweep: SweepResult, plan: Plan, tmp_path: Path) -> None:
+def test_estimates_before_and_after(sweep: SweepResult, plan: SweepPlan, tmp_path: Path) -> None:
     before = estimate(plan, tmp_path)
     assert all(not e.finished and e.seconds > 0 for e in before) and not list(tmp_path.iterdir())
     after = estimate(plan, sweep.table.parent)
@@ -124,7 +124,7 @@ def test_estimates_before_and_after(sweep: SweepResult, plan: Plan, tmp_path: Pa
     assert all(e.size > big for e in before)
 
 
-def test_one_sweep_at_a_time(plan: Plan, tmp_path: Path) -> None:
+def test_one_sweep_at_a_time(plan: SweepPlan, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".lock"), pytest.raises(JobError, match="another sweep"):
         run_sweep(plan, tmp_path)
 
@@ -138,7 +138,7 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "results.parquet")
 
 
-def test_command(sweep: SweepResult, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(sweep: SweepResult, plan: SweepPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.lab.conftest import TEXT
 
     path = tmp_path / "plan.toml"
@@ -154,7 +154,7 @@ def test_command(sweep: SweepResult, plan: Plan, tmp_path: Path, capsys: pytest.
     run_sweep(plan, sweep.table.parent)  # the whole table again, for other tests
 
 
-def test_ray_says_how_to_get_it(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_says_how_to_get_it(plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from exl2jax.errors import SettingsError

@@ -18,7 +18,7 @@ from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_colum
 from exl2jax.ops.scales import ScaleSearch
 from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
 from exl2jax.pallas.dispatch import pallas_kernels
-from exl2jax.pallas.scales import scale_losses
+from exl2jax.pallas.scale_losses import scale_losses
 from exl2jax.pallas.tiles import LANES, Tiles
 from exl2jax.qparams import FORMAT_BITS, GROUP_SIZES, q
 from tests.oracles import packing as packing_oracle

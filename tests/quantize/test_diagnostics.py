@@ -1,4 +1,4 @@
-"""Numerical trouble: every kind is survived and put in words, or refused by the name of the linear."""
+"""Numerical diagnostics: every kind is survived and put in words, or refused by the name of the linear."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from exl2jax.errors import Exl2JaxError, HessianError, ModelError, NumericalErro
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import LinearSpec
 from exl2jax.qparams import q
-from exl2jax.quantize.diagnostics import calibration_shortage, clamp_bias, hessian_trouble, linear_trouble
+from exl2jax.quantize.diagnostics import calibration_shortage, clamp_bias, hessian_diagnostics, linear_diagnostics
 from exl2jax.quantize.linear import factor_hessian, pack_checked, quantize_linear
 from tests.reliability.scene import Scene, make_scene
 
@@ -82,7 +82,7 @@ def test_damping_grows_and_is_told(ratio: float, raises: int) -> None:
     assert int(factor.attempts) == raises + 1
     assert float(factor.damping) == pytest.approx(0.12 * 2**raises)
     assert float(factor.damping) > ratio - 1
-    said = hessian_trouble(hessian, factor, (SPEC,))
+    said = hessian_diagnostics(hessian, factor, (SPEC,))
     assert said == ([f"{SPEC.key}: damping raised {raises} times, to {0.12 * 2**raises:.3g}"] if raises else [])
 
 
@@ -104,7 +104,7 @@ def test_hopeless_hessians_are_refused_by_name(hessian: np.ndarray, message: str
 def test_dead_inputs_are_told() -> None:
     hessian = jnp.asarray(HESSIANS["dead inputs"])
     factor = factor_hessian(hessian, SPEC.key)
-    said = hessian_trouble(hessian, factor, (SPEC, replace(SPEC, key="other")))
+    said = hessian_diagnostics(hessian, factor, (SPEC, replace(SPEC, key="other")))
     assert said == [f"{SPEC.key} and other: 5 of {K} inputs are never active on this calibration data"]
 
 
@@ -138,7 +138,7 @@ def test_odd_weights_give_finite_ones(name: str) -> None:
     assert np.isfinite(weight).all()
     packed = pack_checked(linear, SPEC, None)
     assert np.isfinite(packed.packed.q_scale_max).all()
-    said = linear_trouble(SPEC, kernel, linear)
+    said = linear_diagnostics(SPEC, kernel, linear)
     if name == "tiny":
         assert said == [f"{SPEC.key}: the weights of 2 groups vanish in half precision and are stored as zero"]
         assert not weight.any()
@@ -188,14 +188,14 @@ def changed(scene: Scene, home: Path, change: Callable[[dict[str, np.ndarray]], 
 def test_a_troubled_model_is_converted_and_its_trouble_listed(scene: Scene, tmp_path: Path) -> None:
     """States far beyond half precision, dead inputs, duplicate rows, a vanishing matrix, few tokens."""
 
-    def trouble(tensors: dict[str, np.ndarray]) -> None:
+    def diagnostics(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.layers.0.mlp.down_proj.weight"][:] *= ml_dtypes.bfloat16(1e5)
         tensors["model.layers.0.mlp.up_proj.weight"][:3] = 0  # three inputs of down_proj are never active
         tensors["model.layers.1.self_attn.q_proj.weight"][1] = tensors["model.layers.1.self_attn.q_proj.weight"][0]
         tensors["model.layers.1.self_attn.v_proj.weight"][:] *= ml_dtypes.bfloat16(1e-30)
         tensors["model.layers.1.mlp.gate_proj.weight"][:] = ml_dtypes.bfloat16(0.01)
 
-    config = changed(scene, tmp_path, trouble).config(tmp_path)
+    config = changed(scene, tmp_path, diagnostics).config(tmp_path)
     result = convert(config)
     states = load_file(config.out_dir / "hidden_states.safetensors")
     assert max(np.abs(row).max() for row in states.values()) > 1e5, "float32 holds what half precision cannot"

@@ -60,10 +60,10 @@ def test_the_head_takes_back_what_the_states_lack(setting: Any) -> None:
 @pytest.mark.parametrize("bits", [3, 6])
 def test_gptq_below_the_limit_and_rounding_above(setting: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, spec, params, states, mask = setting
-    fed, damping, trouble = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
+    fed, damping, diagnostics = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
     monkeypatch.setattr(head, "MAX_GPTQ_WEIGHTS", spec.weights - 1)
     rounded, none, _ = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
-    assert list(damping) == ["lm_head"] and trouble == ()
+    assert list(damping) == ["lm_head"] and diagnostics == ()
     assert none == {}
     kernel, hessian = params["lm_head"]["kernel"], expected_hessian(params, states, mask)
     losses = [oracle.proxy_loss(hessian, kernel, np.asarray(x.weight)) for x in (fed, rounded)]

@@ -13,7 +13,7 @@ from exl2jax.errors import CalibrationError, Interrupted
 from exl2jax.evaluation import model_logits
 from exl2jax.models import open_model
 from exl2jax.stream import sample
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.stream.sample import draw, model_sampler, remembered
 from exl2jax.testing.parity_cases import TINY_CASES
 
@@ -77,7 +77,7 @@ def test_a_stop_is_heeded(tiny_llama: Path) -> None:
     stop = StopFlag()
     stop.ask()
     with pytest.raises(Interrupted, match="same command"):
-        model_sampler(open_model(tiny_llama), VOCAB, Control(stop=stop))(PROMPTS, len(PROMPTS), LENGTH, 0)
+        model_sampler(open_model(tiny_llama), VOCAB, RunControl(stop=stop))(PROMPTS, len(PROMPTS), LENGTH, 0)
 
 
 def test_rows_once_written_are_read_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from exl2jax.errors import Interrupted
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.stream.scan import Carry, scan
 
 BLOCKS = [3.0, -1.0, 0.5, 2.0, 7.0]
@@ -58,7 +58,7 @@ def run(
     memory: Memory,
     *,
     interval: float = 0,
-    control: Control | None = None,
+    control: RunControl | None = None,
     load: Callable[[float], float] = float,
     begin: Callable[[], Carry] = start,
 ) -> tuple[Carry, list[float]]:
@@ -71,7 +71,7 @@ def run(
         checkpoint=memory,
         interval=interval,
         stage="measure",
-        control=control or Control(progress=Recorder()),
+        control=control or RunControl(progress=Recorder()),
     )
 
 
@@ -120,7 +120,7 @@ def test_a_stop_saves_and_raises_at_the_next_boundary() -> None:
     memory, stop = Memory(), StopFlag()
     stop.ask()
     with pytest.raises(Interrupted, match=r"stopped in measure after 1 of 5 modules; run the same command to resume"):
-        run(memory, interval=3600, control=Control(progress=Recorder(), stop=stop))
+        run(memory, interval=3600, control=RunControl(progress=Recorder(), stop=stop))
     assert [position for position, _, _ in memory.saved] == [1]
     assert run(memory)[1] == run(Memory())[1]
 
@@ -130,7 +130,7 @@ def test_a_stop_after_the_last_block_stops_nothing() -> None:
     run(memory)
     memory.saved = memory.saved[:4]
     stop.ask()
-    assert run(memory, control=Control(progress=Recorder(), stop=stop))[1] == run(Memory())[1]
+    assert run(memory, control=RunControl(progress=Recorder(), stop=stop))[1] == run(Memory())[1]
 
 
 def test_a_block_that_cannot_be_loaded_leaves_the_checkpoints_before_it() -> None:
@@ -149,7 +149,7 @@ def test_a_block_that_cannot_be_loaded_leaves_the_checkpoints_before_it() -> Non
 
 def test_progress_is_told_of_every_block() -> None:
     recorder, resumed, memory = Recorder(), Recorder(), Memory()
-    run(memory, control=Control(progress=recorder))
+    run(memory, control=RunControl(progress=recorder))
     assert recorder.told == [
         ("measure", 5, 0),
         "3.0: 22.0",
@@ -160,5 +160,5 @@ def test_progress_is_told_of_every_block() -> None:
         "finish",
     ]
     memory.saved = memory.saved[:4]
-    run(memory, control=Control(progress=resumed))
+    run(memory, control=RunControl(progress=resumed))
     assert resumed.told == [("measure", 5, 4), "7.0: -38.0", "finish"]

@@ -24,7 +24,7 @@ from exl2jax.lab import read_plan
 from exl2jax.models import HFModel, Model, build_decoder, head_norm_spec, module_specs, open_model
 from exl2jax.models.transform import layout_of, transformed
 from exl2jax.stream.forward import head_logits
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import write_tiny
 from exl2jax.testing.tiny_model import write_tiny_llama
@@ -311,7 +311,7 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None
     errors = [x.error or 1 for x in inspect(out, source=base.in_dir)]
     assert max(errors) < 0.3 and np.mean(errors) < 0.05, "against the rewritten source, else above one"
     config = chosen(base, tmp_path, text, measurement=tmp_path / "work" / "measurement.json")
-    plan = make_plan(Context.open(config, Control()), {})
+    plan = make_plan(Context.open(config, RunControl()), {})
     assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
     assert job["inputs"]["preset"]["variants"][-1]["kind"] == "transform"
@@ -325,7 +325,7 @@ def test_a_stopped_conversion_ends_in_the_same_bytes(base: ConversionConfig, tmp
     stop = StopFlag()
     stop.asked = True
     with pytest.raises(Interrupted):
-        convert(chosen(base, tmp_path / "again", "rotation"), Control(stop=stop))
+        convert(chosen(base, tmp_path / "again", "rotation"), RunControl(stop=stop))
     with pytest.raises(JobError, match="preset"):
         convert(chosen(base, tmp_path / "again", "rotation:seed=1"))
     convert(chosen(base, tmp_path / "again", "rotation"))

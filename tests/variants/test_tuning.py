@@ -17,7 +17,7 @@ from exl2jax.models import build_decoder, module_specs, open_model
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.storage import read_json
 from exl2jax.stream.forward import embed, forward
-from exl2jax.stream.progress import Control, StopFlag
+from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.stream.scoring import perplexity, score
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants import choose
@@ -71,7 +71,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ConversionConfig:
     return replace(made, measurement=path)
 
 
-def tuned(base: ConversionConfig, folder: Path, control: Control | None = None, preset: str = "fast") -> Path:
+def tuned(base: ConversionConfig, folder: Path, control: RunControl | None = None, preset: str = "fast") -> Path:
     recipe = recipe_from({"preset": preset, "tuning": ADAM}, "mine")
     config = replace(base, preset=recipe, out_dir=folder / "work", compile_full=folder / "exl2", checkpoint_interval=0)
     convert(config, control)
@@ -107,7 +107,7 @@ def test_a_stopped_tuned_conversion_ends_in_the_same_bytes(base: ConversionConfi
     stop = StopFlag()
     stop.asked = True
     with pytest.raises(Interrupted):
-        tuned(base, tmp_path / "again", Control(stop=stop))
+        tuned(base, tmp_path / "again", RunControl(stop=stop))
     assert weights(tuned(base, tmp_path / "again")) == whole
 
 
