@@ -71,7 +71,7 @@ def names(report: VerifyReport) -> set[str]:
 
 
 def stored_bits(rows: int, columns: int, layout: Layout) -> int:
-    """The count of EXL2.md: codes, then per group 16 + 32 + 4 N, then 32 per row."""
+    """The count of docs/format.md 1.7: codes, then per group 16 + 32 + 4 N, then 32 per row."""
     return sum(size * bits * columns + 48 + 4 * columns for bits, size in layout) + 32 * rows
 
 
