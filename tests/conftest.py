@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exl2jax.testing.tiny_model import write_tiny_llama
+from tests import skip_policy
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"
@@ -35,6 +36,7 @@ MOST_MAPPINGS = 25_000
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything imports JAX; workers inherit it from the process that starts them."""
+    config.pluginmanager.register(skip_policy)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
