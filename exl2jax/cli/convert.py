@@ -102,6 +102,10 @@ def convert_command(
     devices: Annotated[
         int | None, typer.Option("--devices", help="Devices to spread rows and linears over [all].")
     ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option("--device-memory", help="GB of a device for hidden states [half of what is free]."),
+    ] = None,
     variant: Variants = None,
     plugin: Plugins = None,
     pin: Pins = None,
@@ -143,6 +147,7 @@ def convert_command(
         "checkpoint_interval": checkpoint_interval,
         "moe_calibration": moe_calibration,
         "devices": devices,
+        "device_memory": device_memory,
     }
     config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
     control = RunControl(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())

@@ -27,7 +27,8 @@ class ConversionConfig:
     `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
     `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
     `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths to choose from;
-    `checkpoint_interval` is in seconds, 0 checkpoints after every module; `devices` is how many to use, all for None.
+    `checkpoint_interval` is in seconds, 0 checkpoints after every module; `devices` is how many to use, all for None;
+    `device_memory` is how many GB of a device the hidden states may take, None for a share of its free memory.
     Raises `SettingsError` on contradictions.
     """
 
@@ -56,6 +57,7 @@ class ConversionConfig:
     checkpoint_interval: float = 180.0
     moe_calibration: str = "routed"
     devices: int | None = None
+    device_memory: float | None = None
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without reading a file."""
@@ -82,6 +84,8 @@ class ConversionConfig:
                 raise SettingsError(f"{flag} is {value}; a row needs at least 2 tokens")
         if self.shard_size < 0 or self.checkpoint_interval < 0:
             raise SettingsError("-ss/--shard_size and --checkpoint-interval must not be negative")
+        if self.device_memory is not None and not self.device_memory >= 0:
+            raise SettingsError(f"--device-memory is {self.device_memory}; it must not be negative")
         self._check_directories()
         for measure in (True, False):
             self.calibration(measure=measure)

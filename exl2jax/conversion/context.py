@@ -15,7 +15,7 @@ from exl2jax.qparams import require_quantizable_rows
 from exl2jax.storage.digests import digest, fingerprint
 from exl2jax.stream.blocks import Block, HeadBlock
 from exl2jax.stream.progress import RunControl
-from exl2jax.stream.scan import Carry, scan
+from exl2jax.stream.scan import Carry, Form, HostCarry, scan
 from exl2jax.variants.recipe import Recipe
 from exl2jax.version import VERSION
 
@@ -73,9 +73,10 @@ class Context:
         self,
         stage: str,
         step: Callable[[Carry, Any], tuple[Carry, O]],
-        start: Callable[[], Carry],
+        start: Callable[[], HostCarry],
         specs: Sequence[ModuleSpec | LinearSpec],
         *,
+        form: Form[Carry],
         describe: Callable[[Any, O], str],
         write: Callable[[list[O]], None],
         read: Callable[[int], list[O]],
@@ -86,6 +87,7 @@ class Context:
             step,
             start,
             specs,
+            form=form,
             load=self.load,
             describe=describe,
             checkpoint=checkpoint,

@@ -12,7 +12,7 @@ from exl2jax.variants.recipe import recipe_of_record
 
 PATHS = ("in_dir", "compile_full", "output_measurement", "measurement")
 LISTS = ("pins", "exclude_bits")
-PER_RUN = ("out_dir", "no_resume", "devices")
+PER_RUN = ("out_dir", "no_resume", "devices", "device_memory")
 """Settings that are paths, those that are tuples, and those that say nothing of the job itself."""
 
 

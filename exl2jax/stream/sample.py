@@ -161,25 +161,25 @@ def _hidden_states(
         if position % stretch == 0:
             for i, cache in enumerate(caches):  # one after the other: never two whole sets in memory
                 caches[i] = widened(cache, position + stretch)
-        hidden, module = jnp.asarray(embeddings.at(ids[:, position], position)), 0
+        hidden, index = jnp.asarray(embeddings.at(ids[:, position], position)), 0
         for block in walk():
             if block.spec.kind not in ATTENTION_KINDS:
                 hidden = reduce(jnp.add, map(partial(_other_step, h=hidden), block.pieces(decoder)))
                 continue
-            if module == len(caches):
+            if index == len(caches):
                 caches.append(empty_cache(decoder.config, batch, stretch))
-            hidden, caches[module] = _attention_step(
-                decoder, block.spec.kind, block.params, hidden, caches[module], jnp.int32(position), length
+            hidden, caches[index] = _attention_step(
+                decoder.module(block.spec), block.params, hidden, caches[index], jnp.int32(position), length
             )
-            module += 1
+            index += 1
         yield hidden
 
 
-_attention_step = jax.jit(next_hidden, static_argnums=(0, 1, 6), donate_argnums=4)
+_attention_step = jax.jit(next_hidden, static_argnames=("module", "length"), donate_argnames="cache")
 
 
 def _other_step(piece: Piece, h: jax.Array) -> jax.Array:
-    return forward_chunk(piece.decoder, piece.spec.kind, piece.params, h)
+    return forward_chunk(piece.module, piece.params, h)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
