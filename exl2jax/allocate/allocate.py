@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exl2jax.allocate.by_linear import NARROWEST, WIDEST, free_choice
+from exl2jax.allocate.by_linear import NARROWEST, WIDEST, allocate_by_linear
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.errors import MeasurementError
 from exl2jax.measure.measurement import Candidate, Measurement, candidate_rows, module_bits
@@ -78,7 +78,7 @@ def allocate(
 ) -> Strategy:
     """Choose a setting per linear within `int(weights * bits)` bits.
 
-    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`), or
+    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`allocate_by_linear`), or
     every module a row of `table` where one is given. By `accuracy` every module takes a row of its candidates.
     `solver` picks the rows, the default by the proven optimum of the sum of errors; `objective` is what it takes for an
     error, the measured one by default. Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
@@ -87,7 +87,7 @@ def allocate(
         measurement = _priced_rows(measurement, specs, table)
     budget = reachable_budget(feasible_bpw(measurement, specs, pricing, table), specs, bits)
     if not by_rows(pricing, table):
-        return _free_strategy(measurement, specs, budget, pricing)
+        return _strategy_by_linear(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, pricing, solver=solver, seed=seed, objective=objective)
 
 
@@ -111,9 +111,9 @@ def _priced_rows(measurement: Measurement, specs: Sequence[ModuleSpec], table: T
     return Measurement(modules=found)
 
 
-def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
+def _strategy_by_linear(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
     assert measurement.sensitivity is not None  # the callers looked
-    chosen = free_choice(measurement.sensitivity.linears, budget)
+    chosen = allocate_by_linear(measurement.sensitivity.linears, budget)
     return Strategy(
         qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in slots_of(specs)},
         total_bits=sum(mixture.total_bits for mixture in chosen.mixtures.values()),

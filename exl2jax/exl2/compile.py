@@ -23,7 +23,7 @@ from exl2jax.storage import (
     shards_size,
     write_json,
 )
-from exl2jax.storage.tensors import INDEX_NAME
+from exl2jax.storage.source_files import INDEX_NAME
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 

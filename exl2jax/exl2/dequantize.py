@@ -17,7 +17,7 @@ from exl2jax.models.modules import embedding_shapes
 from exl2jax.models.spelling import TEXT_SECTION
 from exl2jax.ops.packing import TENSOR_NAMES
 from exl2jax.storage import copy_file, make_directory, write_json, write_tensors
-from exl2jax.storage.tensors import INDEX_NAME
+from exl2jax.storage.source_files import INDEX_NAME
 
 SHARD_BYTES = 4 << 30
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
