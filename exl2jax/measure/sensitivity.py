@@ -76,7 +76,7 @@ class LinearCosts:
     @property
     def ends(self) -> tuple[QParams, QParams]:
         """The cheapest and the dearest setting of the allowed widths."""
-        return pure_qparams((min(self.widths), max(SIZES))), pure_qparams((max(self.widths), min(SIZES)))
+        return width_ends(self.widths)
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists by `BITS:GROUP_SIZE`, six digits, and the weights of tokens."""
@@ -145,3 +145,8 @@ def _is_cost(x: Any) -> bool:
 def pure_qparams(setting: Setting) -> QParams:
     """The setting that gives every row one width."""
     return QParams(bits=(setting[0],), bits_prop=(1.0,), group_size=(setting[1],))
+
+
+def width_ends(widths: Sequence[int]) -> tuple[QParams, QParams]:
+    """The cheapest and the dearest setting of some widths."""
+    return pure_qparams((min(widths), max(SIZES))), pure_qparams((max(widths), min(SIZES)))
