@@ -23,6 +23,9 @@ def plan_command(
     bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
     head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head.")] = 6,
     out_dir: Annotated[Path | None, typer.Option("-o", "--out_dir", help="Where the work directory would be.")] = None,
+    compile_full: Annotated[
+        Path | None, typer.Option("-cf", "--compile_full", help="Where the complete EXL2 model would be.")
+    ] = None,
     cal_dataset: Annotated[str | None, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = None,
     dataset_rows: Annotated[int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows.")] = None,
     measurement_rows: Annotated[int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows.")] = None,
@@ -47,7 +50,8 @@ def plan_command(
     with tempfile.TemporaryDirectory() as nowhere:
         config = ConversionConfig(
             in_dir=in_dir,
-            out_dir=out_dir or Path(nowhere),
+            out_dir=out_dir or Path(nowhere) / "work",
+            compile_full=compile_full or Path(nowhere) / "exl2",
             cal_dataset=cal_dataset,
             bits=bits,
             head_bits=head_bits,
