@@ -24,6 +24,7 @@ LEVELS = {
     "stream": 5,
     "testing": 8,
     "quantize": 6,
+    "generation": 6,
     "measure": 7,
     "exl2": 7,
     "evaluation": 7,
