@@ -31,6 +31,7 @@ LEVELS = {
     "allocate": 8,
     "conversion": 9,
     "report": 10,
+    "hub": 11,
     "lab": 11,
     "__init__": 11,
     "cli": 12,

@@ -16,6 +16,7 @@ from exl2jax.cli.options import Json
 from exl2jax.cli.shared import deliver, say, set_up
 from exl2jax.errors import SettingsError
 from exl2jax.generation import Generation, ResidentModel, Sampling, encode_prompt, generate, load_resident
+from exl2jax.hub import source_directory
 from exl2jax.stream.progress import StopFlag
 
 type Write = Callable[[str], None]
@@ -23,7 +24,7 @@ type Write = Callable[[str], None]
 
 def generate_command(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="Hugging Face or EXL2 directory.")],
+    directory: Annotated[Path, typer.Argument(help="Hugging Face or EXL2 directory, or ORG/NAME[@REVISION].")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk with the model by its chat template: one message a line, from stdin.")
@@ -44,6 +45,7 @@ def generate_command(
         raise SettingsError("--chat shows one model as it writes; leave --against and --json out")
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, new_tokens=max_new)
     set_up(Console(stderr=True))
+    directory, against = source_directory(directory), against and source_directory(against)
     stop = context.obj or StopFlag()
     if chat:
         return _converse(directory, sampling, stop)
