@@ -16,7 +16,6 @@ from exl2jax.variants.candidates import STOCK_TABLE, Table
 from exl2jax.variants.recipe import Pricing
 from exl2jax.variants.solvers import Problem, Solved
 
-
 WIDEST_STEP = 2.0
 """Bits per weight between neighbouring settings at their widest, from 6 bits to 8."""
 
@@ -145,7 +144,9 @@ def _priced_rows(measurement: Measurement, specs: Sequence[ModuleSpec], table: T
     return Measurement(modules=found)
 
 
-def _strategy_by_linear(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
+def _strategy_by_linear(
+    measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing
+) -> Strategy:
     assert measurement.sensitivity is not None  # the callers looked
     chosen = allocate_by_linear(measurement.sensitivity.linears, budget)
     return Strategy(

@@ -13,13 +13,14 @@ from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.preflight import preflight
+from exl2jax.hub import source_directory
 from exl2jax.report import plan_table
 from exl2jax.stream.progress import RunControl
 from exl2jax.variants.recipe import DEFAULT_PRESET
 
 
 def plan_command(
-    in_dir: Annotated[Path, typer.Argument(help="Source model directory.")],
+    in_dir: Annotated[Path, typer.Argument(help="Source model: a directory, or ORG/NAME[@REVISION] of the Hub.")],
     bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
     head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head.")] = 6,
     out_dir: Annotated[Path | None, typer.Option("-o", "--out_dir", help="Where the work directory would be.")] = None,
@@ -49,7 +50,7 @@ def plan_command(
     set_up(Console(stderr=True))
     with tempfile.TemporaryDirectory() as nowhere:
         config = ConversionConfig(
-            in_dir=in_dir,
+            in_dir=source_directory(in_dir),
             out_dir=out_dir or Path(nowhere) / "work",
             compile_full=compile_full or Path(nowhere) / "exl2",
             cal_dataset=cal_dataset,
