@@ -35,10 +35,10 @@ lab: demo-model ## run the sweep of examples/lab.toml on the demo model and writ
 check: lint docs test ## style, types, documentation and all tests; .ci/run runs it with every optional part installed
 
 test: setup ## run all tests; the end of the output lists what was skipped and why
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-fast: setup ## run the tests that take seconds
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where nothing else runs); writes the figures of docs/reliability.md
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)

@@ -41,7 +41,7 @@ def rooms() -> Iterator[tuple[str, list[str]]]:
 
 
 def only_gathers(module: str) -> bool:
-    """Whether a module is the `__init__` of a room and defines nothing itself: its names are shown where they are from."""
+    """Whether a module is the `__init__` of a room and defines nothing: its names are shown where they come from."""
     if not module.endswith(".__init__"):
         return False
     tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
@@ -73,9 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links from places in the repository to places in the site."""
-    here = page.file.src_uri
+def site_links(markdown: str, here: str) -> str:
+    """The text of the page `here` with links to files of the repository rewritten to their places in the site."""
     source = next((s for s, p in ROOT_DOCUMENTS.items() if p == here), f"docs/{here}")
     folder = source.rpartition("/")[0]
 
@@ -84,3 +83,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return relpath(place(target), here.rpartition("/")[0] or ".")
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite the links of a page."""
+    return site_links(markdown, page.file.src_uri)
