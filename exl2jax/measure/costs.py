@@ -90,6 +90,6 @@ class PriceStep:
 def _losses(
     kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array, method: Method
 ) -> np.ndarray:
-    groups = pure_qparams(setting).groups(kernel.shape[0])
-    losses = method.tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight, kernels_for())
-    return np.asarray(losses, np.float64)
+    cuts = (pure_qparams(setting).groups(kernel.shape[0]),)
+    losses = method.tile_losses(kernel, factor, cuts, weight, kernels_for())
+    return np.asarray(losses[0], np.float64)
