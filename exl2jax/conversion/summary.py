@@ -11,6 +11,7 @@ from exl2jax.conversion.context import Context
 from exl2jax.conversion.result import ConversionResult, perplexity_warnings
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.models.transform import transform_record
+from exl2jax.quantize.diagnostics import overflow_warnings
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.version import VERSION
 
@@ -41,6 +42,7 @@ def summarize(
     differs = measured_by != own and not weaker
     other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if differs else []
     diagnostics = [line for report in reports for line in report.diagnostics]
+    diagnostics += overflow_warnings((x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports)
     return ConversionResult(
         output=str(target),
         bits=config.bits,

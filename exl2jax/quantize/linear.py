@@ -33,6 +33,7 @@ from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pallas import kernels_for
 from exl2jax.qparams import ROW_MULTIPLE, QParams, require_quantizable_rows
 from exl2jax.stream.devices import local_devices
+from exl2jax.stream.streams import read
 from exl2jax.variants import STOCK, Method
 
 
@@ -106,7 +107,7 @@ def price(
     spec: LinearSpec,
     method: Method = STOCK,
 ) -> Priced:
-    """What a linear's error costs under each of several settings, by tile of 32 permuted rows (`Method.tile_losses`)."""
+    """Cost of a linear's error under each of several settings, by tile of 32 permuted rows (`Method.tile_losses`)."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
     losses = method.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
     return Priced(losses, _price_checks(kernel, factor, losses))
@@ -166,14 +167,13 @@ def _lost(source: jax.Array, factor: HessianFactor, found: QuantizedArrays, tabl
 
 def read_checks(checks: Sequence[jax.Array]) -> list[Checks]:
     """The checks of some linears, read from the device at once."""
-    kinds = Checks.__annotations__.values()
-    rows = np.asarray(_stacked(list(checks))).tolist() if checks else []
-    return [Checks(*(kind(value) for kind, value in zip(kinds, row, strict=True))) for row in rows]
+    return [as_checks(row) for row in read(list(checks))]
 
 
-@jax.jit
-def _stacked(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack(arrays)
+def as_checks(row: np.ndarray | jax.Array) -> Checks:
+    """The checks in an array of a result that has been read from the device."""
+    values = zip(Checks.__annotations__.values(), np.asarray(row).tolist(), strict=True)
+    return Checks(*(kind(value) for kind, value in values))
 
 
 def require_factored(checks: Checks, name: str) -> None:
