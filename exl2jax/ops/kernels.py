@@ -1,22 +1,45 @@
-"""The three inner loops that another room may replace by kernels of its own, with their contracts."""
+"""The inner loops that another room may replace by kernels of its own, with their contracts."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 
-from exl2jax.ops.bitstream import pack_codes
+from exl2jax.ops.bitstream import pack_tiles
 from exl2jax.ops.scale_losses import ScaleLosses, scale_losses
 from exl2jax.ops.walk import walk_group
 
 
+class WalkGroup(Protocol):
+    """What `walk_group` is, for whoever computes it otherwise."""
+
+    def __call__(
+        self, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scaled errors and codes of the group `w [size, N]`."""
+        ...
+
+
+class PackTiles(Protocol):
+    """What `pack_tiles` is, for whoever computes it otherwise."""
+
+    def __call__(self, codes: jax.Array, bits: jax.Array) -> jax.Array:
+        """Words `[K / 32, 8, N]` of `codes [K, N]` at the width of each tile."""
+        ...
+
+
 class Kernels(NamedTuple):
-    """Functions with the contracts of the three in `exl2jax.ops`; hashable, so that they can be static under `jit`."""
+    """Functions with the contracts of those in `exl2jax.ops`; hashable, so that they can be static under `jit`.
+
+    `panel` is how many rows of past errors one product of the feedback takes up. `wide` says that a few wide steps are
+    faster than many narrow ones, as on a GPU: matrices then go side by side, and nothing branches.
+    """
 
     scale_losses: ScaleLosses
-    walk_group: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    pack_codes: Callable[..., jax.Array]
+    walk_group: WalkGroup
+    pack_tiles: PackTiles
+    panel: int
+    wide: bool
 
 
-XLA = Kernels(scale_losses, walk_group, pack_codes)
+XLA = Kernels(scale_losses, walk_group, pack_tiles, panel=256, wide=False)
 """The implementation of this room, on every platform."""

@@ -11,6 +11,8 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec, Model, Module, ModuleSpec
 from exl2jax.models.modules import MOE_KIND
@@ -22,11 +24,12 @@ EXPERT_BYTES = 4 << 30
 
 
 class Piece(NamedTuple):
-    """A module or some experts of it: its functions, its linears, and the parameters on the device."""
+    """A module or some experts of it: its functions, its linears, the parameters on the device, biases on the host."""
 
     module: Module
     spec: ModuleSpec
     params: dict[str, Any]
+    biases: dict[str, np.ndarray]
 
     @property
     def whole(self) -> bool:
@@ -72,7 +75,8 @@ class Block(NamedTuple):
                 params[linear.name] = self.params[linear.name]
             else:
                 params[linear.name] = self.load(linear)
-        return Piece(decoder.module(spec), spec, jax.device_put(params))
+        biases = {x.name: np.asarray(params[x.name]["bias"]) for x in spec.linears if "bias" in params[x.name]}
+        return Piece(decoder.module(spec), spec, _widened(jax.device_put(params)), biases)
 
 
 def cut(spec: ModuleSpec, settings: int = 1) -> tuple[ModuleSpec, ...]:
@@ -116,6 +120,12 @@ def forward_block(decoder: Decoder, block: Block, states: Stream) -> tuple[Strea
         return added(first[0], then[0]), first[1].joined(then[1])
 
     return reduce(both, map(run, block.pieces(decoder)))
+
+
+@jax.jit
+def _widened(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters in float32, from the 16 bits that they came up in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 class HeadBlock(NamedTuple):

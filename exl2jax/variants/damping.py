@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from exl2jax.ops.hessian import DAMPING, MIN_DAMPING
+from exl2jax.ops.hessian import MIN_DAMPING, share_of_mean
 from exl2jax.variants.registry import NoSettings, variant
 
 
@@ -24,7 +24,7 @@ class ShareSettings:
 @variant("damping", "stock")
 def stock(h: jax.Array, settings: NoSettings) -> tuple[jax.Array, float]:
     """0.12 of the mean diagonal, doubled at failure, as stock ExLlamaV2 does (docs/format.md 2.4)."""
-    return jnp.maximum(DAMPING * jnp.mean(jnp.diagonal(h)), MIN_DAMPING), 2.0
+    return share_of_mean(h)
 
 
 @variant("damping", "growing", ShareSettings)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from exl2jax.ops.hessian import descending
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.variants.registry import NoSettings, variant
 
@@ -24,7 +25,7 @@ class GroupSettings:
 @variant("order", "stock")
 def stock(diagonal: jax.Array, settings: NoSettings) -> jax.Array:
     """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' `--act-order`; docs/format.md 2.4)."""
-    return jnp.argsort(-diagonal, stable=True)
+    return descending(diagonal)
 
 
 @variant("order", "none")

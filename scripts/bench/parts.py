@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from exl2jax.models import HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs
+from exl2jax.models import HFModel, LinearSpec, Module, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND
 from exl2jax.ops import QuantizedLinear
 from exl2jax.quantize.linear import Task, module_factors, pack_checked, quantize_many
 from exl2jax.stream.forward import forward, relative_error
 from exl2jax.stream.hessians import collect
+from exl2jax.stream.streams import Rows, Stream
 from scripts.bench.stages import SETTING, PassSizes, Work, factor_work, forward_work, gptq_work, hessian_work
 
 ROWS = 16
@@ -36,8 +37,10 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         states = np.random.default_rng(0).standard_normal((ROWS, length, model.config.hidden_size)).astype(np.float32)
         params = model.module_params(spec)
         ahead = forward_work(spec, model.config, length).times(ROWS)
-        yield Part(f"{name} forward", partial(forward, decoder, spec.kind, params, states), ahead)
-        run = partial(collect, decoder, spec, params, states, None)
+        module, rows = decoder.module(spec), Rows.of(np.ones(states.shape[:2]), states.shape[-1])
+        stream, out = rows.place(states), rows.place(states)
+        yield Part(f"{name} forward", lambda m=module, p=params, s=stream, o=out: _forward(m, p, s, o), ahead)
+        run = partial(collect, module, spec, params, rows, stream, out)
         both = ahead + hessian_work(spec, length).times(ROWS)
         yield Part(f"{name} forward and Hessians", lambda run=run: run().hessians, both)
         yield Part(
@@ -52,6 +55,11 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         yield Part(f"{name} GPTQ", lambda tasks=tasks: [x.weight for x in quantize_many(tasks)], sum(walks, Work(0)))
         done = list(zip(quantize_many(tasks), spec.linears, strict=True))
         yield Part(f"{name} packing and check", partial(_packed, done), moved=4 * sum(x.weights for x in spec.linears))
+
+
+def _forward(module: Module, params: Any, states: Stream, out: Stream) -> list[jax.Array]:
+    forward(module, params, states, out)
+    return out.parts()
 
 
 def _packed(done: list[tuple[QuantizedLinear, LinearSpec]]) -> list[jax.Array]:

@@ -20,6 +20,7 @@ from exl2jax.quantize.step import QuantizeStep
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
 from exl2jax.stream.scan import STATES
+from exl2jax.stream.streams import Rows
 from exl2jax.variants.recipe import find_recipe
 from scripts.bench.plain import plain_attention, plain_gptq, plain_mlp
 from scripts.bench.rates import SEARCH_OPS, WALK_OPS, plain_seconds
@@ -116,7 +117,8 @@ def measurement(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.measured, sizes)
 
     def run(count: int) -> None:
-        carry, step = {STATES: embed(model, ids)}, MeasureStep(decoder=decoder, mask=None)
+        rows = Rows.of(np.ones(ids.shape), model.config.hidden_size)
+        carry, step = {STATES: rows.place(embed(model, ids))}, MeasureStep(decoder=decoder, rows=rows)
         for spec in specs[:count]:
             carry, _ = step(carry, Block.of(model, spec))
 
@@ -144,11 +146,11 @@ def quantization(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
                 strategy={s.key: {x.name: SETTING for x in s.linears} for s in specs},
                 head_bits=6,
                 input_ids=ids,
-                mask=None,
+                rows=Rows.of(np.ones(ids.shape), model.config.hidden_size),
                 out_tensor=Path(folder),
                 check_rows=check,
             )
-            carry = step.start(embed(model, ids))
+            carry = {name: step.rows.place(x) for name, x in step.start(embed(model, ids)).items()}
             for spec in specs[:count]:
                 carry, _ = step(carry, Block.of(model, spec))
 

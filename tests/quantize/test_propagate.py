@@ -1,5 +1,6 @@
 """Error propagation against least squares in float64, its terms against a float64 Llama."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.models import Decoder, ModelConfig, Module, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import factorize
 from exl2jax.quantize import propagate
-from exl2jax.quantize.propagate import CrossTerms, StageTerms, Strengths, corrected_target, finish, stage_terms
+from exl2jax.quantize.propagate import (
+    CrossTerms,
+    StageTask,
+    StageTerms,
+    Strengths,
+    corrected_target,
+    finish,
+    stage_terms,
+)
 from exl2jax.stream import chunks as stream
+from exl2jax.testing.states import rows_of
 from tests.oracles import llama
 
 ROWS, LENGTH = 5, 12
@@ -105,8 +115,10 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
         quantized[linear.name] = params[linear.name] | {"kernel": kernel + noise}
     kept = np.ones((ROWS, LENGTH), np.int32) if mask is None else mask
 
-    arrays = (states, reference, mask)
-    (first,), (tokens,), *_ = stage_terms(decoder, spec, 0, params, params, *arrays, Strengths(0.5, 0.5))
+    rows, module = rows_of(states, mask), decoder.module(spec)
+    streams = (rows, rows.place(states), rows.place(reference))
+    task = StageTask(module, spec, 0, params, params, *streams, Strengths(0.5, 0.5))
+    (first,), (tokens,), *_ = stage_terms(task)
     assert tokens == kept.sum()
     _, x_q, _ = block(spec.kind, params, states)
     expected_hidden, x_f, y_f = block(spec.kind, params, reference)
@@ -117,17 +129,22 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
     ((last,),) = spec.stages[1]
     kernel = params[last.name]["kernel"].astype(np.float64)
     for strengths in (Strengths(0.7, 0.4), Strengths(1.0, 0.0)):
-        (second,), _, hidden, kept_inputs = stage_terms(decoder, spec, 1, params, quantized, *arrays, strengths)
+        out = rows.place(reference)
+        task = StageTask(module, spec, 1, params, quantized, *streams, strengths)
+        (second,), _, tally, kept_inputs = stage_terms(task, out)
         own_hidden, _, y_q = block(spec.kind, quantized, states)
         missing = strengths.inputs * (y_f - y_q) @ kernel + strengths.residual * (reference - states)
         close(second.hessian, product(y_q, y_q, kept))
         close(second.owed, product(y_q, missing, kept))
         assert second.cross is None
-        np.testing.assert_allclose(hidden, expected_hidden, atol=2e-4)
+        np.testing.assert_allclose(out.array(), expected_hidden, atol=2e-4)
         assert kept_inputs is not None
-        np.testing.assert_allclose(kept_inputs[0], y_q, atol=2e-4)
-        finished = finish(decoder, spec, quantized, states, kept_inputs, np.empty_like(states))
-        np.testing.assert_allclose(finished, own_hidden, atol=2e-4)
+        np.testing.assert_allclose(kept_inputs[0].array(), y_q, atol=2e-4)
+        np.testing.assert_allclose(tally.linear, np.abs(y_q).max(), rtol=1e-3)
+        finished = rows.place(states)
+        tally = finish(module, quantized, finished, kept_inputs, finished)
+        np.testing.assert_allclose(finished.array(), own_hidden, atol=2e-4)
+        assert tally.finite and tally.state == np.abs(finished.array()).max()
 
 
 def test_inputs_of_the_last_stage_are_kept_only_where_there_is_room(
@@ -136,15 +153,16 @@ def test_inputs_of_the_last_stage_are_kept_only_where_there_is_room(
     decoder, specs, all_params, states, reference = setting
 
     def terms(stage: int) -> StageTerms:
-        params = all_params[1]
-        return stage_terms(decoder, specs[1], stage, params, params, states, reference, None, Strengths(0.5, 0.5))
+        params, rows = all_params[1], rows_of(states)
+        streams = (rows, rows.place(states), rows.place(reference))
+        task = StageTask(decoder.module(specs[1]), specs[1], stage, params, params, *streams, Strengths(0.5, 0.5))
+        return stage_terms(task)
 
     kept, room = terms(1), specs[1].linears[-1].rows * states[..., 0].size * 4
     assert terms(0).inputs is None
-    assert kept.inputs is not None and kept.inputs[0].nbytes == room
+    assert kept.inputs is not None and kept.inputs[0].array().nbytes == room
     monkeypatch.setattr(propagate, "KEPT_BYTES", room - 1)
     assert terms(1).inputs is None
-    assert np.array_equal(terms(1).reference, kept.reference)
 
 
 def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
@@ -152,7 +170,11 @@ def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
     config = open_model(tiny_llama_untied).config
     multiplied = replace(config, scales=replace(config.scales, residual=0.25))
     normed = replace(config, architecture="Gemma2ForCausalLM")
-    plain, scaled, hidden = (build_decoder(c).residual_share for c in (config, multiplied, normed))
+
+    def share(config: ModelConfig) -> Callable[[str], float]:
+        return lambda kind: Module(config, kind).residual_share
+
+    plain, scaled, hidden = map(share, (config, multiplied, normed))
     assert plain("self_attn") == plain("mlp") == plain("block_sparse_moe") == 1
     assert plain("parallel_decoder") == 0.5
     assert scaled("self_attn") == scaled("mlp") == 4
