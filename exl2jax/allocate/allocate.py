@@ -145,7 +145,9 @@ def _priced_rows(measurement: Measurement, specs: Sequence[ModuleSpec], table: T
     return Measurement(modules=found)
 
 
-def _strategy_by_linear(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
+def _strategy_by_linear(
+    measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing
+) -> Strategy:
     assert measurement.sensitivity is not None  # the callers looked
     chosen = allocate_by_linear(measurement.sensitivity.linears, budget)
     return Strategy(

@@ -138,9 +138,7 @@ def _joined(first: _Sweep, second: _Sweep) -> _Sweep:
     )
 
 
-def _spend(
-    costs: list[np.ndarray], losses: list[np.ndarray], choice: tuple[int, ...], budget: int
-) -> tuple[int, ...]:
+def _spend(costs: list[np.ndarray], losses: list[np.ndarray], choice: tuple[int, ...], budget: int) -> tuple[int, ...]:
     """The choice with the bits that are left given to options that cost no more nats.
 
     The solver has spent what reduces the cost. This matters where options cost the same, as with costs of zero.

@@ -128,4 +128,3 @@ def _is_near(path: Path, source: Path) -> bool:
     """Whether a file lies in the model's directory or in the store of the download cache that it belongs to."""
     store = source.parent.parent / "blobs" if source.parent.name == "snapshots" else source
     return path.is_relative_to(source) or path.is_relative_to(store)
-

@@ -53,7 +53,9 @@ def open_tensors(
         return SourceTensors(files, config), ()
     where = directory / CONFIG_NAME
     if stated.method == "fp8" and any(files.dtype(name) == FLOAT8 for name in files):
-        return SourceTensors(files, config, _block(stated, where)), ()
+        scaled = SourceTensors(files, config, _block(stated, where))
+        scaled.check_scales()
+        return scaled, ()
     tensors = SourceTensors(files, config)
     packed = _not_plain(tensors, config)
     if packed is not None:

@@ -150,9 +150,7 @@ class Model:
                 f"{shape_hint(name, found, shape, self.config)}{dtype_hint(dtype)}"
             )
         if dtype not in FLOAT_DTYPES:
-            raise ModelError(
-                f"{self.files.file(name)}: {name} is {dtype}, expected {FLOAT_DTYPES}{dtype_hint(dtype)}"
-            )
+            raise ModelError(f"{self.files.file(name)}: {name} is {dtype}, expected {FLOAT_DTYPES}{dtype_hint(dtype)}")
 
 
 class HFModel(Model):

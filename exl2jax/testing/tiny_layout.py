@@ -158,5 +158,7 @@ def write_tiny(path: Path, tiny: TinyArchitecture) -> Path:
     write_directory(path, {"architectures": [tiny.architecture], **tiny.config}, tiny_tensors(tiny))
     kind = tiny.config.get("vision_config", {}).get("model_type")
     if kind is not None:
-        (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_processor_type": PROCESSORS[kind]}))
+        (path / "preprocessor_config.json").write_text(
+            json.dumps(PROCESSOR | {"image_processor_type": PROCESSORS[kind]})
+        )
     return path
