@@ -16,7 +16,6 @@ from exl2jax.variants.candidates import STOCK_TABLE, Table
 from exl2jax.variants.recipe import Pricing
 from exl2jax.variants.solvers import Problem, Solved
 
-
 WIDEST_STEP = 2.0
 """Bits per weight between neighbouring settings at their widest, from 6 bits to 8."""
 

@@ -1,4 +1,4 @@
-"""What a source's `config.json` says of quantization, held against the weights: plain, FP8 with block scales, or EXL2."""
+"""What a source's `config.json` says of quantization, held against its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The best mixture of widths within a matrix: against every mixture there is, and as options of the allocation by linear."""
+"""The best mixture of widths within a matrix against every mixture there is, and the allocation by linear."""
 
 from collections.abc import Iterator
 

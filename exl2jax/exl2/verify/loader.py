@@ -1,4 +1,4 @@
-"""The files beside the weights that stock ExLlamaV2 0.3.2 opens: those it cannot do without, and those it would trip over.
+"""The files beside the weights that stock ExLlamaV2 0.3.2 opens: those that must be there, and those it would refuse.
 
 Its configuration opens `config.json`, `generation_config.json` and, for a vision model, `preprocessor_config.json`. Its
 tokenizer opens `tokenizer.json`, `tokenizer_config.json` and `added_tokens.json`.
