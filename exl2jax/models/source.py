@@ -191,7 +191,7 @@ class HFModel(Model):
 
     def check_headers(self) -> None:
         """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
-        needed, _ = self.needed(), self._kernel_name(head_spec(self.config))  # refuses where there is no head
+        needed = self.needed()
         linears = [linear.key for spec in module_specs(self.config) for linear in spec.linears]
         for key in (*linears, head_spec(self.config).key):
             bias = f"{key}.bias"
@@ -202,6 +202,7 @@ class HFModel(Model):
                 )
         for name, shape in needed.items():
             self._check(name, shape)
+        self._kernel_name(head_spec(self.config))  # refuses where there is no head
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as float32, linears as `[out, in]`; the embedding for the head that is tied to it."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from exl2jax.calibration import CalibrationSummary
 from exl2jax.conversion.preflight import Preflight
 from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.shown import shown
 from exl2jax.evaluation import Evaluation, Figures
 from exl2jax.exl2.inspect import LinearInspection
 from exl2jax.exl2.verify.directory import VerifyReport
@@ -30,7 +31,8 @@ def conversion_table(result: ConversionResult) -> Table:
         table.add_row("size", f"{result.size / MEGABYTE:.1f} MB ({ratio:.2f} times smaller than the source)")
     if result.perplexity is not None and result.perplexity_full is not None:
         table.add_row(
-            "calibration perplexity", f"{result.perplexity:.3f} (full precision {result.perplexity_full:.3f})"
+            "calibration perplexity",
+            f"{shown(result.perplexity, 3)} (full precision {shown(result.perplexity_full, 3)})",
         )
     for name, errors in (("mean rfn_error", result.rfn_error), ("mean stream error", result.stream_error)):
         if errors:
@@ -76,7 +78,7 @@ def _add_warnings(table: Table, warnings: Sequence[str]) -> None:
 def _figures(found: Figures, compared: bool) -> list[str]:
     kl = (found.kl_divergence, found.kl_median, found.kl_p90, found.kl_p99, found.top1_agreement) if compared else ()
     figures = (found.perplexity, found.perplexity_se)
-    cells = [f"{x:.4f}" if x is not None else "" for x in (*figures, *kl)]
+    cells = [shown(x, 4) if x is not None else "" for x in (*figures, *kl)]
     return [*cells[:2], str(found.tokens), *cells[2:]]
 
 
