@@ -27,7 +27,7 @@ import numpy as np
 from exl2jax import ConversionConfig, convert
 from exl2jax.stream.progress import RunControl
 
-PROGRAMS, CALLS, READS = "programs", "calls", "reads"
+PROGRAMS, CALLS, READS, TIME = "programs", "calls", "reads", "seconds"
 UP, DOWN = "bytes up", "bytes down"
 SECONDS = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing seconds",
@@ -37,14 +37,22 @@ SECONDS = {
 """Events of JAX by what they are called here; the last one is also a program compiled or read from the cache."""
 
 
-class Meter:
-    """Progress that keeps what was counted in every module of every stage, in the order of the run."""
+type Counted = tuple[str, str, dict[str, float]]
+"""A stage, the key of a module in it, empty for what belongs to none, and the counts."""
 
-    def __init__(self) -> None:
+
+class Meter:
+    """Progress that keeps what was counted in every module of every stage, in the order of the run.
+
+    With `kept` it writes what it has to this file after every module, so that a run that is cut off leaves it there.
+    """
+
+    def __init__(self, kept: Path | None = None) -> None:
         """Count from nothing."""
-        self.modules: list[tuple[str, str, Counter[str]]] = []
+        self.modules: list[Counted] = []
         self.names: Counter[str] = Counter()
-        self._stage, self._here, self._lock = "start", Counter[str](), threading.Lock()
+        self._kept, self._stage, self._begun = kept, "start", time.perf_counter()
+        self._here, self._lock = Counter[str](), threading.Lock()
 
     def note(self, what: str, amount: float = 1) -> None:
         """Add to what is counted of the module that is running."""
@@ -65,9 +73,12 @@ class Meter:
         self._close("")
 
     def _close(self, module: str) -> None:
+        now = time.perf_counter()
         with self._lock:
-            self.modules.append((self._stage, module, self._here))
-            self._here = Counter()
+            self.modules.append((self._stage, module, dict(self._here) | {TIME: round(now - self._begun, 4)}))
+            self._here, self._begun = Counter(), now
+        if self._kept is not None:
+            self._kept.write_text(json.dumps({"modules": self.modules}))
 
 
 @contextmanager
@@ -104,8 +115,8 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 @contextmanager
 def traffic(meter: Meter) -> Iterator[None]:
     """Count executable calls, arrays that go up, and reads that wait for the device."""
-    from jax._src import pjit  # noqa: PLC0415
-    from jax._src.interpreters import pxla  # noqa: PLC0415
+    from jax._src import pjit
+    from jax._src.interpreters import pxla
 
     def up(values: Any) -> None:
         meter.note(UP, sum(x.nbytes for x in jax.tree.leaves(values) if isinstance(x, np.ndarray)))
@@ -162,7 +173,7 @@ def counted(config: ConversionConfig, *, calls: bool) -> dict[str, Any]:
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - used,
         "peak_bytes": peak_bytes(),
-        "modules": [[stage, module, dict(found)] for stage, module, found in meter.modules],
+        "modules": meter.modules,
         "names": dict(meter.names.most_common()),
     }
 
