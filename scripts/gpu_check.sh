@@ -6,10 +6,10 @@
 #
 # It needs the folder .gpu, which `python -m scripts.gpu.prepare .gpu --wheels .whl` makes, and for the comparison with
 # stock ExLlamaV2 the wheel in .whl. Variables: PYTHON, the interpreter; OUT, the folder for results (build/gpu);
-# TOTAL, the seconds that all steps may take together (540; ten times
-# that in a rehearsal). Every step has its own time limit, leaves its result as
-# soon as it has one, and does not stop the others when it fails. Steps that come first matter most. Exit code 0: every
-# step passed; 1: some did not; 3: there is no GPU.
+# LAYERS, how many layers of the model are converted (all); TOTAL, the seconds that all steps may take together (540;
+# ten times that in a rehearsal). Every step has its own time limit, leaves its result as soon as it has one, and does
+# not stop the others when it fails. Steps that come first matter most. Exit code 0: every step passed; 1: some did not;
+# 3: there is no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -88,8 +88,25 @@ if compgen -G ".whl/*.whl" >/dev/null; then
     step "install wheels" 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --upgrade --target "$scratch/site" .whl/*.whl && export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
+if ! "$PYTHON" -c 'from importlib.metadata import version; version("exl2jax")' 2>/dev/null; then
+    # The package reads its version from what an installation leaves; here it runs from its sources.
+    version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+    mkdir -p "$scratch/site/exl2jax-$version.dist-info"
+    printf 'Metadata-Version: 2.1\nName: exl2jax\nVersion: %s\n' "$version" \
+        >"$scratch/site/exl2jax-$version.dist-info/METADATA"
+    export PYTHONPATH="$scratch/site:$PYTHONPATH"
+fi
 step "versions" 60 "$PYTHON" -c 'import jax, jaxlib, numpy, exl2jax; print(jax.__version__, jaxlib.__version__, numpy.__version__)'
 step "dequantize" 90 "$PYTHON" -m exl2jax dequantize .gpu/model "$scratch/source"
+
+if [ -n "${LAYERS:-}" ]; then
+    step "cut to $LAYERS layers" 60 "$PYTHON" -c 'import sys
+from pathlib import Path
+from scripts.gpu.prepare import cut_model
+source, out, layers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+cut_model(source, out, layers=layers, vocabulary=None)' "$scratch/source" "$scratch/cut" "$LAYERS" &&
+        rm -rf "$scratch/source" && mv "$scratch/cut" "$scratch/source"
+fi
 
 if [ "$mode" = check ]; then
     if ! timeout 60 "$PYTHON" -c 'import jax; raise SystemExit(jax.default_backend() != "gpu")' >>"$log" 2>&1; then

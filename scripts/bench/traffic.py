@@ -85,11 +85,11 @@ class Meter:
 def compiling(meter: Meter) -> Iterator[None]:
     """Count programs, and the seconds of tracing, lowering and compiling them."""
 
-    def listen(event: str, seconds: float, **about: str | int) -> None:
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
         what = SECONDS.get(event)
         if what is None:
             return
-        meter.note(what, seconds)
+        meter.note(what, duration_secs)
         if what == "compiling seconds":
             meter.note(PROGRAMS)
             meter.names[str(about.get("fun_name"))] += 1
@@ -142,7 +142,7 @@ def traffic(meter: Meter) -> Iterator[None]:
 
     def read(before: Any) -> Any:
         def run(value: Any, *args: Any, **options: Any) -> Any:
-            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+            if isinstance(value, array):
                 down(value)
             return before(value, *args, **options)
 

@@ -3,10 +3,11 @@
 
     python -m scripts.gpu.prepare .gpu --wheels .whl
 
-The model is the beginning of the demo model, its first layers and the first tokens of its vocabulary, converted to EXL2
-at 4 bits. That is a third of what float16 takes; the machine dequantizes it and converts the result. The tokenizer is
-cut alike: its merges come in the order of their tokens, so what is left of it is a tokenizer of its own. Rows hold the
-built-in texts: some to calibrate on, some held out. The wheel is stock ExLlamaV2's, with the sources of its kernels.
+The model is the demo model with the first tokens of its vocabulary, or only its first layers, converted to EXL2 at
+about 3 bits. That is a fifth of what float16 takes, so that it may travel; the machine dequantizes it and converts the
+result. The tokenizer is cut alike: its merges come in the order of their tokens, so that what is left is a tokenizer.
+Rows hold the built-in texts: some to calibrate on, some held out. The wheel is stock ExLlamaV2's, with the sources of
+its kernels.
 """
 
 import argparse
@@ -35,10 +36,11 @@ LENGTH = 512
 """Tokens of a row."""
 
 
-def cut_model(source: Path, out: Path, *, layers: int, vocabulary: int) -> None:
-    """Write the first layers of a model, and of its vocabulary the first tokens, as a model directory."""
+def cut_model(source: Path, out: Path, *, layers: int, vocabulary: int | None) -> None:
+    """Write the first layers of a model, and the first tokens of its vocabulary or all, as a model directory."""
     out.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text())
+    vocabulary = vocabulary or config["vocab_size"]
     write_json(out / "config.json", config | {"num_hidden_layers": layers, "vocab_size": vocabulary})
     with safe_open(source / "model.safetensors", "numpy") as file:
         kept = {name: file.get_tensor(name) for name in file.keys() if _layer(name) < layers}  # noqa: SIM118
@@ -102,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write: model/, calibration.safetensors, heldout.safetensors")
     parser.add_argument("--model", type=Path, default=ROOT / "demo" / "model", help="model to cut")
-    parser.add_argument("--layers", type=int, default=10, help="layers to keep")
-    parser.add_argument("--vocabulary", type=int, default=16384, help="tokens to keep")
+    parser.add_argument("--layers", type=int, default=30, help="layers to keep")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens to keep")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows of 512 tokens")
-    parser.add_argument("--bits", type=float, default=4.0, help="bits per weight to carry the model at")
+    parser.add_argument("--bits", type=float, default=3.1, help="bits per weight to carry the model at")
     parser.add_argument("--wheels", type=Path, help="also download stock's wheel into this folder")
     given = parser.parse_args(argv)
     shutil.rmtree(given.out, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A finished directory in stock ExLlamaV2: does it load, and does it predict as it does here?
+"""Whether a finished directory loads in stock ExLlamaV2 and predicts there as it does here.
 
     python -m scripts.gpu.stock build                       compile stock's kernels, nothing else
     python -m scripts.gpu.stock compare RESULT.json EXL2 ROWS.safetensors

@@ -41,7 +41,7 @@ def _block(name: str, found: Mapping[str, Any]) -> Iterator[str]:
 
 def _stock(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"{name}: perplexity {found['stock']:.4f} in stock, {found['exl2jax']:.4f} here, over {found['tokens']} tokens: "
+        f"{name}: perplexity {found['stock']:.4f} in stock, {found['exl2jax']:.4f} here ({found['tokens']} tokens), "
         f"{100 * found['difference']:+.3f} %"
     )
 
