@@ -59,11 +59,12 @@ def dry(meter: Meter) -> Iterator[list[Program]]:
 
     def record(run: Any) -> Any:
         def call(*args: Any, jaxpr: Any, name: str, **options: Any) -> Any:
-            if any(jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) for a in (*jaxpr.in_avals, *jaxpr.out_avals)):
+            if any(_is_key(a.dtype) for a in (*jaxpr.in_avals, *jaxpr.out_avals)):
                 return run(*args, jaxpr=jaxpr, name=name, **options)  # keys of random numbers are cheap
             program = programs.setdefault(jaxpr, Program(name, jaxpr, [0]))
             program.calls[0] += 1
             meter.note("calls")
+            meter.note(f"program {list(programs).index(jaxpr)}")
             meter.note("bytes up", sum(x.nbytes for x in args if isinstance(x, np.ndarray)))
             return [answer(aval) for aval in jaxpr.out_avals], None, None, ()
 
@@ -83,6 +84,11 @@ def dry(meter: Meter) -> Iterator[list[Program]]:
         found: list[Program] = []
         yield found
         found.extend(programs.values())
+
+
+def _is_key(dtype: Any) -> bool:
+    """Whether arrays hold keys of random numbers, which NumPy has no type for."""
+    return not isinstance(dtype, np.dtype)
 
 
 class Compiled(NamedTuple):
@@ -105,13 +111,13 @@ def compile_for(program: Program, device: Any) -> Compiled:
     lowered = jax.jit(jaxpr_as_fun(program.jaxpr)).trace(*args).lower()
     between = cpu_seconds()
     compiled = lowered.compile()
-    done = cpu_seconds()
+    done, memory = cpu_seconds(), compiled.memory_analysis()
     return Compiled(
         name=program.name,
         lowering=between - begun,
         compiling=done - between,
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-        launches=launches(compiled.as_text()),
+        temporary=memory.temp_size_in_bytes if memory else 0,
+        launches=launches(compiled.as_text() or ""),
         calls=program.calls[0],
         arguments=" ".join(a.str_short() for a in program.jaxpr.in_avals)[:200],
     )
@@ -185,9 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.result.write_text(json.dumps(found | {"compiled": compiled}, indent=1))
         good = [c for c in compiled if "failed" not in c]
         total = sum(c["lowering"] + c["compiling"] for c in good)
-        print(
-            f"{len(good)} of {len(programs)} programs compiled for {topology.devices[0].device_kind} in {total:.0f} CPU s"
-        )
+        kind = topology.devices[0].device_kind
+        print(f"{len(good)} of {len(programs)} programs compiled for {kind} in {total:.0f} CPU s")
         return int(len(good) < len(programs))
     given.result.write_text(json.dumps(found, indent=1))
     return 0

@@ -40,7 +40,7 @@ def cut_model(source: Path, out: Path, *, layers: int, vocabulary: int | None) -
     """Write the first layers of a model, and the first tokens of its vocabulary or all, as a model directory."""
     out.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text())
-    vocabulary = vocabulary or config["vocab_size"]
+    vocabulary = int(vocabulary or config["vocab_size"])
     write_json(out / "config.json", config | {"num_hidden_layers": layers, "vocab_size": vocabulary})
     with safe_open(source / "model.safetensors", "numpy") as file:
         kept = {name: file.get_tensor(name) for name in file.keys() if _layer(name) < layers}  # noqa: SIM118
