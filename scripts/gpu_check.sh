@@ -5,11 +5,11 @@
 #   scripts/gpu_check.sh --rehearse   on any machine: the same steps at tiny sizes on the CPU, without stock
 #
 # It needs the folder .gpu, which `python -m scripts.gpu.prepare .gpu --wheels .whl` makes, and for the comparison with
-# stock ExLlamaV2 the wheel in .whl. Variables: PYTHON, the interpreter; OUT, the folder for results (build/gpu);
-# LAYERS, how many layers of the model are converted (all); TOTAL, the seconds that all steps may take together (540;
-# ten times that in a rehearsal). Every step has its own time limit, leaves its result as soon as it has one, and does
-# not stop the others when it fails. Steps that come first matter most. Exit code 0: every step passed; 1: some did not;
-# 3: there is no GPU.
+# stock ExLlamaV2 the wheel in .whl. Variables: PYTHON, the interpreter; CARRIED and WHEELS, the folders in place of .gpu
+# and .whl; OUT, the folder for results (build/gpu); LAYERS, how many layers of the model are converted (all); TOTAL, the
+# seconds that all steps may take together (540; ten times that in a rehearsal). Every step has its own time limit,
+# leaves its result as soon as it has one, and does not stop the others when it fails. Steps that come first matter
+# most. Exit code 0: every step passed; 1: some did not; 2: something is missing; 3: there is no GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,6 +19,8 @@ case "$mode" in
     *) echo "usage: scripts/gpu_check.sh [--rehearse]" >&2 && exit 2 ;;
 esac
 OUT=${OUT:-build/gpu}
+CARRIED=${CARRIED:-.gpu}
+WHEELS=${WHEELS:-.whl}
 TOTAL=${TOTAL:-540}
 slack=1
 begun=$SECONDS
@@ -80,13 +82,13 @@ else
     table=(--device gpu --kernels pallas --sizes 4096x4096,4096x11008,11008x4096)
 fi
 
-if [ ! -d .gpu/model ]; then
-    say ".gpu/model is not there; make it with: python -m scripts.gpu.prepare .gpu --wheels .whl"
+if [ ! -d "$CARRIED/model" ]; then
+    say "$CARRIED/model is not there; make it with: python -m scripts.gpu.prepare .gpu --wheels .whl"
     exit 2
 fi
-if compgen -G ".whl/*.whl" >/dev/null; then
+if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step "install wheels" 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-        --upgrade --target "$scratch/site" .whl/*.whl && export PYTHONPATH="$scratch/site:$PYTHONPATH"
+        --upgrade --target "$scratch/site" "$WHEELS"/*.whl && export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
 if ! "$PYTHON" -c 'from importlib.metadata import version; version("exl2jax")' 2>/dev/null; then
     # The package reads its version from what an installation leaves; here it runs from its sources.
@@ -97,7 +99,7 @@ if ! "$PYTHON" -c 'from importlib.metadata import version; version("exl2jax")' 2
     export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
 step "versions" 60 "$PYTHON" -c 'import jax, jaxlib, numpy, exl2jax; print(jax.__version__, jaxlib.__version__, numpy.__version__)'
-step "dequantize" 90 "$PYTHON" -m exl2jax dequantize .gpu/model "$scratch/source"
+step "dequantize" 90 "$PYTHON" -m exl2jax dequantize "$CARRIED/model" "$scratch/source"
 
 if [ -n "${LAYERS:-}" ]; then
     step "cut to $LAYERS layers" 60 "$PYTHON" -c 'import sys
@@ -114,7 +116,7 @@ if [ "$mode" = check ]; then
         exit 3
     fi
     nvidia-smi -L 2>/dev/null | tee -a "$log"
-    if command -v nvcc >/dev/null && compgen -G ".whl/exllamav2-*.whl" >/dev/null; then
+    if command -v nvcc >/dev/null && compgen -G "$WHEELS/exllamav2-*.whl" >/dev/null; then
         # Stock compiles its kernels beside the other steps, at the lowest priority, so that their times stay their own.
         TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=12 TORCH_EXTENSIONS_DIR="$scratch/extensions" \
             setsid nice -n 19 timeout "$TOTAL" "$PYTHON" -m scripts.gpu.stock build >"$OUT/build.txt" 2>&1 &
@@ -127,7 +129,7 @@ fi
 
 whole() { # whole NAME LIMIT
     step "whole conversion, $1" "$2" "$PYTHON" -m scripts.gpu.whole "$OUT/$1.json" --model "$scratch/source" \
-        --work "$scratch/$1" --calibration .gpu/calibration.safetensors "${rows[@]}"
+        --work "$scratch/$1" --calibration "$CARRIED/calibration.safetensors" "${rows[@]}"
 }
 whole first 200
 whole second 100
@@ -142,7 +144,7 @@ if [ -n "$building" ]; then
     if ! kill -0 "$building" 2>/dev/null; then
         compared=1
         TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR="$scratch/extensions" step "stock ExLlamaV2" 90 "$PYTHON" \
-            -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" .gpu/heldout.safetensors
+            -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" "$CARRIED/heldout.safetensors"
     fi
 fi
 step "tests" 90 "$PYTHON" -m pytest -q -x -p no:cacheprovider "${tests[@]}"
@@ -150,7 +152,7 @@ step "GPTQ per shape" 90 "$PYTHON" -m scripts.bench.table --only operations --no
 if [ -n "$building" ] && [ -z "${compared:-}" ]; then
     step "stock's kernels" 200 bash -c "while kill -0 $building 2>/dev/null; do sleep 1; done"
     TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR="$scratch/extensions" step "stock ExLlamaV2" 90 "$PYTHON" \
-        -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" .gpu/heldout.safetensors
+        -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" "$CARRIED/heldout.safetensors"
 fi
 "$PYTHON" -m scripts.gpu.summary "$OUT" | tee -a "$log"
 say "done; results are in $OUT"

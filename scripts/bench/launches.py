@@ -15,7 +15,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 class Launches(NamedTuple):
     """Launches of one run of a program, and loops among them whose length only the run knows, counted once."""
 
-    count: int
+    total: int
     unknown_loops: int = 0
 
 
@@ -52,7 +52,7 @@ def _of(bodies: dict[str, list[str]], name: str) -> Launches:
             times = _TRIPS.search(line) if kind == "while" else None
             trips = int(times[1]) if times else 1
             pieces = inner if kind == "while" else inner[:1] if kind == "call" else [max(inner, default=Launches(0))]
-            total += trips * sum(piece.count for piece in pieces)
+            total += trips * sum(piece.total for piece in pieces)
             unknown += sum(piece.unknown_loops for piece in pieces) + (kind == "while" and times is None)
         else:
             total += 1
