@@ -28,8 +28,8 @@ TYPICAL_GROUP = 128
 CHUNK = 2048
 """Tokens of a chunk of states, whose activations are on the device together."""
 
-HELD = 6
-"""Matrices of a linear's size that GPTQ holds: the weights, the target, errors, codes and what is made of them."""
+HELD = 4 * FLOAT + 1 + 2
+"""Bytes that GPTQ holds of a weight: itself, its target, both in walking order, its error; its code; the result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,15 +100,13 @@ def device_memory(config: ModelConfig) -> int:
     """
     pieces = [piece for spec in module_specs(config) for piece in cut(spec)]
     head = head_spec(config)
-    return max(
-        *(_piece_bytes(piece) for piece in pieces), (FLOAT + STORED) * head.weights + HELD * FLOAT * head.weights
-    )
+    return max(*map(_piece_bytes, pieces), (STORED + HELD) * head.weights)
 
 
 def _piece_bytes(piece: ModuleSpec) -> int:
     weights = (FLOAT + STORED) * piece.weights
     squares = 3 * FLOAT * sum(group[0].rows ** 2 for group in piece.groups)
-    largest = HELD * FLOAT * max(linear.weights for linear in piece.linears)
+    largest = HELD * max(linear.weights for linear in piece.linears)
     chunk = FLOAT * CHUNK * sum(linear.rows + linear.columns for linear in piece.linears)
     return weights + squares + largest + 2 * chunk
 

@@ -9,6 +9,7 @@ Stock and torch are imported here only: the package needs neither. `build` takes
 import argparse
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -52,11 +53,11 @@ def stock_perplexity(directory: Path, ids: np.ndarray) -> float:
 
 def compare(directory: Path, rows: Path) -> dict[str, Any]:
     """Both perplexities of a directory, and whether they agree."""
-    from exl2jax import evaluate
-
     ids = load_file(rows)["input_ids"]
     theirs = stock_perplexity(directory, ids)
-    ours = evaluate(directory, ids).perplexity
+    # In a process of its own: torch and JAX each bring libraries of CUDA.
+    command = [sys.executable, "-m", "exl2jax", "eval", str(directory), "--tokens", str(rows), "--json"]
+    ours = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)["perplexity"]
     difference = theirs / ours - 1
     return {
         "tokens": int(ids.shape[0] * (ids.shape[1] - 1)),
