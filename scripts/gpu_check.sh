@@ -90,14 +90,6 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step "install wheels" 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --upgrade --target "$scratch/site" "$WHEELS"/*.whl && export PYTHONPATH="$scratch/site:$PYTHONPATH"
 fi
-if ! "$PYTHON" -c 'from importlib.metadata import version; version("exl2jax")' 2>/dev/null; then
-    # The package reads its version from what an installation leaves; here it runs from its sources.
-    version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
-    mkdir -p "$scratch/site/exl2jax-$version.dist-info"
-    printf 'Metadata-Version: 2.1\nName: exl2jax\nVersion: %s\n' "$version" \
-        >"$scratch/site/exl2jax-$version.dist-info/METADATA"
-    export PYTHONPATH="$scratch/site:$PYTHONPATH"
-fi
 step "versions" 60 "$PYTHON" -c 'import jax, jaxlib, numpy, exl2jax; print(jax.__version__, jaxlib.__version__, numpy.__version__)'
 step "dequantize" 90 "$PYTHON" -m exl2jax dequantize "$CARRIED/model" "$scratch/source"
 
