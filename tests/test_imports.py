@@ -29,6 +29,7 @@ LEVELS = {
     "exl2": 7,
     "evaluation": 7,
     "allocate": 8,
+    "estimate": 8,
     "conversion": 9,
     "report": 10,
     "hub": 11,

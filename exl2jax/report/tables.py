@@ -12,11 +12,12 @@ from exl2jax.calibration import CalibrationSummary
 from exl2jax.conversion.preflight import Preflight
 from exl2jax.conversion.result import ConversionResult
 from exl2jax.conversion.shown import shown
+from exl2jax.estimate import DeviceEstimate
 from exl2jax.evaluation import Evaluation, Figures
 from exl2jax.exl2.inspect import LinearInspection
 from exl2jax.exl2.verify.directory import VerifyReport
 
-MEGABYTE = 1e6
+MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 def conversion_table(result: ConversionResult) -> Table:
@@ -120,6 +121,27 @@ def plan_table(plan: Preflight) -> Table:
     _add_warnings(table, plan.warnings)
     for refusal in plan.refused:
         table.add_row("[red]would be refused[/red]", refusal)
+    return table
+
+
+def device_table(found: DeviceEstimate) -> Table:
+    """Memory and time on a device, counted."""
+    table = _two_columns(f"{found.device}: counted, not measured")
+    fits = "" if found.fits else ": too much"
+    table.add_row(
+        "device memory", f"{found.memory / GIGABYTE:.1f} GB of {found.memory_present / GIGABYTE:.0f} GB{fits}"
+    )
+    stay = "stay on the device" if found.streams_fit else "cross the bus for every module"
+    table.add_row("hidden states", f"{found.streams / GIGABYTE:.1f} GB, {stay}")
+    table.add_row("weights and states up", f"{found.bytes_up / GIGABYTE:.1f} GB")
+    if found.launches:
+        table.add_row("launches", f"{found.launches / 1e6:.2f} million")
+    for name, work in found.work.items():
+        operations = ", ".join(f"{1e-12 * amount:.4g} {kind}" for kind, amount in work.items())
+        table.add_row(f"tera-operations, {name}", operations)
+    for name, seconds in found.seconds.items():
+        table.add_row(f"seconds, {name}", f"{seconds:.3g}")
+    table.add_row("time at published rates", f"at least {found.total / 60:.3g} minutes; most of it: {found.bound}")
     return table
 
 
