@@ -49,9 +49,9 @@ def tight(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     on_host, on_device, most = list[weakref.ref[Any]](), list[weakref.ref[Any]](), 0
     read, make = HFModel.linear_params, Block._piece
 
-    def counted_read(self: HFModel, linear: Any) -> dict[str, np.ndarray]:
+    def counted_read(self: HFModel, linear: Any, *, narrow: bool) -> dict[str, np.ndarray]:
         nonlocal most
-        params = read(self, linear)
+        params = read(self, linear, narrow=narrow)
         on_host[:] = [ref for ref in on_host if ref() is not None] + [weakref.ref(params["kernel"])]
         most = max(most, len(on_host))
         return params
