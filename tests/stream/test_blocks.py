@@ -98,6 +98,7 @@ def test_forward_and_backward(scene: Scene, tight: Callable[[], None], tmp_path:
 
     def run(name: str) -> tuple[np.ndarray, np.ndarray, Any]:
         stack = InputStack(tmp_path / name, (spec,), (ROWS, LENGTH, HIDDEN))
+        stack.write(0, states)
         out, _ = ForwardStep(decoder=decoder, stack=stack)({STATES: stream_of(states)}, Block.of(model, spec))
         rows = rows_of(states, single=True)
         step = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=ROWS * LENGTH)
