@@ -88,11 +88,17 @@ def forward_pass(context: Context, rows: CalibrationRows) -> None:
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
         remove(context.work.hidden_states)  # a checkpoint without the inputs before it is worth nothing
+
+    def start() -> HostCarry:
+        carry = _embedded(context, picked)
+        stack.write(0, carry[STATES])
+        return carry
+
     Pass(
         name="forward",
         step=ForwardStep(decoder=context.decoder, stack=stack),
         specs=context.specs,
-        start=partial(_embedded, context, picked),
+        start=start,
         codec=Codec(lambda _: stack.flush(), lambda count: [None] * count),
         place=_rows(context, picked).place,
     ).run(context)

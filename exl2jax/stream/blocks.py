@@ -7,7 +7,7 @@ the residual of the first.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -54,10 +54,14 @@ class Block(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, spec: ModuleSpec) -> "Block":
-        """A module of a model, its weights read, but for the experts of a mixture that comes in pieces."""
+        """A module of a model, its weights read, but for the experts of a mixture that comes in pieces.
+
+        Weights come as the source stores them and go up to the device at once, one module ahead of their use where a
+        scan loads it in a thread.
+        """
         if len(cut(spec)) == 1:
-            return cls(spec, model.module_params(spec))
-        return cls(spec, model.plain_params(spec), model.linear_params)
+            return cls(spec, _sent(model.module_params(spec, narrow=True)))
+        return cls(spec, model.plain_params(spec), partial(model.linear_params, narrow=True))
 
     def pieces(self, decoder: Decoder, settings: int = 1) -> Iterator[Piece]:
         """The pieces in order, each read when its turn comes; `settings` as in `cut`.
@@ -120,6 +124,14 @@ def forward_block(decoder: Decoder, block: Block, states: Stream) -> tuple[Strea
         return added(first[0], then[0]), first[1].joined(then[1])
 
     return reduce(both, map(run, block.pieces(decoder)))
+
+
+def _sent(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with the kernels on their way to the device; the rest is small."""
+    return {
+        name: values | {"kernel": jax.device_put(values["kernel"])} if "kernel" in values else values
+        for name, values in params.items()
+    }
 
 
 @jax.jit

@@ -72,6 +72,7 @@ def walk(
 ) -> tuple[dict[str, Columns], np.ndarray, np.ndarray]:
     """Forward, head, backward: the information by module key, the gradients at the embedding, the final states."""
     stack = InputStack(path, specs, (ROWS, LENGTH, 64))
+    stack.write(0, states)
     carry = {STATES: stream_of(states)}
     forward = ForwardStep(decoder=decoder, stack=stack)
     for spec in specs:

@@ -37,6 +37,7 @@ def stack(model: Model, specs: tuple[ModuleSpec, ...], tmp_path_factory: pytest.
     """Inputs of all modules on `ROWS + 1` rows, of which the perturbation takes the first ones."""
     states = embed(model, np.random.default_rng(4).integers(0, 300, (ROWS + 1, LENGTH)).astype(np.int32))
     found = InputStack(tmp_path_factory.mktemp("stack") / "inputs.f32", specs, states.shape)
+    found.write(0, states)
     step, carry = ForwardStep(decoder=build_decoder(model.config), stack=found), {STATES: stream_of(states)}
     for spec in specs:
         carry, _ = step(carry, Block(spec, model.module_params(spec)))

@@ -17,11 +17,12 @@ from exl2jax.quantize.propagate import (
     StageTask,
     StageTerms,
     Strengths,
-    corrected_target,
+    corrected_targets,
     finish,
     stage_terms,
 )
 from exl2jax.stream import chunks as stream
+from exl2jax.stream.forward import forward
 from exl2jax.testing.states import rows_of
 from tests.oracles import llama
 
@@ -50,9 +51,9 @@ def test_the_target_is_the_solution_of_least_squares(strength: float, residual: 
     factor = factorize(jnp.asarray(hessian, jnp.float32))
     h, c, o = (jnp.asarray(m, jnp.float32) for m in (hessian, cross, owed))
     strengths = Strengths(strength, residual)
-    got = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, owed=o), strengths)
+    (got,) = corrected_targets([jnp.asarray(kernel, jnp.float32)], factor, CrossTerms(h, owed=o), strengths)
     if not residual:
-        shared = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, cross=c), strengths)
+        (shared,) = corrected_targets([jnp.asarray(kernel, jnp.float32)], factor, CrossTerms(h, cross=c), strengths)
         np.testing.assert_allclose(shared, got, atol=1e-4)
     outputs = (x_q + strength * (x_f - x_q)) @ kernel + residual * stream_error
     expected = closest(x_q, outputs, kernel, float(factor.damping), ROWS)
@@ -65,7 +66,8 @@ def test_no_strength_leaves_the_weight_alone() -> None:
     x = rng.standard_normal((50, 32))
     kernel = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
     terms = CrossTerms(*(jnp.asarray(x.T @ x, jnp.float32),) * 2)
-    assert np.array_equal(corrected_target(kernel, factorize(terms.hessian), terms, Strengths(0.0, 0.0)), kernel)
+    (got,) = corrected_targets([kernel], factorize(terms.hessian), terms, Strengths(0.0, 0.0))
+    assert np.array_equal(got, kernel)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,10 @@ def block(kind: str, params: Any, h: np.ndarray) -> list[np.ndarray]:
     frequencies = llama.plain_frequencies(10000.0, 16)
     rows = [llama.attention_block(params, row, 4, 2, 1e-5, frequencies) for row in h]
     return [np.stack(x) for x in zip(*rows, strict=True)]
+
+
+def normed(params: Any, h: np.ndarray) -> np.ndarray:
+    return llama.rms_norm(h, params["norm"]["weight"], 1e-5)
 
 
 def product(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -140,10 +146,14 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
         np.testing.assert_allclose(out.array(), expected_hidden, atol=2e-4)
         assert kept_inputs is not None
         np.testing.assert_allclose(kept_inputs[0].array(), y_q, atol=2e-4)
-        np.testing.assert_allclose(tally.linear, np.abs(y_q).max(), rtol=1e-3)
         finished = rows.place(states)
-        tally = finish(module, quantized, finished, kept_inputs, finished)
+        whole = forward(module, quantized, rows.place(states), rows.place(states))
+        tally = finish(module, quantized, finished, kept_inputs, finished, tally)
         np.testing.assert_allclose(finished.array(), own_hidden, atol=2e-4)
+        np.testing.assert_allclose(tally[1:], whole[1:], rtol=1e-4)
+        x, gates = normed(params, states), [quantized[name]["kernel"] for name in ("gate_proj", "up_proj") if index]
+        if index:  # the last linear writes less than the others here
+            np.testing.assert_allclose(tally.linear, max(np.abs(x @ w).max() for w in gates), rtol=1e-3)
         assert tally.finite and tally.state == np.abs(finished.array()).max()
 
 

@@ -49,9 +49,9 @@ def tight(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     on_host, on_device, most = list[weakref.ref[Any]](), list[weakref.ref[Any]](), 0
     read, make = HFModel.linear_params, Block._piece
 
-    def counted_read(self: HFModel, linear: Any) -> dict[str, np.ndarray]:
+    def counted_read(self: HFModel, linear: Any, *, narrow: bool) -> dict[str, np.ndarray]:
         nonlocal most
-        params = read(self, linear)
+        params = read(self, linear, narrow=narrow)
         on_host[:] = [ref for ref in on_host if ref() is not None] + [weakref.ref(params["kernel"])]
         most = max(most, len(on_host))
         return params
@@ -98,6 +98,7 @@ def test_forward_and_backward(scene: Scene, tight: Callable[[], None], tmp_path:
 
     def run(name: str) -> tuple[np.ndarray, np.ndarray, Any]:
         stack = InputStack(tmp_path / name, (spec,), (ROWS, LENGTH, HIDDEN))
+        stack.write(0, states)
         out, _ = ForwardStep(decoder=decoder, stack=stack)({STATES: stream_of(states)}, Block.of(model, spec))
         rows = rows_of(states, single=True)
         step = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=ROWS * LENGTH)
