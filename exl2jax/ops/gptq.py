@@ -21,8 +21,8 @@ class QuantizedLinear(NamedTuple):
     """A quantized matrix in packed row order.
 
     `codes [K, N]` uint8, `qs [K / 32, N]` uint8 scale index 1..16 and `qscale_max [K / 32]` float16 by group, both one
-    beyond the last group, `perm [K]` with packed row `i` being original row `perm[i]`, `groups` the cut, `weight [K, N]`
-    float16: the dequantized matrix in original order.
+    beyond the last group, `perm [K]` with packed row `i` being original row `perm[i]`, `groups` the cut, `weight
+    [K, N]` float16: the dequantized matrix in original order.
     """
 
     codes: jax.Array
