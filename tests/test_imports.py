@@ -20,6 +20,7 @@ LEVELS = {
     "variants": 3,
     "storage": 3,
     "calibration": 4,
+    "contrib": 4,
     "models": 4,
     "stream": 5,
     "testing": 8,
