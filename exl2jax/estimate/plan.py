@@ -16,8 +16,9 @@ FLOAT, STORED = 4, 2
 LAUNCH = 12e-6
 """Seconds that a launch takes where the device does next to nothing: an H200's GPTQ times over its launches."""
 
-PER_GROUP, PER_PANEL, PANEL, SPAN = 23, 4, 256, 256
-"""Launches of a group of rows, those of a panel of past rows, rows of a panel, and rows that settle a debt together."""
+PER_GROUP, PER_PANEL, PANEL, SPAN = 20, 4, 2048, 256
+"""Launches of a group of rows, those of a panel of past rows, rows of a panel, and rows that settle a debt together:
+what `scripts/bench/programs.py` finds in the programs compiled for an H100."""
 
 PER_ROW = 3
 """Launches of a row where XLA's loops walk in place of the kernels."""
@@ -130,13 +131,16 @@ def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
 
 def conversion_launches(config: ModelConfig, recipe: Recipe, device: Device) -> int:
     """Launches of the walks of GPTQ, which are all but a few of a conversion's."""
-    return sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in _walks(config, recipe))
+    walks = _walks(config, recipe, side_by_side=device.kernels)
+    return sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
 
 
-def _walks(config: ModelConfig, recipe: Recipe) -> Iterator[tuple[LinearSpec, int]]:
+def _walks(config: ModelConfig, recipe: Recipe, *, side_by_side: bool) -> Iterator[tuple[LinearSpec, int]]:
+    """Every walk with the size of its groups; widths of one size are priced side by side where that is faster."""
     for spec in module_specs(config):
         if "price" in recipe.passes:
-            yield from priced(spec)
+            found = priced(spec)
+            yield from dict.fromkeys(found) if side_by_side else found
         yield from ((linear, TYPICAL_GROUP) for linear in spec.linears)
     yield head_spec(config), TYPICAL_GROUP
 

@@ -121,9 +121,9 @@ def traffic(meter: Meter) -> Iterator[None]:
     def up(values: Any) -> None:
         meter.note(UP, sum(x.nbytes for x in jax.tree.leaves(values) if isinstance(x, np.ndarray)))
 
-    def down(value: Any) -> None:
+    def down(found: Sequence[jax.Array]) -> None:
         meter.note(READS)
-        meter.note(DOWN, value.nbytes)
+        meter.note(DOWN, sum(x.nbytes for x in found))
 
     def call(before: Any) -> Any:
         def run(self: Any, *args: Any) -> Any:
@@ -142,8 +142,9 @@ def traffic(meter: Meter) -> Iterator[None]:
 
     def read(before: Any) -> Any:
         def run(value: Any, *args: Any, **options: Any) -> Any:
-            if isinstance(value, array):
-                down(value)
+            found = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, array)]
+            if found:
+                down(found)
             return before(value, *args, **options)
 
         return run

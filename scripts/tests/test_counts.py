@@ -1,6 +1,7 @@
 """What is counted of a conversion: calls and reads of known functions, launches of a known program, the table."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from exl2jax.testing.tiny_model import write_tiny_llama
 from scripts.bench import counts
 from scripts.bench.launches import Launches, launches
 from scripts.bench.traffic import CALLS, DOWN, PROGRAMS, READS, TIME, UP, Meter, compiling, traffic
@@ -31,7 +33,8 @@ def test_calls_and_reads_by_module(tmp_path: Path) -> None:
         for _ in range(5):
             y = twice_of_counts(x)
         meter.step("model.layers.0.mlp: 4 bits")
-        assert jax.device_get(jax.device_put(x)).sum() == 32
+        both = jax.device_get((jax.device_put(x), jax.device_put(x)))
+        assert sum(part.sum() for part in both) == 64
         assert np.asarray(y).sum() == 64
         scalar = jax.device_put(np.float32(3))
         assert (float(scalar), int(scalar), bool(scalar)) == (3.0, 3, True)
@@ -39,7 +42,7 @@ def test_calls_and_reads_by_module(tmp_path: Path) -> None:
     (_, name, _), (stage, first, called), (_, second, read) = meter.modules
     assert (name, stage, first, second) == ("", "price", "model.layers.0.mlp", "model.layers.1.mlp")
     assert called[CALLS] == 5 and called[PROGRAMS] == 1 and called[UP] == 5 * x.nbytes and READS not in called
-    assert read[READS] == 5 and read[DOWN] == 2 * x.nbytes + 12 and read[UP] >= x.nbytes and CALLS not in read
+    assert read[READS] == 5 and read[DOWN] == 3 * x.nbytes + 12 and read[UP] >= 2 * x.nbytes and CALLS not in read
     assert sum(count for name, count in meter.names.items() if "twice_of_counts" in name) == 1
     kept = json.loads((tmp_path / "kept.json").read_text())["modules"]
     assert kept == [list(module) for module in meter.modules] and kept[1][2][TIME] >= 0
@@ -135,6 +138,22 @@ def test_launches_of_a_priced_linear() -> None:
     compiled[2] = {"launches": [25, 1]}
     said = counts.priced_launches({"modules": modules, "compiled": compiled})
     assert said == "200, loops of unknown length counted once"
+
+
+@pytest.mark.slow
+def test_what_a_tiny_conversion_asks_of_its_device(tmp_path: Path) -> None:
+    """Counts do not depend on sizes: what holds for three tiny blocks holds for a large model."""
+    model = write_tiny_llama(tmp_path / "model", num_layers=3)
+    command = [sys.executable, "-m", "scripts.bench.traffic", str(tmp_path / "found.json"), str(model), "--calls"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    options = ["--rows", "3", "--length", "32"]
+    subprocess.run([*command, *options], cwd=ROOT, env=environment, timeout=900, check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert counts.total(found, PROGRAMS) <= 90
+    assert counts.late_programs(found) == 0
+    assert max(called[CALLS] for _, called in counts.modules(found, "price")) <= 40
+    assert max(called[CALLS] for _, called in counts.modules(found, "quantize")) <= 40
+    assert counts.mean_reads(found) <= 3.5
 
 
 @pytest.mark.slow

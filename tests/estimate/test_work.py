@@ -1,5 +1,6 @@
 """Counted operations against sums written out by hand, and against a walk over every pair and every weight."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,19 @@ from hypothesis import strategies as st
 
 from exl2jax.errors import SettingsError
 from exl2jax.estimate import DEVICES, Passes, Work, conversion_work, device_estimate, find_device
-from exl2jax.estimate.plan import PANEL, PER_GROUP, PER_PANEL, PER_ROW, SPAN, bytes_up, device_memory, gptq_launches
+from exl2jax.estimate.plan import (
+    PANEL,
+    PER_GROUP,
+    PER_PANEL,
+    PER_ROW,
+    SPAN,
+    bytes_up,
+    conversion_launches,
+    device_memory,
+    gptq_launches,
+)
 from exl2jax.estimate.work import attention_work, factor_work, forward_work, gptq_work, hessian_work
-from exl2jax.models import LinearSpec, ModelConfig, module_specs
+from exl2jax.models import LinearSpec, ModelConfig, head_spec, module_specs
 from exl2jax.models.config import read_config
 from exl2jax.ops.scales import search_columns
 from exl2jax.testing.tiny_architectures import TINY
@@ -113,9 +124,22 @@ def test_every_architecture_is_counted_from_its_config_alone(tmp_path: Path, nam
 def test_launches() -> None:
     linear = LinearSpec(name="x", key="x", rows=4096, columns=64)
     spans = 4096 // SPAN
-    expected = PER_GROUP * 32 + PER_PANEL * sum(span * SPAN // PANEL for span in range(spans))
+    expected = PER_GROUP * 32 + PER_PANEL * sum(-(-span * SPAN // PANEL) for span in range(spans))
     assert gptq_launches(linear, 128, kernels=True) == expected
     assert gptq_launches(linear, 128, kernels=False) == expected + PER_ROW * 4096
+
+
+def test_widths_side_by_side_are_launched_once(config: ModelConfig) -> None:
+    best, (h100, a100) = find_recipe("best"), (DEVICES["h100"], DEVICES["a100"])
+    linears = [linear for spec in module_specs(config) for linear in spec.linears]
+    sizes = (128, 128, 32, 128, 32, 128, 32)  # of the seven widths that are priced
+
+    def sums(sizes: Iterable[int], kernels: bool) -> int:
+        head = gptq_launches(head_spec(config), 128, kernels=kernels)
+        return head + sum(gptq_launches(x, size, kernels=kernels) for x in linears for size in (*sizes, 128))
+
+    assert conversion_launches(config, best, h100) == sums((128, 32), kernels=True)
+    assert conversion_launches(config, best, a100) == sums(sizes, kernels=False)
 
 
 def test_what_does_not_fit_crosses_the_bus(config: ModelConfig) -> None:
