@@ -152,7 +152,8 @@ def test_a_damaged_model(kind: str, model: Path, tokens: Path, capsys: Any, pass
     assert bool(passes) == (kind in SEEN_WHEN_READ)
     if kind not in SEEN_WHEN_READ:
         assert cli.main(["plan", str(model), "-c", str(tokens), "-mr", "2"]) == 1
-        assert complaint(capsys) == message
+        planned = complaint(capsys)
+        assert [part for part in fragments if part not in planned] == [], planned
 
 
 def test_rows_that_are_no_multiple_of_32(tmp_path: Path, tokens: Path, capsys: Any) -> None:
