@@ -11,12 +11,16 @@ import pytest
 from safetensors import safe_open
 
 from exl2jax.ops import (
+    XLA,
     QuantizedLinear,
+    ScaleChoice,
     factorize,
     gptq,
     gptq_tile_losses,
     pack_linear,
     round_to_nearest,
+    search_columns,
+    search_scales,
     unpack_linear,
 )
 from exl2jax.qparams import FORMAT_BITS, Group, QParams, q
@@ -111,6 +115,37 @@ def test_tile_losses_are_what_rounding_a_row_costs_after_all_feedback(loud: floa
     np.testing.assert_allclose(got, expected, rtol=2e-2)
     assert (expected > 0).all()
     np.testing.assert_allclose(got.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
+
+
+def test_widths_side_by_side_cost_what_they_cost_alone() -> None:
+    """One walk with a copy of the matrix for every width of a group size, beside a walk for each."""
+    w, h = problem(80, columns=24)
+    factor, weight = factorize(jnp.asarray(h)), jnp.linspace(0.1, 3, 24)
+    settings = (q("4", "1", "128"), q("3", "1", "32"), q("2", "1", "128"), q("2", "1", "32"), q("6/4", ".3/.7", "32"))
+    cuts = tuple(setting.groups(ROWS) for setting in settings)
+    for search in (search_scales, search_columns):
+        alone, beside = (
+            np.asarray(gptq_tile_losses(jnp.asarray(w), factor, cuts, weight, kernels, search))
+            for kernels in (XLA, XLA._replace(wide=True))
+        )
+        assert alone.shape == (len(settings), ROWS // 32)
+        np.testing.assert_allclose(beside, alone, rtol=0.03)
+
+
+def test_groups_are_no_shape() -> None:
+    """Settings of one matrix share a program, whatever the number and the sizes of their groups."""
+    w, h = problem(81, rows=160, columns=5)
+    factor, traced = factorize(jnp.asarray(h)), list[int]()
+
+    def search(*operands: Any) -> ScaleChoice:
+        traced.append(len(operands))
+        return search_columns(*operands)
+
+    gptq(jnp.asarray(w), factor, q("3", "1", "128").groups(160), search=search)
+    before = len(traced)
+    for setting in (q("4", "1", "32"), q("5/2", ".4/.6", "32/64"), q("8/6/2", ".2/.2/.6", "32/32/128")):
+        gptq(jnp.asarray(w), factor, setting.groups(160), search=search)
+    assert before and len(traced) == before
 
 
 def test_tiles_of_single_widths_price_a_mixture() -> None:
