@@ -12,6 +12,7 @@ from exl2jax.calibration.source import KNOWN
 from exl2jax.cli.options import CalColumns, CalDir, CalFill, CalSplit, Json
 from exl2jax.cli.shared import deliver, set_up
 from exl2jax.conversion.calibrate import build_rows
+from exl2jax.hub import source_directory
 from exl2jax.models import open_model, read_config
 from exl2jax.report import calibration_table, make_progress
 from exl2jax.storage import make_directory, write_tensors
@@ -20,7 +21,7 @@ from exl2jax.stream.progress import RunControl, StopFlag
 
 def calibrate_command(
     context: typer.Context,
-    in_dir: Annotated[Path, typer.Option("-i", "--in_dir", help="Model directory.")],
+    in_dir: Annotated[Path, typer.Option("-i", "--in_dir", help="Model: a directory, or ORG/NAME[@REVISION].")],
     out: Annotated[Path, typer.Option("--out", help="File to write, FILE.safetensors.")],
     source: Annotated[str, typer.Option("-c", "--cal_dataset", help=f"Source: {KNOWN}.")] = STANDARD,
     rows: Annotated[int | None, typer.Option("-r", "--rows", help="Rows.")] = None,
@@ -48,6 +49,7 @@ def calibrate_command(
         split=cal_split,
         fill_with_self=cal_fill,
     )
+    in_dir = source_directory(in_dir)
     config, _, _ = read_config(in_dir)
     tokenizer = load_tokenizer(in_dir)
     built = build_rows(wanted, config, tokenizer, lambda: open_model(in_dir), control)

@@ -1,7 +1,7 @@
 """`exl2jax sweep`: run a plan of conversions."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from exl2jax.cli.options import Json, Plugins
 from exl2jax.cli.shared import deliver, load_variants, say, set_up
 from exl2jax.errors import SettingsError
+from exl2jax.hub import source_directory
 from exl2jax.lab import read_plan, run_sweep
 from exl2jax.lab.cluster import ray_runner
 from exl2jax.lab.estimate import estimate
@@ -40,6 +41,8 @@ def sweep_command(
         raise SettingsError("--plugin with --ray: nodes lack the file; install it as a package with an entry point")
     load_variants(plugin)
     asked = read_plan(plan)
+    named = {name: name if Path(name).exists() else str(source_directory(Path(name))) for name in asked.models}
+    asked = replace(asked, models=tuple(named[name] for name in asked.models))
     asked = without_variants(asked, tuple(only)) if only else asked
     if dry_run:
         cells = estimate(asked, out)

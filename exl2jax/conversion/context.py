@@ -13,6 +13,7 @@ from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decod
 from exl2jax.models.transform import transformed
 from exl2jax.qparams import require_quantizable_rows
 from exl2jax.storage.digests import digest, fingerprint
+from exl2jax.storage.hub_cache import cached_source
 from exl2jax.stream.blocks import Block, HeadBlock
 from exl2jax.stream.progress import RunControl
 from exl2jax.stream.scan import Carry, Form, HostCarry, scan
@@ -120,6 +121,8 @@ def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> d
         **{name: getattr(config, name) for name in chosen},
         "preset": asdict(config.recipe),
     }
+    if (source := cached_source(config.in_dir)) is not None:
+        inputs["source"] = source
     if config.measurement is not None:
         inputs["measurement file"] = digest(config.measurement)
     return json.loads(json.dumps(inputs))  # as a job file gives them back: tuples are lists

@@ -17,6 +17,7 @@ import numpy as np
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.shown import shown
 from exl2jax.errors import JobError, NumericalError
 from exl2jax.measure.accuracy import MeasureStep
 from exl2jax.measure.costs import PriceStep
@@ -378,8 +379,8 @@ def _price_range(found: Mapping[str, LinearCosts]) -> str:
 
 def _describe(spec: ModuleSpec | LinearSpec, report: ModuleReport, strategy: Strategy) -> str:
     if isinstance(spec, LinearSpec):
-        full = f"full precision {report.perplexity_full:.3f}"
-        return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
+        full = f"full precision {shown(report.perplexity_full or math.nan, 3)}"
+        return f"{report.key}: calibration perplexity {shown(report.perplexity or math.nan, 3)} ({full})"
     error = (
         f"rfn_error {report.rfn_error:.5f}"
         if report.rfn_error is not None

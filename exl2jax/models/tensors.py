@@ -76,9 +76,31 @@ class SourceTensors:
         """The file that holds a tensor."""
         return self._files.file(self._find(name)[0])
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied."""
+    def check_scales(self) -> None:
+        """Refuse FP8 weights whose table of factors has another shape than the blocks need."""
+        for name in self._files:
+            if self._files.dtype(name) == FLOAT8 and self._block and name + SCALE_SUFFIX in self._files:
+                _require_scales(self._files.shape(name), self._files.shape(name + SCALE_SUFFIX), self._block, name)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the choice of the files."""
+        return self._files.notes
+
+    def unread(self, needed: Iterable[str]) -> list[str]:
+        """The tensors of the files, by the source's names, that make up none of the `needed` ones."""
+        sources = {self._find(name)[0] for name in needed}
+        return sorted(set(self._files) - sources - {source + SCALE_SUFFIX for source in sources})
+
+    def read(self, name: str, rows_only: slice | None = None) -> np.ndarray:
+        """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied.
+
+        With `rows_only` only these rows of a tensor outside of the layers.
+        """
         source, fused = self._find(name)
+        if rows_only is not None:
+            whole = self._files.dtype(source) == FLOAT8 and self._block
+            return self.read(name)[rows_only] if whole else self._files.read(source, rows_only)
         rows = None if fused is None else _part_rows(fused, name, self._config)
         # Only the part's own rows, where they lie together: the experts of a layer may not all fit in memory.
         part = rows if isinstance(rows, slice) and not self._block and not self._config.arch.transposed else None
@@ -166,11 +188,15 @@ def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 def rescale(value: np.ndarray, scale: np.ndarray, block: tuple[int, int], name: str) -> np.ndarray:
     """An FP8 weight `[N, K]` times the factor of each block, float32."""
-    wanted = tuple(-(-size // step) for size, step in zip(value.shape, block, strict=True))
-    if scale.shape != wanted:
-        raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scale.shape)}, blocks of {block} need {list(wanted)}")
+    _require_scales(value.shape, scale.shape, block, name)
     factors = scale.astype(np.float32).repeat(block[0], axis=0).repeat(block[1], axis=1)
     return value.astype(np.float32) * factors[: value.shape[0], : value.shape[1]]
+
+
+def _require_scales(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int], name: str) -> None:
+    wanted = tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+    if len(shape) != len(block) or scales != wanted:
+        raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scales)}, blocks of {block} need {list(wanted)}")
 
 
 def _module_name(name: str) -> str:

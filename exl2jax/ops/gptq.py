@@ -13,16 +13,20 @@ from exl2jax.ops.groups import LARGEST_GROUP, GroupTable, group_table, span_rows
 from exl2jax.ops.hessian import HessianFactor
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.rounding import dequantize, half_scale
+from exl2jax.ops.scale_losses import by_column
 from exl2jax.ops.scales import ScaleSearch, search_scales
 from exl2jax.qparams import ROW_MULTIPLE, Group
+
+_PANEL = 256
+"""Rows of past errors that one product of the feedback takes up where groups go in spans."""
 
 
 class QuantizedLinear(NamedTuple):
     """A quantized matrix in packed row order.
 
     `codes [K, N]` uint8, `qs [K / 32, N]` uint8 scale index 1..16 and `qscale_max [K / 32]` float16 by group, both one
-    beyond the last group, `perm [K]` with packed row `i` being original row `perm[i]`, `groups` the cut, `weight [K, N]`
-    float16: the dequantized matrix in original order.
+    beyond the last group, `perm [K]` with packed row `i` being original row `perm[i]`, `groups` the cut, `weight
+    [K, N]` float16: the dequantized matrix in original order.
     """
 
     codes: jax.Array
@@ -49,13 +53,38 @@ class _Walk(NamedTuple):
     qscale_max: jax.Array
 
 
-class _Span(NamedTuple):
-    """A span: its weights less what they owe to the rows before it, its corner of `u`, where these begin, its index."""
+class _Plan(NamedTuple):
+    """What a walk follows: its groups, the width of each, its options, and what is static of the groups.
 
-    current: jax.Array
-    corner: jax.Array
-    origin: jax.Array
-    index: jax.Array
+    `widths [K / 32 or 1, 1 or columns]` are the bits of every group, or of all; `copies` of the matrix go side by side
+    as columns. `size` is the most rows of a group; `rows` are those of each and `count` is their number, where known.
+    """
+
+    groups: GroupTable
+    widths: jax.Array
+    options: WalkOptions
+    size: int
+    copies: int = 1
+    rows: int | None = None
+    count: int | None = None
+
+    @classmethod
+    def of(cls, table: jax.Array, options: WalkOptions) -> "_Plan":
+        """Of any groups."""
+        groups = GroupTable.of(table)
+        size = min(LARGEST_GROUP, ROW_MULTIPLE * len(groups.rows))
+        return cls(groups, groups.bits[:, None].astype(jnp.float32), options, size)
+
+    @classmethod
+    def beside(cls, cuts: Sequence[Sequence[Group]], rows: int, columns: int, options: WalkOptions) -> "_Plan":
+        """Of a matrix `[rows, columns]` cut in several ways that differ in their widths only."""
+        tables = np.stack([group_table(cut, rows) for cut in cuts])
+        bits, sizes = tables[:, 2, : len(cuts[0])].T.astype(np.float32), {group.rows for group in cuts[0]}
+        if (bits == bits[0]).all():
+            bits = bits[:1]  # nothing to look up group by group
+        widths = by_column(jnp.asarray(bits), len(cuts) * columns)
+        known = max(sizes) if len(sizes) == 1 else None
+        return cls(GroupTable.of(jnp.asarray(tables[0])), widths, options, max(sizes), len(cuts), known, len(cuts[0]))
 
 
 def gptq(
@@ -68,7 +97,7 @@ def gptq(
     """Quantize `w [K, N]` float32 with error feedback through `factor`, cut into `groups` of the permuted rows.
 
     Each group finds its scales on its current weights, then goes row by row: code, error `(w - q) / U[c, c]`, and
-    feedback to the rows after it (EXL2.md section 2, "GPTQ"). Left-looking: a row gathers what it owes to the rows
+    feedback to the rows after it (docs/format.md 2.5). Left-looking: a row gathers what it owes to the rows
     before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. The groups are data, so one
     compilation per shape serves every setting. `kernels`: inner loops; `search`: how a group finds its scales.
     """
@@ -89,9 +118,8 @@ class QuantizedArrays(NamedTuple):
 @partial(jax.jit, static_argnames="options")
 def gptq_arrays(w: jax.Array, factor: HessianFactor, table: jax.Array, *, options: WalkOptions) -> QuantizedArrays:
     """`gptq` with the groups as a `group_table`: one program for a shape of matrix."""
-    groups, rows = GroupTable.of(table), w.shape[0]
-    walk = _walk(w[factor.perm], factor.u, groups, groups.bits[:, None], options, _Shape.any_groups(rows))
-    codes = walk.codes[:rows]
+    walk = _walk(w[factor.perm], factor.u, _Plan.of(table, options))
+    codes = walk.codes[: len(w)]
     weight = dequantized_weight(codes, walk.qs, walk.qscale_max, factor.inv_perm, table)
     return QuantizedArrays(codes, walk.qs, walk.qscale_max, weight)
 
@@ -114,34 +142,22 @@ def gptq_tile_losses(
     to make up for it, never less than nothing however large the damping. A row's share depends little on how the rows
     before it were rounded, so the tiles of runs at single widths price any mixture of those widths.
     """
+    rows, columns = w.shape
     ordered, options = w[factor.perm].astype(jnp.float32), WalkOptions(search, kernels)
-    tables = np.stack([group_table(cut, w.shape[0]) for cut in cuts])
+
+    def losses(plan: _Plan) -> jax.Array:
+        errors = _walk(ordered, factor.u, plan).errors[:rows]
+        weights = jnp.broadcast_to(column_weight, (plan.copies, columns))
+        return walk_tile_losses(errors, factor.u, factor.damping, weights)
+
     if not kernels.wide:
-        return lax.map(partial(_losses_of_cut, ordered, factor, column_weight, options), jnp.asarray(tables))
+        tables = jnp.asarray(np.stack([group_table(cut, rows) for cut in cuts]))
+        return lax.map(lambda table: losses(_Plan.of(table, options))[0], tables)
     places: dict[tuple[int, ...], list[int]] = {}
     for i, cut in enumerate(cuts):
         places.setdefault(tuple(group.rows for group in cut), []).append(i)
-    losses = [_losses_beside(ordered, factor, column_weight, options, tables[at]) for at in places.values()]
-    order = np.argsort([i for at in places.values() for i in at])
-    return jnp.concatenate(losses)[order]
-
-
-def _losses_of_cut(
-    ordered: jax.Array, factor: HessianFactor, column_weight: jax.Array, options: WalkOptions, table: jax.Array
-) -> jax.Array:
-    groups = GroupTable.of(table)
-    walk = _walk(ordered, factor.u, groups, groups.bits[:, None], options, _Shape.any_groups(len(ordered)))
-    return walk_tile_losses(walk.errors[: len(ordered)], factor.u, factor.damping, column_weight[None])[0]
-
-
-def _losses_beside(
-    ordered: jax.Array, factor: HessianFactor, column_weight: jax.Array, options: WalkOptions, tables: np.ndarray
-) -> jax.Array:
-    """The losses `[cuts, K / 32]` of cuts that differ in their widths only, from one walk with all side by side."""
-    groups, bits = GroupTable.of(jnp.asarray(tables[0])), jnp.asarray(tables[:, 2].T)
-    walk = _walk(ordered, factor.u, groups, bits, options, _Shape.of(tables[0]))
-    weights = jnp.broadcast_to(column_weight, (len(tables), len(column_weight)))
-    return walk_tile_losses(walk.errors[: len(ordered)], factor.u, factor.damping, weights)
+    found = [losses(_Plan.beside([cuts[i] for i in at], rows, columns, options)) for at in places.values()]
+    return jnp.concatenate(found)[np.argsort([i for at in places.values() for i in at])]
 
 
 def round_to_nearest(
@@ -155,69 +171,97 @@ def round_to_nearest(
     return gptq(w, HessianFactor.identity(perm), groups, kernels, search)
 
 
-class _Shape(NamedTuple):
-    """What is static of the groups of a walk: their most rows; their own rows, the number of spans and of groups in a
-    span where these are the same throughout and known, else None.
-    """  # noqa: D205
-
-    size: int
-    rows: int | None = None
-    spans: int | None = None
-    groups: int | None = None
-
-    @classmethod
-    def any_groups(cls, rows: int) -> "_Shape":
-        """Of any groups of a matrix of `rows` rows."""
-        return cls(min(LARGEST_GROUP, rows))
-
-    @classmethod
-    def of(cls, table: np.ndarray) -> "_Shape":
-        """Of the groups of a table that is known."""
-        known = GroupTable(*table)
-        sizes, counts = (set(x[x > 0].tolist()) for x in (known.rows, known.span_groups))
-        return cls(
-            size=max(sizes),
-            rows=max(sizes) if len(sizes) == 1 else None,
-            spans=int((known.span_groups > 0).sum()),
-            groups=max(counts) if len(counts) == 1 else None,
-        )
-
-
-def _walk(
-    w: jax.Array, u: jax.Array, groups: GroupTable, bits: jax.Array, options: WalkOptions, shape: _Shape
-) -> _Walk:
-    """Walk the permuted weights `w [K, N]` from the first group to the last.
-
-    `bits [K / 32, copies]` are the widths of each group; copies of the matrix go side by side as columns. Groups go in
-    spans: what a span owes to the rows before it is one sum over past panels, and only what its groups owe each other
-    is gathered group by group.
-    """
-    rows, columns = w.shape[0], w.shape[1] * bits.shape[1]
-    span, tiles, room = span_rows(rows), rows // ROW_MULTIPLE, rows + shape.size - ROW_MULTIPLE
-    maxima = (tiles,) if bits.shape[1] == 1 else (tiles, bits.shape[1])
-
-    def one(i: jax.Array, walk: _Walk) -> _Walk:
-        a = groups.span_start[i]
-        origin = jnp.minimum(a, rows - span)
-        current = jnp.tile(lax.dynamic_slice_in_dim(w, origin, span, 0), (1, bits.shape[1]))
-        current = current - _debt(walk.errors, u, (origin, a, span), options)
-        corner = lax.dynamic_slice(u, (origin, origin), (span, span))
-        return _walk_span(walk, _Span(current, corner, origin, i), groups, bits, options, shape)
-
+def _walk(w: jax.Array, u: jax.Array, plan: _Plan) -> _Walk:
+    """Walk the permuted weights `w [K, N]` from the first group to the last."""
+    columns, tiles, room = w.shape[1] * plan.copies, len(w) // ROW_MULTIPLE, len(w) + plan.size - ROW_MULTIPLE
     start = _Walk(
         jnp.zeros((room, columns), jnp.float32),
         jnp.zeros((room, columns), jnp.uint8),
         jnp.ones((tiles, columns), jnp.uint8),
-        jnp.ones(maxima, jnp.float16),
+        jnp.ones((tiles,) if plan.copies == 1 else (tiles, plan.copies), jnp.float16),
     )
-    return lax.fori_loop(0, groups.spans if shape.spans is None else shape.spans, one, start)
+    return (_walk_wide if plan.options.kernels.wide else _walk_in_spans)(start, w, u, plan)
 
 
-def _debt(errors: jax.Array, u: jax.Array, place: tuple[jax.Array, jax.Array, int], options: WalkOptions) -> jax.Array:
+def _walk_wide(walk: _Walk, w: jax.Array, u: jax.Array, plan: _Plan) -> _Walk:
+    """Group by group, each with one product for all it owes: half of it with rows that have no errors yet, all in few
+    launches.
+    """  # noqa: D205
+    rows, size = len(w), plan.size
+    extra = 0 if plan.rows == size and rows % size == 0 else size - ROW_MULTIPLE
+    w, u = jnp.pad(w, ((0, extra), (0, 0))), jnp.pad(u, ((0, extra), (0, extra)))
+    importance = 1 / jnp.square(jnp.diagonal(u))
+    toward = -u[:rows].T  # so that a group's rows lie together, and the difference is one product added
+
+    def group(g: jax.Array, state: tuple[_Walk, jax.Array]) -> tuple[_Walk, jax.Array]:
+        walk, tile = state
+        row = tile * ROW_MULTIPLE
+        own = jnp.tile(lax.dynamic_slice_in_dim(w, row, size, 0), (1, plan.copies))
+        past = lax.dynamic_slice_in_dim(toward, row, size, 0)
+        mine = own + jnp.matmul(past, walk.errors[:rows], precision=lax.Precision.HIGHEST)
+        walk = _walk_group(walk, mine, (u, importance, tile), (g, row), plan)
+        return walk, tile + (plan.groups.rows[g] if plan.rows is None else plan.rows) // ROW_MULTIPLE
+
+    count = plan.groups.count if plan.count is None else plan.count
+    return lax.fori_loop(0, count, group, (walk, jnp.int32(0)))[0]
+
+
+def _walk_in_spans(walk: _Walk, w: jax.Array, u: jax.Array, plan: _Plan) -> _Walk:
+    """Groups in spans: what a span owes to the rows before it is one sum over past panels, and only what its groups
+    owe each other is gathered group by group.
+    """  # noqa: D205
+    rows, span, more, groups = len(w), span_rows(len(w)), plan.size - ROW_MULTIPLE, plan.groups
+
+    def one(i: jax.Array, walk: _Walk) -> _Walk:
+        a = groups.span_start[i]
+        origin = jnp.minimum(a, rows - span)
+        current = lax.dynamic_slice_in_dim(w, origin, span, 0) - _debt(walk.errors, u, origin, a, span)
+        current = jnp.pad(current, ((0, more), (0, 0)))
+        corner = jnp.pad(lax.dynamic_slice(u, (origin, origin), (span, span)), ((0, more), (0, more)))
+        importance = 1 / jnp.square(jnp.diagonal(corner))
+
+        def group(j: jax.Array, walk: _Walk) -> _Walk:
+            g = groups.span_first[i] + j
+            row, at = groups.start[g], groups.start[g] - origin
+            owed = _owed(walk.errors, corner, (origin, a, row, groups.rows[g]), span, plan.size)
+            mine = lax.dynamic_slice_in_dim(current, at, plan.size, 0) - owed
+            return _walk_group(walk, mine, (corner, importance, at // ROW_MULTIPLE), (g, row), plan)
+
+        return lax.fori_loop(0, groups.span_groups[i], group, walk)
+
+    return lax.fori_loop(0, groups.spans, one, walk)
+
+
+def _walk_group(
+    walk: _Walk,
+    mine: jax.Array,
+    feedback: tuple[jax.Array, jax.Array, jax.Array],
+    place: tuple[jax.Array, jax.Array],
+    plan: _Plan,
+) -> _Walk:
+    """Walk a group, its current weights the first rows of `mine`, with its index and first row `place = (g, row)`.
+
+    `feedback` is `u`, the importance of its rows, and the tile of 32 rows where the group begins there.
+    """
+    (u, importance, tile), (g, row), kernels = feedback, place, plan.options.kernels
+    width = plan.widths[g if len(plan.widths) > 1 else 0]
+    width = width if plan.copies > 1 else width[0]
+    counted = plan.groups.rows[g] if plan.rows is None else None
+    if counted is not None:
+        mine = jnp.where((jnp.arange(plan.size) < counted)[:, None], mine, 0.0)
+    choice = plan.options.search(mine, width, importance, kernels, counted, plan.copies, tile)
+    errors, codes = kernels.walk_group(mine, u, tile, choice.scale, width, counted)
+    return _Walk(
+        lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
+        lax.dynamic_update_slice_in_dim(walk.codes, codes, row, 0),
+        lax.dynamic_update_index_in_dim(walk.qs, choice.qs, g, 0),
+        lax.dynamic_update_index_in_dim(walk.qscale_max, choice.qscale_max, g, 0),
+    )
+
+
+def _debt(errors: jax.Array, u: jax.Array, origin: jax.Array, a: jax.Array, span: int) -> jax.Array:
     """What `span` rows from `origin` owe to the rows before `a`: `U[:a, rows]^T E[:a]`, panel by panel."""
-    origin, a, span = place
-    rows = u.shape[0]
-    panel = min(options.kernels.panel, rows)
+    rows, panel = len(u), min(_PANEL, len(u))
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         # Rows from `a` on have zero errors; a last panel that would overhang skips what the one before it added.
@@ -230,66 +274,29 @@ def _debt(errors: jax.Array, u: jax.Array, place: tuple[jax.Array, jax.Array, in
     return lax.fori_loop(0, (a + panel - 1) // panel, add, jnp.zeros((span, errors.shape[1]), jnp.float32))
 
 
-def _walk_span(
-    walk: _Walk, span: _Span, groups: GroupTable, bits: jax.Array, options: WalkOptions, shape: _Shape
-) -> _Walk:
-    """Walk the groups of a span, each in `shape.size` rows, those beyond its own zero."""
-    size, copies = shape.size, bits.shape[1]
-    more, kernels = size - ROW_MULTIPLE, options.kernels
-    current, corner = jnp.pad(span.current, ((0, more), (0, 0))), jnp.pad(span.corner, ((0, more), (0, more)))
-
-    def group(i: jax.Array, walk: _Walk) -> _Walk:
-        g = groups.span_first[span.index] + i
-        row, rows, width = groups.start[g], groups.rows[g], bits[g].astype(jnp.float32)
-        width = width[0] if copies == 1 else jnp.repeat(width, current.shape[1] // copies)
-        at, own = row - span.origin, jnp.arange(size) < rows
-        owed = _owed(
-            walk.errors, corner, span, (groups.span_start[span.index], row, rows), size, branch=not kernels.wide
-        )
-        mine = jnp.where(own[:, None], lax.dynamic_slice_in_dim(current, at, size, 0) - owed, 0.0)
-        u = lax.dynamic_slice(corner, (at, at), (size, size))
-        importance = jnp.where(own, 1 / jnp.square(jnp.diagonal(u)), 0.0)
-        counted = rows if shape.rows is None else None
-        choice = options.search(mine, width, importance, kernels, counted, copies)
-        errors, codes = kernels.walk_group(mine, u, choice.scale, width, counted)
-        return _Walk(
-            lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
-            lax.dynamic_update_slice_in_dim(walk.codes, codes, row, 0),
-            lax.dynamic_update_index_in_dim(walk.qs, choice.qs, g, 0),
-            lax.dynamic_update_index_in_dim(walk.qscale_max, choice.qscale_max, g, 0),
-        )
-
-    return lax.fori_loop(0, groups.span_groups[span.index] if shape.groups is None else shape.groups, group, walk)
-
-
 def _owed(
     errors: jax.Array,
     corner: jax.Array,
-    span: _Span,
-    place: tuple[jax.Array, jax.Array, jax.Array],
+    place: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    span: int,
     size: int,
-    *,
-    branch: bool,
 ) -> jax.Array:
-    """What the group of `rows` rows at `row` owes to the groups of its span, which begins at `a`: `[size, N]`.
+    """What the group of `rows` rows at `row` owes to those from row `a`, where its span begins: `[size, N]`.
 
-    Rows beyond the group's own are anything. Where steps may `branch`, no product is larger than the group.
+    `place = (origin, a, row, rows)`; `corner` begins at row `origin`. Rows beyond the group's own are anything.
     """
-    a, row, rows = place
-    length, columns = span.current.shape
+    origin, a, row, rows = place
 
     def nothing() -> jax.Array:
-        return jnp.zeros((size, columns), jnp.float32)
+        return jnp.zeros((size, errors.shape[1]), jnp.float32)
 
     def product(taken: int) -> jax.Array:
-        past = lax.dynamic_slice_in_dim(errors, span.origin, length, 0)
-        past = jnp.where((span.origin + jnp.arange(length) >= a)[:, None], past, 0.0)
-        toward = lax.dynamic_slice(corner, (0, row - span.origin), (length, taken))
+        past = lax.dynamic_slice_in_dim(errors, origin, span, 0)
+        past = jnp.where((origin + jnp.arange(span) >= a)[:, None], past, 0.0)
+        toward = lax.dynamic_slice(corner, (0, row - origin), (span, taken))
         owed = jnp.matmul(toward.T, past, precision=lax.Precision.HIGHEST)
         return jnp.pad(owed, ((0, size - taken), (0, 0)))
 
-    if not branch:
-        return product(size)
     sizes = range(ROW_MULTIPLE, size + 1, ROW_MULTIPLE)
     branches = [nothing, *(partial(product, taken) for taken in sizes)]
     return lax.switch(jnp.where(row > a, rows // ROW_MULTIPLE, 0), branches)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import jax
 
 from exl2jax.ops.bitstream import pack_tiles
-from exl2jax.ops.scale_losses import ScaleLosses, scale_losses
+from exl2jax.ops.scale_losses import IndexLosses, ScaleLosses, index_losses, scale_losses
 from exl2jax.ops.walk import walk_group
 
 
@@ -13,9 +13,15 @@ class WalkGroup(Protocol):
     """What `walk_group` is, for whoever computes it otherwise."""
 
     def __call__(
-        self, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, rows: jax.Array | None = None
+        self,
+        w: jax.Array,
+        u: jax.Array,
+        tile: jax.Array,
+        scale: jax.Array,
+        bits: jax.Array,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Scaled errors and codes of the group `w [size, N]`."""
+        """Scaled errors and codes of the group `w [size, N]`, which begins at tile `tile` of 32 rows of `u`."""
         ...
 
 
@@ -30,16 +36,16 @@ class PackTiles(Protocol):
 class Kernels(NamedTuple):
     """Functions with the contracts of those in `exl2jax.ops`; hashable, so that they can be static under `jit`.
 
-    `panel` is how many rows of past errors one product of the feedback takes up. `wide` says that a few wide steps are
-    faster than many narrow ones, as on a GPU: matrices then go side by side, and nothing branches.
+    `wide` says that a few wide steps are faster than many narrow ones, as on a GPU: copies of a matrix then go side by
+    side, nothing branches, and a group takes up all errors before it in one product.
     """
 
     scale_losses: ScaleLosses
+    index_losses: IndexLosses
     walk_group: WalkGroup
     pack_tiles: PackTiles
-    panel: int
     wide: bool
 
 
-XLA = Kernels(scale_losses, walk_group, pack_tiles, panel=256, wide=False)
+XLA = Kernels(scale_losses, index_losses, walk_group, pack_tiles, wide=False)
 """The implementation of this room, on every platform."""

@@ -1,5 +1,6 @@
 """Scale searches of a group: one 4-bit index per column and one maximum per group."""
 
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import jax
@@ -9,20 +10,10 @@ from jax import lax
 
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.rounding import HALF_MAX, half_scale
+from exl2jax.ops.scale_losses import MAX_INDEX, MULTIPLIERS, OFFSETS, by_column
 
 GRID = np.asarray([0.70 * (1 - i / 96) + 1.20 * i / 96 for i in range(97)], np.float32)
 """Multipliers that stock tries for `q_scale_max`."""
-
-MULTIPLIERS = np.linspace(0.5, 1.2, 8, dtype=np.float32)
-"""Multipliers tried for `q_scale_max` where every column finds its own index, which does the fine work."""
-
-OFFSETS = np.arange(-5, 4, dtype=np.float32)
-"""Indices tried for a column, from the one whose scale just holds its widest weight: two bits want half of that scale,
-eight bits of few rows at times a little more. All sixteen would lower the loss by a percent, by three or so where
-outliers have two bits.
-"""
-
-MAX_INDEX = 16
 
 
 class ScaleChoice(NamedTuple):
@@ -48,12 +39,13 @@ class ScaleSearch(Protocol):
         kernels: Kernels = XLA,
         rows: jax.Array | None = None,
         matrices: int = 1,
+        tile: jax.Array | int = 0,
     ) -> ScaleChoice:
         """Choose the scales of the group `w [size, N]` float32 at the width `bits`, one for all columns or `[N]`.
 
-        `importance [size]` is the walk's `1 / U_rr^2`. Only the first `rows` (traced, a multiple of 32) belong to the
-        group; the others and their importance are zero. The columns are those of `matrices` of equal width, each of
-        which has a maximum of its own.
+        `importance` is the walk's `1 / U_rr^2`, the group beginning at a `tile` of 32 rows. Only the first `rows`
+        (traced, a multiple of 32) belong to the group; the others are zero. The columns are those of `matrices` of
+        equal width, each of which has a maximum of its own.
         """
         ...
 
@@ -65,18 +57,20 @@ def search_scales(
     kernels: Kernels = XLA,
     rows: jax.Array | None = None,
     matrices: int = 1,
+    tile: jax.Array | int = 0,
 ) -> ScaleChoice:
     """Choose the scales of a group as stock does (`ScaleSearch`).
 
     Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
-    group; the rows' `importance` counts for nothing. EXL2.md section 2, "Scales of a group". In units of a column's
+    group; the rows' `importance` counts for nothing. docs/format.md 2.6. In units of a column's
     base scale `s` its loss is `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a
     constant.
     """
     codes = jnp.exp2(bits.astype(jnp.float32))
     base, smax = _base_scales(w, codes, matrices)
-    qs = jnp.clip(jnp.round(jnp.sqrt(base / smax) * MAX_INDEX), 1, MAX_INDEX)
-    steps = w / (jnp.square(qs / MAX_INDEX) * smax)
+    widest = by_column(smax, len(base))
+    qs = jnp.clip(jnp.round(jnp.sqrt(base / widest) * MAX_INDEX), 1, MAX_INDEX)
+    steps = w / (jnp.square(qs / MAX_INDEX) * widest)
     losses = kernels.scale_losses(steps, jnp.asarray(GRID)[:, None], codes, None, rows)
     losses, weights = (x.reshape(*x.shape[:-1], matrices, -1) for x in (losses, (qs / MAX_INDEX) ** 7))
     total = jnp.einsum("pmn,mn->pm", losses, weights, precision=lax.Precision.HIGHEST)
@@ -90,6 +84,7 @@ def search_columns(
     kernels: Kernels = XLA,
     rows: jax.Array | None = None,
     matrices: int = 1,
+    tile: jax.Array | int = 0,
 ) -> ScaleChoice:
     """Choose the scales of a group by least squared error, an index for every column (`ScaleSearch`).
 
@@ -97,20 +92,27 @@ def search_columns(
     of the group and the index `qs` of each column within `OFFSETS`. With `importance` (None: ones) that is what GPTQ
     adds to its loss, and the format's whole freedom, where stock scales all columns by one multiplier.
     """
-    importance = jnp.ones(len(w), jnp.float32) if importance is None else importance / jnp.max(importance)
+    importance = jnp.ones(len(w), jnp.float32) if importance is None else importance
     codes = jnp.exp2(bits.astype(jnp.float32))
     base, smax = _base_scales(w, codes, matrices)
-    p = jnp.asarray(MULTIPLIERS)[:, None, None]
-    holds = jnp.round(jnp.sqrt(base / (smax * p)) * MAX_INDEX)
-    qs = jnp.clip(holds + jnp.asarray(OFFSETS)[:, None], 1, MAX_INDEX)  # [multipliers, offsets, N]
-    scales = jnp.square(qs / MAX_INDEX) * p
-    losses = kernels.scale_losses(w / smax, scales.reshape(-1, w.shape[1]), codes, importance, rows).reshape(qs.shape)
-    least = jnp.min(losses, axis=1).reshape(len(MULTIPLIERS), matrices, -1)
-    best = jnp.argmin(jnp.sum(least, axis=2), axis=0)  # [matrices]
-    of_column = jnp.repeat(best, w.shape[1] // matrices)[None, None]
-    own = jnp.argmin(jnp.take_along_axis(losses, of_column, axis=0), axis=1)[:, None]
-    chosen = jnp.take_along_axis(jnp.take_along_axis(qs, of_column, axis=0), own, axis=1)
-    return _choice(chosen[0, 0], smax, jnp.asarray(MULTIPLIERS)[best])
+    least, own = kernels.index_losses(w, base, smax, codes, importance, tile, rows)
+    total = jnp.sum(least.reshape(len(MULTIPLIERS), matrices, -1), axis=2)
+    qs, multiplier = _least(total, own)
+    return _choice(qs, smax, multiplier)
+
+
+def _least(total: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each matrix the multiplier of least `total [multipliers, matrices]`, the first of equals, and the indices
+    `own [multipliers, N]` of its columns there. Comparisons fuse into what uses them; an argmin and a gather would not.
+    """  # noqa: D205
+    count = len(MULTIPLIERS)
+    multiplier, qs = jnp.zeros_like(total[0]), jnp.zeros_like(own[0])
+    for p in range(count):
+        beats = (total[p] < total[q] if q < p else total[p] <= total[q] for q in range(count) if q != p)
+        best = reduce(jnp.logical_and, beats)
+        multiplier = jnp.where(best, MULTIPLIERS[p], multiplier)
+        qs = jnp.where(by_column(best, len(qs)), own[p], qs)
+    return qs, multiplier
 
 
 TRIALS: dict[ScaleSearch, int] = {search_scales: len(GRID), search_columns: len(MULTIPLIERS) * len(OFFSETS)}
@@ -118,21 +120,16 @@ TRIALS: dict[ScaleSearch, int] = {search_scales: len(GRID), search_columns: len(
 
 
 def _base_scales(w: jax.Array, codes: jax.Array, matrices: int) -> tuple[jax.Array, jax.Array]:
-    """The scale `[N]` at which the widest weight of each column is the widest level, and the largest of its matrix."""
+    """The scale `[N]` at which the widest weight of each column is the widest level, and the largest `[matrices]`."""
     base = (jnp.max(jnp.abs(w), axis=0) + 1e-12) / ((codes - 1) / 2)
-    return base, _by_column(jnp.max(base.reshape(matrices, -1), axis=1), len(base))
-
-
-def _by_column(of_matrix: jax.Array, columns: int) -> jax.Array:
-    """A value of each of the matrices for all its columns."""
-    return jnp.broadcast_to(of_matrix[:, None], (len(of_matrix), columns // len(of_matrix))).reshape(-1)
+    return base, jnp.max(base.reshape(matrices, -1), axis=1)
 
 
 def _choice(qs: jax.Array, smax: jax.Array, multiplier: jax.Array) -> ScaleChoice:
-    """The choice as it is stored; `smax [N]`, `multiplier [matrices]`."""
+    """The choice as it is stored; `smax` and `multiplier [matrices]`."""
     matrices, columns = len(multiplier), len(qs)
-    qscale_max = jnp.minimum(smax[:: columns // matrices] * multiplier, HALF_MAX).astype(jnp.float16)
-    scale = half_scale(_by_column(qscale_max, columns), qs)
+    qscale_max = jnp.minimum(smax * multiplier, HALF_MAX).astype(jnp.float16)
+    scale = half_scale(by_column(qscale_max, columns), qs)
     if matrices == 1:
         qscale_max, multiplier = qscale_max[0], multiplier[0]
     return ScaleChoice(qs.astype(jnp.uint8), qscale_max, scale, multiplier)

@@ -11,13 +11,20 @@ from exl2jax.qparams import ROW_MULTIPLE
 
 
 def walk_group(
-    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, rows: jax.Array | None = None
+    w: jax.Array,
+    u: jax.Array,
+    tile: jax.Array,
+    scale: jax.Array,
+    bits: jax.Array,
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes.
+    """Walk the rows of one group `w [size, N]`, which begin at a `tile` of 32 rows of `u [K, K]`.
 
     `scale [N]` are the working scales and `bits` the width, one for all columns or one for each. Where the group has
     fewer `rows` (traced, a multiple of 32), the rest of the result is zero.
     """
+    start = tile * ROW_MULTIPLE
+    u = lax.dynamic_slice(u, (start, start), (len(w), len(w)))
     if rows is None:
         return _walk(w, u, scale, bits)
     sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)

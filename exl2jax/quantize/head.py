@@ -18,7 +18,7 @@ from exl2jax.stream.streams import Rows, Stream, fold, read
 from exl2jax.variants import STOCK, Method
 
 MAX_GPTQ_WEIGHTS = 10**9
-"""Heads of more weights than this are rounded to nearest (EXL2.md section 1)."""
+"""Heads of more weights than this are rounded to nearest (docs/format.md 1.8)."""
 
 
 def quantize_head(

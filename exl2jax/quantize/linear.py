@@ -107,7 +107,7 @@ def price(
     spec: LinearSpec,
     method: Method = STOCK,
 ) -> Priced:
-    """Cost of a linear's error under each of several settings, by tile of 32 permuted rows (`Method.tile_losses`)."""
+    """What a linear's error costs under each of several settings, by tile of 32 permuted rows."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
     losses = method.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
     return Priced(losses, _price_checks(kernel, factor, losses))

@@ -49,7 +49,7 @@ class AsymmetricSettings:
 
 @variant("error", "stock")
 def frobenius(settings: NoSettings) -> Measure:
-    """`||out - ref|| / ||ref||` of a module's output, stock's measure (EXL2.md section 3): pricing `accuracy`."""
+    """`||out - ref|| / ||ref||` of a module's output, stock's measure (docs/format.md 2.7): pricing `accuracy`."""
     return Measure({"pricing": "accuracy"})
 
 
@@ -75,7 +75,7 @@ def fisher(settings: FisherSettings) -> Measure:
 
 @variant("hessian", "stock")
 def symmetric(settings: NoSettings) -> Mapping[str, Any]:
-    """`X^T X` of the quantized stream, towards the source's weights (EXL2.md section 2): propagation 0, residual 0."""
+    """`X^T X` of the quantized stream, towards the source's weights (docs/format.md 2.3): propagation 0, residual 0."""
     return {"propagation": 0.0, "residual": 0.0}
 
 

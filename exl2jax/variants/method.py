@@ -51,9 +51,12 @@ class SizedSearch:
         kernels: Kernels = XLA,
         rows: jax.Array | None = None,
         matrices: int = 1,
+        tile: jax.Array | int = 0,
     ) -> ScaleChoice:
         """`ScaleSearch`, by columns of one matrix after those of another."""
-        weights = jnp.ones(len(w), jnp.float32) if importance is None else importance
+        weights = jnp.ones(len(w), jnp.float32)
+        if importance is not None:
+            weights = lax.dynamic_slice_in_dim(importance, tile * ROW_MULTIPLE, len(w))
         parts = jnp.split(w, matrices, axis=1)
         of_part = jnp.broadcast_to(bits, (w.shape[1],)).reshape(matrices, -1)[:, 0]
         found = [self._on_rows(part, of_part[i], weights, rows) for i, part in enumerate(parts)]

@@ -9,7 +9,7 @@ import numpy as np
 from exl2jax.errors import MeasurementError
 from exl2jax.ops.annealing import RUNS, anneal
 from exl2jax.ops.knapsack import solve
-from exl2jax.variants import NoSettings, variant
+from exl2jax.variants.registry import NoSettings, variant
 
 NORM_RANGE = (1.5, 3.5)
 NORM_STEP = 0.075
@@ -63,7 +63,7 @@ def exact(problem: Problem, seed: int, settings: NoSettings) -> Solved:
 
 @variant("solver", "annealing")
 def annealing(problem: Problem, seed: int, settings: NoSettings) -> Solved:
-    """Stock's seeded annealing, which picks the norm between 1.5 and 3.5 by the smallest maximal error (EXL2.md 4)."""
+    """Stock's seeded annealing with the norm, 1.5 to 3.5, of the smallest maximal error (docs/format.md 4)."""
     counts = np.asarray([len(c) for c in problem.costs])
     width = int(counts.max())
     costs = np.stack([np.pad(c, (0, width - len(c))) for c in problem.costs])

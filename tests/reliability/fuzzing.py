@@ -37,8 +37,8 @@ from exl2jax.exl2.verify.directory import verify
 from exl2jax.measure.measurement import Measurement, read_measurement
 from exl2jax.models import module_specs, open_model, read_config
 from exl2jax.storage import TensorFiles, write_checked_tensors
-from exl2jax.testing.exl2_dir import write_tiny_exl2
 from exl2jax.testing.tiny_model import write_tiny_llama
+from tests.exl2.exl2_dir import write_tiny_exl2
 
 SECONDS_A_CASE = 10
 GIGABYTE = 2**30
