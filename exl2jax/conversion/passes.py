@@ -109,7 +109,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
-        raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with -nr")
+        raise JobError(f"{context.work.module_inputs}: the result of the forward pass is gone; start over with -nr")
     specs, single = context.specs[::-1], _rows(context, picked, single=True)
 
     def start() -> HostCarry:
@@ -156,7 +156,7 @@ def perturb_pass(context: Context, rows: CalibrationRows) -> None:
 
 
 def price_pass(context: Context, rows: CalibrationRows) -> None:
-    """Write the measurement of what each linear's error costs."""
+    """Write the measurement: the cost of each linear's error."""
     every = PassRows.of(rows)
     placed = _rows(context, every)
     weights = context.work.scaled_fisher if context.recipe.divergence_rows else context.work.fisher
@@ -363,7 +363,7 @@ def _read_perturbations(context: Context, count: int) -> list[Perturbation]:
 
 
 def _method(recipe: Recipe) -> str:
-    """What the costs rest on, in words for the measurement file."""
+    """The source of the costs, in words for the measurement file."""
     if recipe.pricing == "divergence":
         return "relative errors of linears, scaled by the measured divergence of perturbing each module alone"
     scaled = ", scaled by the measured divergence of perturbing each module alone" if recipe.divergence_rows else ""

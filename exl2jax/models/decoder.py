@@ -189,7 +189,7 @@ class SparseMoe(nn.Module):
         return self.router(self.norm(h))[..., self.held.start : self.held.stop]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state, or what these experts add to it."""
+        """The new hidden state, or the share of these experts in it."""
         weights = self.routing(h)
         y = sum(weights[..., i, None] * outputs[f"w2.{e}"] for i, e in enumerate(self.held))
         y = _scaled(jnp.asarray(y), self.config.scales.residual)
@@ -300,7 +300,7 @@ class Module:
 
     @property
     def residual_share(self) -> float:
-        """What a linear of the last stage has to add to its output to move the residual stream by a whole.
+        """The change of a last-stage linear's output that moves the residual stream by one.
 
         Zero where a norm stands between, half where two linears write side by side.
         """

@@ -56,7 +56,7 @@ def quantize_head(
 
 
 def head_terms(decoder: Decoder, params: Any, rows: Rows, states: Stream, reference: Stream | None) -> CrossTerms:
-    """`X^T X / R` of what the head reads, and with a full-precision `reference` the cross term towards it."""
+    """`X^T X / R` of the head's input, and with a full-precision `reference` the cross term towards it."""
     norm, size = on_all_devices({"norm": params["norm"]}), params["lm_head"]["kernel"].shape[0]
     zeros = on_all_devices(_zeros(size, reference is not None))
     streams = (states, rows.mask) if reference is None else (states, rows.mask, reference)

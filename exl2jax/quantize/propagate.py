@@ -2,7 +2,7 @@
 
 With `X_q` the inputs in the quantized model, `X_f` those in the full-precision one and `H = X_q^T X_q`, the target of a
 linear is `W* = W + (H + l I)^-1 X_q^T (a (X_f - X_q) W + r (h_f - h_q))`. The term with `a` is QEP (arXiv:2504.09629);
-the one with `r` is for linears that write to the residual stream: they take back what they can of its own error.
+the one with `r` is for linears that write to the residual stream: they take back part of its own error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class Strengths(NamedTuple):
 
 
 class CrossTerms(NamedTuple):
-    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q` `[K, K]`, and what the target owes them.
+    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q` `[K, K]`, and products to correct the target.
 
     Linears of a stage before the last share `cross = X_q^T (X_f - X_q)` `[K, K]`; the one of the last stage has fewer
     columns than rows and takes `owed [K, N]`, the whole product, strengths included.

@@ -1,4 +1,4 @@
-"""The record of what happened to one module during quantization."""
+"""The record of one module's quantization."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,7 @@
 """Tuning a quantized module: norms, maxima of scales and biases as they will be stored, and the errors they leave.
 
 The codes stay. A group's maximum scales its rows of the weight, so while it is tuned the weight is the dequantized one
-times a factor per row; what is judged and stored is rounded to half and dequantized exactly.
+times a factor per row; the weight that is judged and stored is rounded to half and dequantized exactly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,7 +72,7 @@ class TuneTask:
         return TunedBlock(*self.stored(result.values), result)
 
     def stored(self, values: Changes) -> tuple[dict[str, Any], dict[str, QuantizedLinear]]:
-        """Parameters and linears with the changes made in half precision."""
+        """Parameters and linears with the changes, in half precision."""
         params, linears = dict(self.params), dict(self.linears)
         offsets = {norm.name: np.float32(norm.offset) for norm in self.spec.norms}
         for name, delta in values.maxima.items():

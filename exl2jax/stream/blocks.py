@@ -20,7 +20,7 @@ from exl2jax.stream.forward import Tally, forward
 from exl2jax.stream.streams import Stream, added
 
 EXPERT_BYTES = 4 << 30
-"""Experts in memory together: their weights, Hessians and factors, and what they are quantized to."""
+"""Bytes of the experts in memory together: their weights, Hessians, factors and quantized copies."""
 
 
 class Piece(NamedTuple):

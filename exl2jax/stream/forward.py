@@ -63,10 +63,10 @@ def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
     return states if positions is None else states + positions
 
 
-def require_finite(tally: Tally, spec: ModuleSpec, said: str = "full-precision") -> None:
+def require_finite(tally: Tally, spec: ModuleSpec, stream: str = "full-precision") -> None:
     """Raise `NumericalError` where a module's output is not finite; `tally` has been read."""
     if not tally.finite:
-        raise NumericalError(f"{spec.key}: the {said} output holds NaN or infinity on this calibration data")
+        raise NumericalError(f"{spec.key}: the {stream} output holds NaN or infinity on this calibration data")
 
 
 def forward(module: Module, params: Any, states: Stream, into: Stream) -> Tally:
