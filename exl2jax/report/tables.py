@@ -140,7 +140,7 @@ def device_table(found: DeviceEstimate) -> Table:
         operations = ", ".join(f"{1e-12 * amount:.4g} {kind}" for kind, amount in work.items())
         table.add_row(f"tera-operations, {name}", operations)
     for name, seconds in found.seconds.items():
-        table.add_row(f"seconds, {name}", f"{seconds:.3g}")
+        table.add_row(f"seconds, {name}", f"{seconds:.1f}")
     table.add_row("time at published rates", f"at least {found.total / 60:.3g} minutes; most of it: {found.bound}")
     return table
 

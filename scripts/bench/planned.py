@@ -57,11 +57,11 @@ def lines(devices: Sequence[str], passes: Passes) -> Iterator[tuple[str, ...]]:
 
 def _cells(found: DeviceEstimate) -> Iterator[str]:
     yield f"{found.total / 60:.3g}"
-    yield f"{found.bound} ({found.seconds[found.bound]:.3g} s)"
+    yield found.bound
     yield f"{found.memory / 1e9:.1f}" + ("" if found.fits else ", too much")
     yield f"{found.streams / 1e9:.1f}" + (", stay" if found.streams_fit else ", cross the bus")
     yield f"{found.bytes_up / 1e9:.0f}"
-    yield from (f"{seconds:.3g}" for seconds in found.seconds.values())
+    yield from (f"{seconds:.0f}" for seconds in found.seconds.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, measured = (int(count) for count in given.rows.split(","))
     passes = Passes(rows=rows, measurement_rows=measured, length=given.length)
     parts = device_estimate(config_of(MODELS["Llama 8B"]), find_recipe("best"), passes, find_device("h100")).seconds
-    head = (*COLUMNS, *(f"s, {part}" for part in parts))
+    head = (*COLUMNS, *(f"{part}, s" for part in parts))
     for line in (head, ("---",) * len(head), *lines(given.devices.split(","), passes)):
         print("| " + " | ".join(line) + " |")
     return 0
