@@ -20,6 +20,7 @@ from exl2jax.cli.evaluate import eval_command
 from exl2jax.cli.generate import generate_command
 from exl2jax.cli.inspect import inspect_command
 from exl2jax.cli.plan import plan_command
+from exl2jax.cli.publish import publish_command
 from exl2jax.cli.report import report_command
 from exl2jax.cli.shared import say
 from exl2jax.cli.sweep import sweep_command
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect_command,
     "dequantize": dequantize_command,
     "report": report_command,
+    "publish": publish_command,
     "sweep": sweep_command,
 }
 """Every command by its name; each returns its exit code."""
