@@ -85,7 +85,7 @@ def text_field(value: Any, fields: Sequence[str], where: str) -> str:
     missing = [name for name in names if name not in value]
     if missing:
         held = ", ".join(map(repr, value)) or "none"
-        raise CalibrationError(f"{where}: no field {missing[0]!r} (it has {held}); choose one with --cal-column")
+        raise CalibrationError(f"{where}: no field {missing[0]!r} (it has {held}); choose one with `cal_columns`")
     wrong = [name for name in names if not isinstance(value[name], str)]
     if wrong:
         raise CalibrationError(f"{where}: field {wrong[0]!r} holds {_kind(value[wrong[0]])}, not text; choose another")

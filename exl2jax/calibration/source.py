@@ -38,7 +38,7 @@ class Source:
 
 
 def parse_source(text: str) -> tuple[Source, ...]:
-    """The sources of a `--cal-dataset` setting: one, or several separated by commas, each with `:COUNT`.
+    """The sources of the setting `cal_dataset`: one, or several separated by commas, each with `:COUNT`.
 
     A path that exists is taken whole, commas and all. Raises `SettingsError` for unknown names and missing counts.
     """

@@ -1,70 +1,47 @@
-"""`exl2jax plan`: what a conversion will take and give, before anything is computed."""
+"""`exl2jax plan`: what a conversion takes and gives, before anything is computed."""
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from exl2jax.cli.options import Candidates, ExcludeBits, Json, Pins, Plugins, Variants
-from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up
+from exl2jax.cli.options import Json, Plugins
+from exl2jax.cli.settings import SettingsFile, conversion_config, takes_settings
+from exl2jax.cli.shared import deliver, invocation, load_variants, set_up
 from exl2jax.conversion.calibrate import PassRows
-from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.preflight import preflight
-from exl2jax.hub import source_directory
+from exl2jax.errors import SettingsError
 from exl2jax.report import plan_table
 from exl2jax.stream.progress import RunControl
-from exl2jax.variants.recipe import DEFAULT_PRESET
 
 
+@takes_settings()
 def plan_command(
-    in_dir: Annotated[Path, typer.Argument(help="Source model: a directory, or ORG/NAME[@REVISION] of the Hub.")],
-    bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
-    head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head.")] = 6,
-    out_dir: Annotated[Path | None, typer.Option("-o", "--out_dir", help="Where the work directory would be.")] = None,
-    cal_dataset: Annotated[str | None, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = None,
-    dataset_rows: Annotated[int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows.")] = None,
-    measurement_rows: Annotated[int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows.")] = None,
-    length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
-    measurement: Annotated[
-        Path | None, typer.Option("-m", "--measurement", help="Allocate by this measurement: the size is then exact.")
-    ] = None,
-    shard_size: Annotated[
-        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
-    ] = 8192,
-    preset: Annotated[str, typer.Option("--preset", help="best, fast or stock.")] = DEFAULT_PRESET,
-    candidates: Candidates = None,
-    variant: Variants = None,
+    context: typer.Context,
+    settings: dict[str, Any],
+    model: Annotated[Path | None, typer.Argument(help="Source model directory, in place of -i.")] = None,
     plugin: Plugins = None,
-    pin: Pins = None,
-    exclude_bits: ExcludeBits = None,
+    settings_file: SettingsFile = None,
     as_json: Json = False,
 ) -> int:
     """Range of bits, size, disk, memory and calibration of a conversion; exit 1 when it would be refused."""
+    del settings_file
+    if model is not None:
+        if "in_dir" in settings:
+            raise SettingsError("the source model is named twice, by `in_dir` and alone; give one")
+        settings = {**settings, "in_dir": model}
+    called = invocation(context)
     load_variants(plugin)
-    set_up(Console(stderr=True))
+    set_up(Console(stderr=True), called.spelling)
     with tempfile.TemporaryDirectory() as nowhere:
-        config = ConversionConfig(
-            in_dir=source_directory(in_dir),
-            out_dir=out_dir or Path(nowhere),
-            cal_dataset=cal_dataset,
-            bits=bits,
-            head_bits=head_bits,
-            dataset_rows=dataset_rows,
-            measurement_rows=measurement_rows,
-            length=length,
-            measurement_length=length,
-            measurement=measurement,
-            shard_size=shard_size,
-            preset=recipe_asked(preset, variant, candidates),
-            pins=tuple(pin or ()),
-            exclude_bits=tuple(exclude_bits or ()),
-        )
-        context = Context.open(config, RunControl())
-        built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
-        passes = ("quantize",) if measurement else ("measure", "quantize")
-        plan = preflight(context, {name: built.build(measure=name == "measure") for name in passes})
+        config = conversion_config(settings, Path(nowhere))
+        opened = Context.open(config, RunControl())
+        rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control)
+        passes = ("quantize",) if config.measurement else ("measure", "quantize")
+        plan = preflight(opened, {name: rows.build(measure=name == "measure") for name in passes})
+    plan = called.spelled(plan, "warnings", "refused")
     deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     return 1 if plan.refused else 0

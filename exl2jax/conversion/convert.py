@@ -28,7 +28,7 @@ from exl2jax.conversion.passes import (
 )
 from exl2jax.conversion.preflight import require_space
 from exl2jax.conversion.result import ConversionResult
-from exl2jax.conversion.settings import asked_record
+from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.conversion.summary import quantization_config, strategy_record, summarize
 from exl2jax.conversion.work_directory import JobState
@@ -78,7 +78,7 @@ class _Conversion:
         self.config = context.config
         self.work = context.work
         self.rows = PassRows(context.config, context.model, context.tokenizer, context.work, context.control)
-        self.saved = JobState(inputs=context.inputs, settings=asked_record(context.config), stage="")
+        self.saved = JobState(inputs=context.inputs, settings=settings_record(context.config), stage="")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
@@ -89,6 +89,7 @@ class _Conversion:
         for (name, stage), after in zip(stages.items(), following, strict=True):
             if state.stage == name:
                 state = self._timed(state, name, stage).advanced(after)
+                self._save(state)  # a resume after a failure at what follows repeats nothing
         if self.config.output_measurement is not None:
             return self._deliver_measurement(state)
         return self._finish(state)
@@ -142,7 +143,7 @@ class _Conversion:
     def _require_unchanged(self, path: Path, state: JobState) -> None:
         """Refuse to go on with a stage's result that is not the one the stage left."""
         if self._digests(state).get(path.name) != digest(path):
-            advice = "start over with -nr, or take it with -m into another -o"
+            advice = "start over with `no_resume`, or take it as `measurement` into another `out_dir`"
             raise JobError(f"{path}: changed since this job wrote it; {advice}")
 
     def _with_rows(
@@ -184,7 +185,7 @@ class _Conversion:
         target = self.config.output_measurement
         assert target is not None  # run() checked
         target = target / "measurement.json" if target.is_dir() else target
-        make_directory(target.parent, "-om/--output_measurement")
+        make_directory(target.parent, "`output_measurement`")
         read_measurement(self.work.measurement, self.context.specs).write(target, self.context.specs)
         return ConversionResult(
             output=str(target),
@@ -223,7 +224,10 @@ class _Conversion:
         record = rows.record()
         record["notes"] = [*record["notes"], *(f"{name} pass {line}" for line in shortage)]
         if name in known and known[name]["sha256"] != rows.sha256:
-            raise JobError(f"{self.work.job_file}: the calibration data changed since the {name} pass began; use -nr")
+            raise JobError(
+                f"{self.work.job_file}: the calibration data changed since the {name} pass began; "
+                "start over with `no_resume`"
+            )
         state = replace(state, records={**state.records, "calibration": {**known, name: record}})
         self._save(state)
         return state

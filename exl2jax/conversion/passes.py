@@ -65,7 +65,7 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     mask = None if rows.attention_mask is None else rows.attention_mask[picked]
     stack = _input_stack(context, rows.input_ids[picked])
     if stack.fresh:
-        raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with -nr")
+        raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with `no_resume`")
     tokens = rows.input_ids[picked].size if mask is None else int(mask.sum())
     specs = context.specs[::-1]
 
@@ -135,7 +135,9 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
     def read(count: int) -> list[dict[str, LinearCosts]]:
         found = read_measurement(context.work.measurement, context.specs, partial=count).sensitivity
         if found is None:
-            raise JobError(f"{context.work.measurement}: not the measurement that was begun here; start over with -nr")
+            raise JobError(
+                f"{context.work.measurement}: not the measurement that was begun here; start over with `no_resume`"
+            )
         return [{x.key: found.linears[x.key] for x in spec.linears} for spec in context.specs[:count]]
 
     _, outputs = context.scan(
@@ -234,7 +236,7 @@ def read_reports(context: Context, count: int | None = None) -> list[ModuleRepor
     try:
         return [ModuleReport.from_json(record) for record in records[:count]]
     except (TypeError, KeyError) as e:
-        raise JobError(f"{path}: not a quantization report ({e}); start over with -nr") from e
+        raise JobError(f"{path}: not a quantization report ({e}); start over with `no_resume`") from e
 
 
 def _write_reports(context: Context, reports: Sequence[ModuleReport]) -> None:

@@ -51,7 +51,7 @@ class Preflight:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `--json`."""
+        """The record as a JSON object."""
         return asdict(self)
 
 
@@ -124,7 +124,7 @@ def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]
     return [
         StorageError(
             f"{context.config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
-            f"free {missing / 1e6:.0f} MB more or choose another -o"
+            f"free {missing / 1e6:.0f} MB more or choose another `out_dir`"
         )
     ]
 

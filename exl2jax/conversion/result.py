@@ -12,7 +12,7 @@ FAILED_PERPLEXITY = 1000.0
 class ConversionResult:
     """Summary of a finished run. Sizes in bytes, times in seconds, perplexities on the calibration rows.
 
-    `output` is the compiled directory, or the measurement file of a run with `-om`, which leaves the rest None.
+    `output` is the compiled directory, or the measurement file of a run that only measures, where the rest is None.
     """
 
     output: str
@@ -32,7 +32,7 @@ class ConversionResult:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `--json` and of the job file."""
+        """The result as a JSON object."""
         return asdict(self)
 
 

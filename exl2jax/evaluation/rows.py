@@ -46,7 +46,7 @@ class EvalRows:
         if rows is None or rows >= len(self.ids):
             return self
         if rows < 1:
-            raise CalibrationError(f"-r/--rows is {rows}; at least one row is needed")
+            raise CalibrationError(f"`rows` is {rows}; at least one row is needed")
         by_domain = [self.of_domain(name) for name in self.domain_names] or [list(range(len(self.ids)))]
         turns = [(turn, d, i) for d, indices in enumerate(by_domain) for turn, i in enumerate(indices)]
         kept = sorted(i for _, _, i in sorted(turns)[:rows])
@@ -85,7 +85,7 @@ def heldout_rows(tokenizer: Tokenizer, length: int) -> EvalRows:
         ids.append(tokens[: count * length].reshape(count, length))
         domains += [name] * count
     if not domains:
-        raise CalibrationError(f"the built-in text has no {length} tokens in a row; take a smaller -l/--length")
+        raise CalibrationError(f"the built-in text has no {length} tokens in a row; take a smaller `length`")
     return EvalRows(ids=np.concatenate(ids), domains=tuple(domains))
 
 
@@ -116,5 +116,5 @@ def _cut(texts: Iterable[Sequence[int] | np.ndarray], length: int, path: Path) -
     ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
     rows = len(ids) // length
     if rows == 0:
-        raise CalibrationError(f"{path}: {len(ids)} tokens, a row needs {length}; give more text or a smaller --length")
+        raise CalibrationError(f"{path}: {len(ids)} tokens, a row needs {length}; give more text or a smaller `length`")
     return ids[: rows * length].reshape(rows, length)

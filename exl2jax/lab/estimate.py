@@ -64,7 +64,7 @@ def estimate(plan: SweepPlan, out: Path) -> list[Estimate]:
 def _size(cell: Cell, model: Model) -> int:
     weights = sum(spec.weights for spec in module_specs(model.config))
     head = head_spec(model.config)
-    head_bits = head_qparams(cell.settings.get("head_bits", 6)).total_bits(head.rows, head.columns)
+    head_bits = head_qparams(cell.config(Path("unused")).head_bits).total_bits(head.rows, head.columns)
     width = {"F32": 4, "F16": 2, "BF16": 2}
     names = embedding_shapes(model.config)
     plain = sum(_count(shape) * width.get(model.files.dtype(name), 2) for name, shape in names.items())

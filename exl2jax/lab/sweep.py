@@ -45,12 +45,12 @@ def run_sweep(
     A failed cell is a row that says why, and is tried again next time. Raises `Interrupted` when `control.stop` was
     asked, with the table of what is done; the same call resumes. `JobError` when another sweep runs in `out`.
     """
-    make_directory(out, "--out")
+    make_directory(out, "`out`")
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as e:
-        raise JobError(f"{out}: another sweep is running here; wait or choose another --out") from e
+        raise JobError(f"{out}: another sweep is running here; wait or choose another `out`") from e
     with lock:
         cells = plan.cells()
         known = {cell.name: row for cell in cells if (row := finished_row(cell, cell_folder(out, cell)))}

@@ -63,7 +63,7 @@ class BackwardStep:
         out, found = reduce(joined, map(pull, block.pieces(self.decoder)))
         if not np.isfinite(out).all():
             raise NumericalError(
-                f"{block.spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
+                f"{block.spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none"
             )
         return {GRADIENT: out}, found
 

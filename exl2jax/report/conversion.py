@@ -48,7 +48,7 @@ def read_conversion(path: Path, measurement: Path | None = None) -> Conversion:
     source = measurement or work.measurement
     curves, unit = _curves(source, strategy["pricing"]) if source.exists() else ({}, "")
     return Conversion(
-        title=Path(job.get("in_dir", "model")).name,
+        title=Path(job["settings"]["in_dir"]).name,
         summary=records["summary"],
         qparams=qparams,
         curves=curves,

@@ -83,7 +83,7 @@ class LineProgress:
 
 
 class StatusProgress:
-    """Adds the stock converter's machine-readable status lines (`-so`) to another progress."""
+    """Adds the stock converter's machine-readable status lines to another progress."""
 
     def __init__(self, inner: ProgressReceiver, console: Console) -> None:
         """Pass everything on to `inner`, status lines to `console`."""

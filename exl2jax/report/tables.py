@@ -63,7 +63,7 @@ def folded(warnings: Sequence[str]) -> list[str]:
     for text in warnings:
         kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", text.rpartition(": ")[2]), []).append(text)
     return [
-        f"{first} (and {len(others)} more of this kind: --json lists them)" if others else first
+        f"{first} (and {len(others)} more of this kind, all in the JSON output)" if others else first
         for first, *others in kinds.values()
     ]
 

@@ -109,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"name": "user", "type": "user", "auth": {"accessToken": {"role": role}}})
         elif path == "api/repos/create":
             self._create(json.loads(body))
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
         elif parts[0] == "api":
             self._api(method, "/".join(parts[2:4]), parts[4:], body)
         elif path.endswith("info/lfs/objects/batch"):

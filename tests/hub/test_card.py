@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from huggingface_hub import metadata_load
 
-from exl2jax.calibration import CalibrationConfig
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.errors import FormatError
 from exl2jax.hub.card import NAMES, card_text, read_sizes, write_set_card, write_size_card
@@ -129,13 +128,14 @@ def test_the_command_names_no_path_of_this_machine(tmp_path: Path) -> None:
         bits=4.0,
         head_bits=8,
         seed=3,
-        cal_dataset=CalibrationConfig(source=tmp_path / "cal file.txt", columns=("body",)),
+        cal_dataset=tmp_path / "cal file.txt",
+        cal_columns=("body",),
         measurement=tmp_path / "measurement.json",
         pins=("*.down_proj=6",),
     )
     assert command_of(config) == (
-        "exl2jax convert -i model -o WORK -cf model-4bpw -b 4 -hb 8 -m measurement.json --seed 3 "
-        "-c 'cal file.txt' --cal-column body --preset best --pin '*.down_proj=6'"
+        "exl2jax convert -i model -o WORK -cf model-4bpw -b 4 -c 'cal file.txt' --cal-column body -hb 8 "
+        "-m measurement.json --seed 3 --pin '*.down_proj=6'"
     )
     snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40)
     assert f"-i org/tiny@{'a' * 40} " in command_of(dataclasses.replace(config, in_dir=snapshot))

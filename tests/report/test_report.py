@@ -191,7 +191,7 @@ def test_warnings_of_one_kind_are_folded() -> None:
     dead = [f"layers.{i}.mlp: {i} of 640 inputs are never active" for i in range(3)]
     other = "layers.1.mlp: damping raised 2 times, to 0.48"
     assert folded([dead[0], other, *dead[1:]]) == [
-        f"{dead[0]} (and 2 more of this kind: --json lists them)",
+        f"{dead[0]} (and 2 more of this kind, all in the JSON output)",
         other,
     ]
     assert folded([]) == []

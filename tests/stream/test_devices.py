@@ -29,7 +29,7 @@ from exl2jax.cli.entry import main
 from exl2jax.stream.devices import local_devices, row_devices, spread
 model, base, devices, here = sys.argv[1:]
 flags = ["-i", model, "-b", "4.5", "-c", "random", "-r", "5", "-mr", "5", "-l", "24", "-ml", "24", "--devices", devices]
-assert main(["convert", "-o", f"{base}/best", "--with-accuracies", *flags]) == 0
+assert main(["convert", "-o", f"{base}/best", "--variant", "accuracies=true", *flags]) == 0
 assert main(["convert", "-o", f"{base}/stock", "--preset", "stock", "-m", f"{base}/best/measurement.json", *flags]) == 0
 with spread():
     assert row_devices() == int(devices) and len(local_devices()) == int(here)
