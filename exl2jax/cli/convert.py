@@ -1,23 +1,48 @@
 """`exl2jax convert`: the stock converter's flags, and ours."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from exl2jax.cli.options import Json, Plugins
-from exl2jax.cli.settings import SettingsFile, conversion_config, takes_settings
-from exl2jax.cli.shared import deliver, invocation, load_variants, set_up
+from exl2jax.cli.settings import ALL, SettingsFile, conversion_config, takes_settings
+from exl2jax.cli.shared import Invocation, deliver, invocation, load_variants, set_up
+from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.convert import convert
+from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.sizes import Size, SizeOutcome, convert_sizes, parse_bytes, with_target
+from exl2jax.errors import SettingsError
+from exl2jax.hub.finish import CardWishes, finish_set, finish_size
+from exl2jax.hub.tables import sizes_table
 from exl2jax.report import conversion_table, make_progress
 from exl2jax.stream.devices import join_processes
 from exl2jax.stream.progress import RunControl
 
+LISTED = ("bits", "head_bits")
+"""Settings of which this command takes several values."""
 
-@takes_settings(required=("out_dir",))
+Bits = Annotated[
+    str | None, typer.Option("-b", "--bits", help="Target bits per weight [4.125]; several sizes as 2.5,3.0,4.25.")
+]
+HeadBits = Annotated[
+    str | None,
+    typer.Option("-hb", "--head_bits", help="Bits of the head: 2, 3, 4, 5, 6 or 8 [6]; one for each size as 6,6,8."),
+]
+FileSize = Annotated[
+    str | None,
+    typer.Option("--size", help="Largest size of the weight files in place of bits: 5.5GB; several as 4GB,5.5GB."),
+]
+
+
+@takes_settings([s for s in ALL if s.name not in LISTED], required=("out_dir",))
 def convert_command(
     context: typer.Context,
     settings: dict[str, Any],
+    bits: Bits = None,
+    head_bits: HeadBits = None,
+    size: FileSize = None,
     status_output: Annotated[
         bool, typer.Option("-so", "--status_output", help="Add machine-readable status lines.")
     ] = False,
@@ -27,6 +52,17 @@ def convert_command(
             "-hsol", "--hidden_state_offload_layers", help="Accepted for stock scripts; states stay in host memory."
         ),
     ] = 0,
+    evaluate: Annotated[
+        bool | None,
+        typer.Option("--evaluate/--no-evaluate", help="Measure quality for the card [several sizes: yes, one: no]."),
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Write a model card into the directory of -cf.")
+    ] = True,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="ORG/NAME of the source, for the card.")
+    ] = None,
+    quantized_by: Annotated[str | None, typer.Option("--quantized-by", help="Your name, for the card.")] = None,
     plugin: Plugins = None,
     settings_file: SettingsFile = None,
     as_json: Json = False,
@@ -38,8 +74,75 @@ def convert_command(
     console = Console(stderr=True)
     set_up(console, called.spelling)
     join_processes()
-    config = conversion_config(settings)
+    sizes = _sizes(bits, head_bits, size)
+    single = sizes[0] if len(sizes) == 1 and sizes[0].bits is not None else None
+    config = conversion_config(settings | _given(bits, head_bits, single or sizes[0]))
+    wishes = CardWishes(card=card, evaluate=evaluate, base_model=base_model, quantized_by=quantized_by)
     control = RunControl(progress=make_progress(console, status=status_output), stop=called.stop)
-    result = called.spelled(convert(config, control), "warnings")
+    if single is None:
+        return _several(config, sizes, wishes, control, called, as_json)
+    config = with_target(config)
+    result = convert(config, control)
+    finish_size(config, result, wishes)
+    result = called.spelled(result, "warnings")
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0
+
+
+def _several(
+    config: ConversionConfig,
+    sizes: list[Size],
+    wishes: CardWishes,
+    control: RunControl,
+    called: Invocation,
+    as_json: bool,
+) -> int:
+    """Make a set; exit code 1 where a size was refused."""
+    if config.output_measurement is not None:
+        raise SettingsError("`output_measurement` makes no size; leave it out, or give one size")
+
+    def finished(config: ConversionConfig, result: ConversionResult) -> None:
+        finish_size(config, result, replace(wishes, evaluate=False))  # figures come together, at the end
+
+    outcomes = convert_sizes(config, sizes, control, finished)
+    figures = finish_set(config, outcomes, wishes)
+    records = [_record(each, called) for each in outcomes]
+    deliver(as_json, {"sizes": records}, lambda: sizes_table(outcomes, figures))
+    return 1 if any(each.refused for each in outcomes) else 0
+
+
+def _record(outcome: SizeOutcome, called: Invocation) -> dict[str, Any]:
+    if outcome.result is None:
+        return {"asked": outcome.size.asked, "refused": called.spelling(outcome.refused)}
+    return {"asked": outcome.size.asked, **called.spelled(outcome.result, "warnings").to_json()}
+
+
+def _sizes(bits: str | None, head_bits: str | None, size: str | None) -> list[Size]:
+    """The sizes that flags ask for; one at the default bits where they say nothing."""
+    if bits is not None and size is not None:
+        raise SettingsError("`bits` and --size are one choice; give one of them")
+    texts = (size or bits or "4.125").split(",")
+    heads = [_number(int, "head_bits", text) for text in (head_bits or "6").split(",")]
+    if len(heads) not in (1, len(texts)):
+        raise SettingsError(f"`head_bits` has {len(heads)} values for {len(texts)} sizes; give one, or one for each")
+    heads = heads * len(texts) if len(heads) == 1 else heads
+    if size is not None:
+        return [Size(head_bits=h, most_bytes=parse_bytes(text)) for text, h in zip(texts, heads, strict=True)]
+    return [Size(head_bits=h, bits=_number(float, "bits", text)) for text, h in zip(texts, heads, strict=True)]
+
+
+def _given(bits: str | None, head_bits: str | None, size: Size) -> dict[str, Any]:
+    """The settings that were given, as one conversion takes them."""
+    given: dict[str, Any] = {}
+    if bits is not None:
+        given["bits"] = size.bits
+    if head_bits is not None:
+        given["head_bits"] = size.head_bits
+    return given
+
+
+def _number(kind: type, name: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as e:
+        raise SettingsError(f"`{name}` is {text!r}; it must be a number, or several with commas between") from e

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from exl2jax.calibration.chat import encode_chat, read_chat_template
 from exl2jax.cli.options import Json
-from exl2jax.cli.shared import deliver, say, set_up
+from exl2jax.cli.shared import deliver, invocation, say, set_up
 from exl2jax.errors import SettingsError
 from exl2jax.generation import Generation, ResidentModel, Sampling, encode_prompt, generate, load_resident
 from exl2jax.hub import source_directory
@@ -46,7 +46,7 @@ def generate_command(
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, new_tokens=max_new)
     set_up(Console(stderr=True))
     directory, against = source_directory(directory), against and source_directory(against)
-    stop = context.obj or StopFlag()
+    stop = invocation(context).stop
     if chat:
         return _converse(directory, sampling, stop)
     assert prompt is not None  # one of the two was given

@@ -31,7 +31,12 @@ class ConversionConfig:
         metadata=declare("Work directory; an existing job in it is resumed.", RUN, short="o", recorded=False)
     )
     in_dir: Path = field(
-        metadata=declare("Source model: a directory, or ORG/NAME[@REVISION]; not needed to resume.", MEASUREMENT, short="i", by_content=True)
+        metadata=declare(
+            "Source model: a directory, or ORG/NAME[@REVISION]; not needed to resume.",
+            MEASUREMENT,
+            short="i",
+            by_content=True,
+        )
     )
     no_resume: bool = field(
         default=False, metadata=declare("Start over, clearing the job.", RUN, short="nr", recorded=False)

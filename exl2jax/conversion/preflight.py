@@ -106,12 +106,13 @@ def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl
     pricing = usable_pricing(context, measurement)
     within = feasible_bpw(measurement, specs, pricing, table)
     try:
-        return within, _exact_size(context, choose_strategy(context, measurement, pricing)), []
+        return within, exact_size(context, choose_strategy(context, measurement, pricing)), []
     except MeasurementError as e:
         return within, None, [e]
 
 
-def _exact_size(context: Context, strategy: Strategy) -> int:
+def exact_size(context: Context, strategy: Strategy) -> int:
+    """Bytes of the weight files that an allocation gives, headers included."""
     chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
     chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
     return compiled_size(context.model, chosen, shard_mb=context.config.shard_size)

@@ -107,7 +107,7 @@ class StatusProgress:
         self._inner.finish()
 
     def _status(self) -> None:
-        stage = "Quantizing" if self._stage == "quantize" else "Measuring"
+        stage = "Quantizing" if self._stage.endswith("quantize") else "Measuring"
         record = {"stage": stage, "completion": round(self._done / self._total, 4)}
         self._console.print(f"[STATUS]{json.dumps(record)}[/STATUS]", highlight=False, markup=False, soft_wrap=True)
 
