@@ -45,6 +45,7 @@ def calibrate_command(
         tokenizer,
         lambda: open_model(config.in_dir, rope_scale=config.rope_scale, rope_alpha=config.rope_alpha),
         control,
+        model_dir=config.in_dir,
     )
     make_directory(out.absolute().parent, "the directory of `out`")
     write_tensors(out, rows.tensors())

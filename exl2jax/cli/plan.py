@@ -39,7 +39,7 @@ def plan_command(
     with tempfile.TemporaryDirectory() as nowhere:
         config = conversion_config(settings, Path(nowhere))
         opened = Context.open(config, RunControl())
-        rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control)
+        rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control, sampling=False)
         passes = ("quantize",) if config.measurement else ("measure", "quantize")
         plan = preflight(opened, {name: rows.build(measure=name == "measure") for name in passes})
     plan = called.spelled(plan, "warnings", "refused")

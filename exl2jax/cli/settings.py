@@ -96,7 +96,10 @@ def _parameter(setting: Setting, *, required: bool) -> inspect.Parameter:
         default = inspect.Parameter.empty if required else None
     annotation = kind if required or isinstance(default, bool | int | float | str) else kind | None
     text = setting.declared.help.rstrip(".") + " (repeatable)." if setting.many else setting.declared.help
-    option = typer.Option(*flags(setting), help=text, show_default=setting.declared.unset or True)
+    words = flags(setting)
+    if setting.kind is bool and setting.default is None:  # neither is the default, so both have a flag
+        words = (*words[:-1], f"{words[-1]}/--no-{setting.long}")
+    option = typer.Option(*words, help=text, show_default=setting.declared.unset or True)
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
     )

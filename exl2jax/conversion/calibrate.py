@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from exl2jax.calibration import CalibrationConfig, CalibrationRows, Tokenizer, load_rows
+from exl2jax.calibration import CalibrationConfig, CalibrationRows, Sampler, Tokenizer, load_rows
+from exl2jax.calibration.chat import read_chat_template
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.models import HFModel, Model, ModelConfig
@@ -22,11 +24,22 @@ class PassRows:
     """The calibration rows of a conversion's passes, built once each and left in its work directory."""
 
     def __init__(
-        self, config: ConversionConfig, model: HFModel, tokenizer: Tokenizer, work: WorkDirectory, control: RunControl
+        self,
+        config: ConversionConfig,
+        model: HFModel,
+        tokenizer: Tokenizer,
+        work: WorkDirectory,
+        control: RunControl,
+        *,
+        sampling: bool = True,
     ) -> None:
-        """Remember what the rows are made from; nothing is read yet."""
+        """Remember what the rows are made from; nothing is read yet.
+
+        Without `sampling`, rows that the model would write hold their prompts only: enough to count with.
+        """
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._work, self._control = work, control
+        self._sampling = sampling
         self._built: dict[bool, CalibrationRows] = {}
 
     def build(self, *, measure: bool) -> CalibrationRows:
@@ -38,7 +51,9 @@ class PassRows:
                 self._tokenizer,
                 lambda: self._model,
                 self._control,
-                memory=(self._work.self_rows, self._identity()),
+                memory=(self._work.self_rows, self._identity()) if self._sampling else None,
+                sampler=None if self._sampling else _prompts_only,
+                model_dir=self._config.in_dir,
             )
             for note in rows.notes:
                 log.warning("calibration: %s", note)
@@ -73,9 +88,12 @@ def build_rows(
     control: RunControl,
     *,
     memory: tuple[Path, str] | None = None,
+    model_dir: Path | None = None,
+    sampler: Sampler | None = None,
 ) -> CalibrationRows:
     """The rows of a configuration for a model; `opened` gives the model itself, and is called only for text of its own.
 
+    `model_dir` has the chat template for conversations, `sampler` serves in place of the model's own.
     `memory` is a folder to keep that text in and what stands for the model there (`remembered`). Raises what
     `load_rows` and `model_sampler` raise.
     """
@@ -90,5 +108,15 @@ def build_rows(
         vocab_size=config.vocab_size,
         context=config.max_position,
         architecture=config.architecture,
-        sampler=sample if memory is None else remembered(sample, *memory),
+        chat=None if model_dir is None else partial(read_chat_template, model_dir),
+        sampler=sampler or (sample if memory is None else remembered(sample, *memory)),
     )
+
+
+def _prompts_only(prompts: Sequence[Sequence[int]], n_rows: int, length: int, seed: int) -> np.ndarray:
+    """Rows of the shape that a sampler gives, without running the model."""
+    del seed
+    ids = np.zeros((n_rows, length), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return ids

@@ -79,10 +79,13 @@ class ConversionConfig:
             low=0,
         ),
     )
-    cal_fill: bool = field(
-        default=False,
+    cal_fill: bool | None = field(
+        default=None,
         metadata=declare(
-            "Let the model write the rows that the standard text cannot fill.", MEASUREMENT, long="cal-fill"
+            "Let the model write the rows that the texts of a standard set cannot fill.",
+            MEASUREMENT,
+            long="cal-fill",
+            unset="for the built-in set",
         ),
     )
     bits: float = field(

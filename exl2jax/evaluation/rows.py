@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from exl2jax.calibration import Tokenizer, load_tokenizer
+from exl2jax.calibration.chat import conversation, read_chat_template
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.errors import CalibrationError
 from exl2jax.storage import TensorFiles
@@ -72,8 +73,13 @@ def load_eval_rows(source: str | Path, model_dir: Path, length: int, rows: int |
         return EvalRows(ids=read_token_rows(path)).first(rows)
     if path.suffix == ".parquet":
         tokenizer = load_tokenizer(model_dir)
-        return EvalRows(ids=_cut([tokenizer.encode(t) for t in parquet_texts(path, ())], length, path)).first(rows)
+        texts = parquet_texts(path, (), lambda value, where: _conversation_text(model_dir, value, where))
+        return EvalRows(ids=_cut([tokenizer.encode(text) for text in texts], length, path)).first(rows)
     return EvalRows(ids=text_rows(path, model_dir, length)).first(rows)
+
+
+def _conversation_text(model_dir: Path, value: object, where: str) -> str:
+    return read_chat_template(model_dir).render(conversation(value, where))
 
 
 def heldout_rows(tokenizer: Tokenizer, length: int) -> EvalRows:
