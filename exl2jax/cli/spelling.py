@@ -16,7 +16,7 @@ class Spelling:
 
     def __call__(self, message: str) -> str:
         """The message for a person at the command line."""
-        return _SETTING.sub(lambda found: self._flag(found[1]), message)
+        return _SETTING.sub(lambda match: self._flag(match[1]), message)
 
     def _flag(self, name: str) -> str:
         spellings = self._flags.get(name, ())

@@ -56,7 +56,7 @@ MEASURING_PASSES = {
 
 
 def convert(config: ConversionConfig, control: RunControl | None = None) -> ConversionResult:
-    """Convert a Hugging Face model to EXL2, or go on with the conversion that `config.out_dir` holds.
+    """Convert a Hugging Face model to EXL2, or resume the conversion in `config.out_dir`.
 
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
@@ -113,18 +113,18 @@ class _Conversion:
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
         """Run a stage and add its seconds, those of interrupted runs included."""
-        begun = time.monotonic()
+        start = time.monotonic()
         before = state.records.get("seconds", {})
 
         def timed(state: JobState) -> JobState:
-            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - begun, 3)}
+            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - start, 3)}
             return replace(state, records={**state.records, "seconds": spent})
 
         self._save(state)
         try:
             state = timed(stage(state))
         except BaseException:
-            with suppress(StorageError):  # what stopped the stage is the news
+            with suppress(StorageError):  # the error that stopped the stage matters more
                 self._save(timed(self.saved))
             raise
         left = self.work.left_by(name)
@@ -141,7 +141,7 @@ class _Conversion:
         return state.records.get("sha256", {})
 
     def _require_unchanged(self, path: Path, state: JobState) -> None:
-        """Refuse to go on with a stage's result that is not the one the stage left."""
+        """Refuse to go on with a result that changed since its stage wrote it."""
         if self._digests(state).get(path.name) != digest(path):
             advice = "start over with `no_resume`, or take it as `measurement` into another `out_dir`"
             raise JobError(f"{path}: changed since this job wrote it; {advice}")
@@ -174,7 +174,7 @@ class _Conversion:
         return {key: weight**power for key, weight in weights.items()}
 
     def _allocate(self) -> tuple[Strategy, Measurement]:
-        """The allocation, and the measurement it rests on."""
+        """The allocation, with its measurement."""
         measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
         strategy = choose_strategy(self.context, measurement, usable_pricing(self.context, measurement))
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
@@ -198,7 +198,7 @@ class _Conversion:
     def _finish(self, state: JobState) -> ConversionResult:
         target = self.config.compile_full or self.work.path
         self._require_unchanged(self.work.reports, state)
-        begun = time.monotonic()
+        start = time.monotonic()
         reports = read_reports(self.context)
         shards = compile_model(
             self.context.model,
@@ -210,7 +210,7 @@ class _Conversion:
         )
         if self.config.compile_full is not None:
             copy_source_files(self.context.model, target, quantization_config(self.config, state))
-        seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - begun, 3)}
+        seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - start, 3)}
         state = state.advanced("finished", seconds=seconds)
         result = summarize(self.context, state, target, shards, reports)
         self.work.save(state.advanced("finished", summary=result.to_json()))

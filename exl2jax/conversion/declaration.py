@@ -135,13 +135,13 @@ class Setting:
         return value if value is None or isinstance(value, str | bool | int | float) else None
 
     def _check_type(self, value: Any) -> None:
-        wanted, words = {
+        accepted, words = {
             bool: (bool, "true or false"),
             int: (Integral, "a whole number"),
             float: (Real, "a number"),
             Path: (Path, "a path"),
         }.get(self.kind, (object, ""))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and self.kind in (int, float)):
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind in (int, float)):
             raise SettingsError(f"`{self.name}` is {value!r:.40}; it must be {words}")
 
     def _check_range(self, value: Any) -> None:

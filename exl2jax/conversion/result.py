@@ -1,4 +1,4 @@
-"""What a conversion returns: the summary that is shown, printed as JSON and kept in the job file."""
+"""The result of a conversion: a summary for the table, for JSON and for the job file."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,7 +37,7 @@ class ConversionResult:
 
 
 def perplexity_warnings(perplexity: float) -> tuple[str, ...]:
-    """What stock documents about the final check: over 30 is poor, over 1000 has failed."""
+    """Warnings by the limits that stock documents for the final check: over 30 is poor, over 1000 has failed."""
     if perplexity > FAILED_PERPLEXITY:
         return (f"calibration perplexity {perplexity:.1f} is above 1000: the quantization has FAILED, do not use it",)
     if perplexity > POOR_PERPLEXITY:

@@ -22,7 +22,7 @@ WEAKER = (
 )
 
 OTHER_METHOD = (
-    "the measurement was made with other variants ({made}) than the linears are quantized with ({own}): "
+    "the measurement was made with other variants ({measured}) than the linears are quantized with ({own}): "
     "errors may differ from those that bits were allocated by"
 )
 
@@ -39,7 +39,7 @@ def summarize(
     weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing != "accuracy" else []
     measured_by, own = strategy["measured_by"], context.recipe.measured_by
     differs = measured_by != own and not weaker
-    other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if differs else []
+    other = [OTHER_METHOD.format(measured=measured_by or "stock's", own=own or "stock's")] if differs else []
     diagnostics = [line for report in reports for line in report.diagnostics]
     return ConversionResult(
         output=str(target),
@@ -61,7 +61,7 @@ def summarize(
 
 
 def strategy_record(strategy: Strategy, measured_by: str) -> dict[str, Any]:
-    """What was chosen and how, as the job keeps it."""
+    """The allocation as the job keeps it."""
     return {
         "pricing": strategy.pricing,
         "measured_by": measured_by,

@@ -61,20 +61,20 @@ class WorkDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything that a job leaves, the job file first: without it the rest is of no job."""
+        """Everything that a job leaves, the job file first: without it the rest belongs to no job."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
         states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
         return (self.job_file, *states, self.measurement, self.reports, self.out_tensor)
 
     def left_by(self, stage: str) -> Path | None:
-        """The file in which a stage leaves its result for the later ones, whose checksum the job file keeps."""
+        """The file in which a stage leaves its result for later stages; the job file keeps its checksum."""
         weights = {"backward": self.fisher, "perturb": self.scaled_fisher}
-        found = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports}
-        return (weights | found).get(stage)
+        results = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports}
+        return (weights | results).get(stage)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process; the lock dies with it. `JobError` when another one has it."""
+        """Lock the directory until this process ends or leaves; `JobError` when another one has it."""
         make_directory(self.path, "`out_dir`")
         lock = FileLock(self.path / ".lock")
         with storing(self.path / ".lock", "cannot lock"):
@@ -104,7 +104,7 @@ class WorkDirectory:
             remove(path)
 
     def resume(self, new: JobState) -> JobState:
-        """The state to go on from: the job file's, if it is of the same inputs, or `new`."""
+        """The state to go on from: that of the job file if its inputs are the same, `new` where there is no file."""
         if not self.job_file.exists():
             remove(self.hidden_states)
             return new

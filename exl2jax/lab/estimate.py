@@ -1,4 +1,4 @@
-"""What a plan would take: size of every result from the shapes, time from operation counts and this machine's speed."""
+"""Estimates of a plan: sizes from the shapes, times from operation counts and this machine's speed."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from exl2jax.stock_tables import head_qparams
 
 PROBE = 1024
 TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
-"""Calibration where the plan says nothing: the built-in set."""
+"""Rows and length of the built-in set, for plans that give none."""
 GPTQ_EFFICIENCY = 0.15
 """Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
 SETTINGS_MEASURED = {"fisher": 7, "divergence": 7, "accuracy": 18}
@@ -50,15 +50,15 @@ def estimate(plan: SweepPlan, out: Path) -> list[Estimate]:
     raw = {cell.name: _operations(cell, models[cell.model]) for cell in cells}
     speed = _observed_speed(cells, rows, raw) or _machine_speed()
     measured: set[str] = set()
-    found = []
+    estimates = []
     for cell in cells:
         work = raw[cell.name]
         stages = [s for s in STAGES if s != "measure" or cell.measurement not in measured]
         measured.add(cell.measurement)
         done = rows[cell.name] is not None
         seconds = 0.0 if done else sum(work[s] for s in stages) / speed
-        found.append(Estimate(cell=cell.name, size=_size(cell, models[cell.model]), seconds=seconds, finished=done))
-    return found
+        estimates.append(Estimate(cell=cell.name, size=_size(cell, models[cell.model]), seconds=seconds, finished=done))
+    return estimates
 
 
 def _size(cell: Cell, model: Model) -> int:
@@ -88,11 +88,11 @@ def _operations(cell: Cell, model: Model) -> dict[str, float]:
     walk = sum(_walk_operations(x, trials) for x in linears) / GPTQ_EFFICIENCY
     pricing, plan = cell.recipe.pricing, cell.evaluation
     measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")
-    judged = (plan.rows or 24) * plan.length
+    evaluated = (plan.rows or 24) * plan.length
     return {
         "measure": measure * (2 * weights * PASSES[pricing] + hessians) + walk * SETTINGS_MEASURED[pricing],
         "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head, trials) / GPTQ_EFFICIENCY,
-        "evaluate": judged * (2 * weights + 4 * head.weights),
+        "evaluate": evaluated * (2 * weights + 4 * head.weights),
     }
 
 
@@ -122,7 +122,7 @@ def _machine_speed() -> float:
     x = jnp.ones((PROBE, PROBE), jnp.float32)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
-    begun = time.monotonic()
+    start = time.monotonic()
     for _ in range(3):
         product(x, x).block_until_ready()
-    return 3 * 2 * PROBE**3 / (time.monotonic() - begun)
+    return 3 * 2 * PROBE**3 / (time.monotonic() - start)

@@ -45,7 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationPlan:
-    """What every result is judged on: `heldout` or a file, at most `rows` rows of `length` tokens."""
+    """The evaluation of every result: `heldout` or a file, at most `rows` rows of `length` tokens."""
 
     source: str = HELDOUT
     rows: int | None = None
@@ -54,7 +54,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What a cell takes of a cluster's node."""
+    """The part of a cluster's node that a cell takes."""
 
     cpus: float = 1
     gpus: float = 0
@@ -201,10 +201,10 @@ def _with_settings(plan: SweepPlan, given: Mapping[str, Any]) -> SweepPlan:
 
 
 def _table(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = record.get(key, {})
-    if not isinstance(found, dict):
-        raise SettingsError(f"[{key}] must be a table, got {found!r:.60}")
-    return found
+    table = record.get(key, {})
+    if not isinstance(table, dict):
+        raise SettingsError(f"[{key}] must be a table, got {table!r:.60}")
+    return table
 
 
 def _require_known(record: Mapping[str, Any], known: Any, where: str) -> None:
@@ -214,17 +214,17 @@ def _require_known(record: Mapping[str, Any], known: Any, where: str) -> None:
 
 
 def _strings(record: Mapping[str, Any], key: str) -> Iterator[str]:
-    found = record.get(key)
-    if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
-        raise SettingsError(f"{key} must be a list of strings, got {found!r:.60}")
-    yield from dict.fromkeys(found)
+    texts = record.get(key)
+    if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
+        raise SettingsError(f"{key} must be a list of strings, got {texts!r:.60}")
+    yield from dict.fromkeys(texts)
 
 
 def _numbers(record: Mapping[str, Any], key: str, default: list[Any] | None = None) -> Iterator[float]:
-    found = record.get(key, default)
-    if not isinstance(found, list) or not found or not all(type(x) in (int, float) for x in found):
-        raise SettingsError(f"{key} must be a list of numbers, got {found!r:.60}")
-    yield from dict.fromkeys(found)
+    numbers = record.get(key, default)
+    if not isinstance(numbers, list) or not numbers or not all(type(x) in (int, float) for x in numbers):
+        raise SettingsError(f"{key} must be a list of numbers, got {numbers!r:.60}")
+    yield from dict.fromkeys(numbers)
 
 
 def settings_json(cell: Cell) -> str:

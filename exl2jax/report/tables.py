@@ -19,7 +19,7 @@ MEGABYTE = 1e6
 
 
 def conversion_table(result: ConversionResult) -> Table:
-    """What a conversion made."""
+    """The summary of a conversion."""
     table = _two_columns("Conversion")
     table.add_row("result", result.output)
     table.add_row("preset", result.preset)
@@ -58,7 +58,7 @@ def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
 
 
 def folded(warnings: Sequence[str]) -> list[str]:
-    """For people: the first warning of a kind, and how many others say the same of other tensors with other numbers."""
+    """The first warning of each kind, with the number of others that differ only in tensor and figures."""
     kinds: dict[str, list[str]] = {}
     for text in warnings:
         kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", text.rpartition(": ")[2]), []).append(text)
@@ -106,7 +106,7 @@ def inspection_table(linears: Sequence[LinearInspection]) -> Table:
 
 
 def plan_table(plan: Preflight) -> Table:
-    """What a conversion will take and give."""
+    """The plan of a conversion: sizes, resources, warnings and refusals."""
     table = _two_columns("Plan")
     table.add_row("bits per weight", f"{plan.low_bpw:.4f} to {plan.high_bpw:.4f} can be reached, asked {plan.bits:g}")
     size = f"{plan.output_size / MEGABYTE:.1f} MB (source {plan.source_size / MEGABYTE:.1f} MB)"
@@ -122,7 +122,7 @@ def plan_table(plan: Preflight) -> Table:
 
 
 def verify_table(report: VerifyReport) -> Table:
-    """Every fault of an EXL2 directory, or that there is none."""
+    """Every fault of an EXL2 directory, or its figures where there is none."""
     if report.ok:
         table = _two_columns("Verified: no fault")
         table.add_row("linears", str(report.linears))
@@ -136,7 +136,7 @@ def verify_table(report: VerifyReport) -> Table:
 
 
 def calibration_table(summary: CalibrationSummary) -> Table:
-    """What calibration rows hold."""
+    """The content of calibration rows."""
     table = _two_columns("Calibration")
     table.add_row("source", summary.source)
     table.add_row("rows", f"{summary.rows} of {summary.length} tokens, {summary.tokens} tokens in all")

@@ -99,7 +99,7 @@ class Recipe:
             raise SettingsError(f"recipe {self.name}: an error of rows needs pricing accuracy, not {self.pricing}")
 
     def chosen(self, kind: str) -> Choice | None:
-        """The variant of a kind, None where nothing is said."""
+        """The variant of a kind, None where none is chosen."""
         return next((choice for choice in self.variants if choice.kind == kind), None)
 
     def over(self, variants: Sequence[Choice], **fields: Any) -> "Recipe":
@@ -188,23 +188,23 @@ class Recipe:
 
     @property
     def method(self) -> Method:
-        """How its variants quantize a linear."""
+        """The method by which its variants quantize a linear."""
         return Method.of(self.variants)
 
     @property
     def objective(self) -> Choice | None:
-        """What allocation sums, None for stock's sum of errors."""
+        """The sum that the allocation minimises, None for stock's sum of errors."""
         return self.chosen("objective")
 
     @property
     def tuning(self) -> Choice | None:
-        """How modules are tuned once they are quantized, None for not at all."""
+        """The tuning of modules after quantization, None for none."""
         choice = self.chosen("tuning")
         return None if choice is None or choice.is_stock else choice
 
     @property
     def transform(self) -> Choice | None:
-        """How the source is rewritten before anything is measured, None for not at all."""
+        """The rewriting of the source before anything is measured, None for none."""
         choice = self.chosen("transform")
         return None if choice is None or choice.is_stock else choice
 
@@ -215,7 +215,7 @@ class Recipe:
 
     @property
     def measuring(self) -> "Recipe":
-        """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
+        """The choices that decide the measurement, the others at their defaults: recipes that share one are equal."""
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
         kept = tuple(choice for choice in self.variants if choice.kind not in out)

@@ -70,6 +70,12 @@ def work(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pyt
     return folder / "work"
 
 
+def test_a_report_is_titled_by_its_model(work: Path, tiny_llama: Path) -> None:
+    page = conversion_page(read_conversion(work))
+    assert page.title == f"{tiny_llama.name} at 4.5 bits" != "model at 4.5 bits"
+    assert f"<title>{page.title}</title>" in page_html(page)
+
+
 def test_page_of_a_conversion(work: Path) -> None:
     found = read_conversion(work)
     page = conversion_page(found)
