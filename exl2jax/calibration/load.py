@@ -118,7 +118,8 @@ def load_rows(
 
     `vocab_size` is the number of rows of the model's embedding, `context` the longest row the model can take (None: do
     not check), `sampler` writes rows from the model itself for the source `self` and for `fill_with_self`. `tokenizer`
-    may be None for sources of token ids; `chat` gives the model's chat template, for conversations. The same arguments give the same bytes in every process.
+    may be None for sources of token ids; `chat` gives the model's chat template, for conversations. The same
+    arguments give the same bytes in every process.
 
     Raises `SettingsError` for settings that make no sense and `CalibrationError` for sources that do not serve.
     """

@@ -28,9 +28,9 @@ STANDARD, EXAMPLES = "standard", "examples"
 class CalibrationConfig:
     """Which calibration rows to build.
 
-    `source` is `standard`, `exllamav2`, `standard:DIR`, a file, a named set, `self`, `random`, a mixture `A:60,B:40`, or data given
-    from Python (`Examples`). `rows=None` takes what the source calls for: the composition of the standard set (19 rows
-    to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes the length of ready
+    `source` is `standard`, `exllamav2`, `standard:DIR`, a file, a named set, `self`, `random`, a mixture `A:60,B:40`,
+    or data given from Python (`Examples`). `rows=None` takes what the source calls for: the composition of the
+    standard set (19 rows to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes the length of ready
     rows, else 2048 tokens.
 
     `columns` picks columns of Parquet or fields of JSON. `cal_dir` is a folder with local copies of the named sets,

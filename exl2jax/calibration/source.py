@@ -25,7 +25,8 @@ _SUFFIXES: dict[str, Kind] = {
     ".safetensors": "ready",
     ".npz": "ready",
 }
-KNOWN = f"standard, {STOCK}, standard:DIR, {', '.join(NAMED_SETS)}, self, random, or a file ending in {', '.join(_SUFFIXES)}"
+_NAMED = ", ".join(("standard", STOCK, "standard:DIR", *NAMED_SETS, SELF, RANDOM))
+KNOWN = f"{_NAMED}, or a file ending in {', '.join(_SUFFIXES)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,15 @@ from exl2jax.cli.settings import ALL, SettingsFile, conversion_config, takes_set
 from exl2jax.cli.shared import Invocation, deliver, invocation, load_variants, set_up
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.convert import convert
+from exl2jax.conversion.operations import pass_operations
 from exl2jax.conversion.result import ConversionResult
-from exl2jax.conversion.sizes import Size, SizeOutcome, convert_sizes, parse_bytes, with_target
+from exl2jax.conversion.sizes import Size, SizeOutcome, convert_sizes, parse_bytes, set_operations, with_target
 from exl2jax.errors import SettingsError
 from exl2jax.hub.finish import CardWishes, finish_set, finish_size
 from exl2jax.hub.tables import sizes_table
+from exl2jax.models import read_config
 from exl2jax.report import conversion_table, make_progress
+from exl2jax.report.clock import JobClock
 from exl2jax.stream.devices import join_processes
 from exl2jax.stream.progress import RunControl
 
@@ -78,7 +81,9 @@ def convert_command(
     single = sizes[0] if len(sizes) == 1 and sizes[0].bits is not None else None
     config = conversion_config(settings | _given(bits, head_bits, single or sizes[0]))
     wishes = CardWishes(card=card, evaluate=evaluate, base_model=base_model, quantized_by=quantized_by)
-    control = RunControl(progress=make_progress(console, status=status_output), stop=called.stop)
+    progress = make_progress(console, status=status_output)
+    work = pass_operations(config, read_config(config.in_dir)[0]) if single else set_operations(config, sizes)
+    control = RunControl(progress=JobClock(progress, work), stop=called.stop)
     if single is None:
         return _several(config, sizes, wishes, control, called, as_json)
     config = with_target(config)

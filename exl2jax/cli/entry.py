@@ -17,6 +17,7 @@ from typer.main import get_command
 from exl2jax.cli.calibrate import calibrate_command
 from exl2jax.cli.convert import convert_command
 from exl2jax.cli.dequantize import dequantize_command
+from exl2jax.cli.doctor import doctor_command
 from exl2jax.cli.evaluate import eval_command
 from exl2jax.cli.generate import generate_command
 from exl2jax.cli.inspect import inspect_command
@@ -43,13 +44,13 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "publish": publish_command,
     "sweep": sweep_command,
+    "doctor": doctor_command,
 }
 """Every command by its name; each returns its exit code."""
 
 INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -12,6 +12,7 @@ from exl2jax.cli.settings import SettingsFile, conversion_config, takes_settings
 from exl2jax.cli.shared import deliver, invocation, load_variants, set_up
 from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.operations import machine_speed
 from exl2jax.conversion.preflight import preflight
 from exl2jax.errors import SettingsError
 from exl2jax.report import plan_table
@@ -41,7 +42,7 @@ def plan_command(
         opened = Context.open(config, RunControl())
         rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control, sampling=False)
         passes = ("quantize",) if config.measurement else ("measure", "quantize")
-        plan = preflight(opened, {name: rows.build(measure=name == "measure") for name in passes})
+        plan = preflight(opened, {name: rows.build(measure=name == "measure") for name in passes}, machine_speed())
     plan = called.spelled(plan, "warnings", "refused")
     deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     return 1 if plan.refused else 0

@@ -11,6 +11,7 @@ from exl2jax.allocate.allocate import feasible_bpw, reach, reachable_budget
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
 from exl2jax.exl2.compile import compiled_size, source_head
@@ -47,6 +48,7 @@ class Preflight:
     memory: int
     memory_present: int
     calibration_tokens: Mapping[str, int]
+    durations: Mapping[str, Duration]
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -55,7 +57,7 @@ class Preflight:
         return asdict(self)
 
 
-def preflight(context: Context, rows: Mapping[str, CalibrationRows]) -> Preflight:
+def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Speed | None = None) -> Preflight:
     """Check a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
 
     A measurement that the job names is read, and bits are allocated by it.
@@ -79,6 +81,7 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows]) -> Prefligh
         memory=memory,
         memory_present=present,
         calibration_tokens=tokens,
+        durations={} if speed is None else durations(pass_operations(context.config, context.model.config), speed),
         refused=tuple(str(e) for e in (*refused, *_disk_refusals(context, disk, free))),
         warnings=(*short, *(tight if memory > present else [])),
     )

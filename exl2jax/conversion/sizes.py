@@ -8,15 +8,18 @@ from pathlib import Path
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.convert import convert
+from exl2jax.conversion.operations import pass_operations
 from exl2jax.conversion.preflight import exact_size
 from exl2jax.conversion.result import ConversionResult
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.errors import MeasurementError, SettingsError
+from exl2jax.models import read_config
 from exl2jax.qparams import FORMAT_BITS
 from exl2jax.storage.hub_cache import cached_source
 from exl2jax.stream.progress import Progress, RunControl
 
 MEASURED = "measurement.json"
+MEASURING = "measurement of all sizes"
 STEPS = 1000
 """Bits that fit a file size are searched in steps of a thousandth."""
 
@@ -79,13 +82,24 @@ def convert_sizes(
             made = [each.config.out_dir for each in outcomes if each.config]
             if config.out_dir in made:
                 raise MeasurementError(f"{size.asked} comes to {bits:g} bits, which another size has already")
-            result = convert(config, labelled(control, f"size {number} of {len(sizes)}"))
+            result = convert(config, labelled(control, _number(number, len(sizes))))
         except MeasurementError as e:
             outcomes.append(SizeOutcome(size=size, refused=str(e)))
             continue
         finished(config, result)
         outcomes.append(SizeOutcome(size=size, config=config, result=result))
     return outcomes
+
+
+def set_operations(base: ConversionConfig, sizes: Sequence[Size]) -> dict[str, float]:
+    """Operations of every stage of a set, by the names under which its progress reports them."""
+    model, _, _ = read_config(base.in_dir)
+    work = {}
+    if base.measurement is None:
+        passes = pass_operations(replace(base, output_measurement=base.out_dir / MEASURED, compile_full=None), model)
+        work = {f"{MEASURING}, {name}": amount for name, amount in passes.items()}
+    quantize = pass_operations(replace(base, output_measurement=None), model)["quantize"]
+    return work | {f"{_number(i, len(sizes))}, quantize": quantize for i in range(1, len(sizes) + 1)}
 
 
 def of_size(base: ConversionConfig, bits: float, head_bits: int, measured: Path) -> ConversionConfig:
@@ -156,8 +170,12 @@ def _measure(base: ConversionConfig, control: RunControl) -> Path:
     """The measurement of the set, made once in a folder of its own."""
     target = base.out_dir / MEASURED
     job = replace(base, out_dir=base.out_dir / "measure", output_measurement=target, compile_full=None)
-    convert(job, labelled(control, "measurement of all sizes"))
+    convert(job, labelled(control, MEASURING))
     return target
+
+
+def _number(number: int, count: int) -> str:
+    return f"size {number} of {count}"
 
 
 def _folder(bits: float, head_bits: int) -> str:

@@ -1,31 +1,18 @@
 """Estimates of a plan: sizes from the shapes, times from operation counts and this machine's speed."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from exl2jax.conversion.operations import machine_speed, pass_operations
 from exl2jax.lab.cell import finished_row
 from exl2jax.lab.plan import Cell, SweepPlan
 from exl2jax.lab.results import STAGES
 from exl2jax.lab.sweep import cell_folder
-from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
+from exl2jax.models import Model, head_spec, module_specs, open_model
 from exl2jax.models.modules import embedding_shapes
-from exl2jax.ops.scales import TRIALS
 from exl2jax.stock_tables import head_qparams
-
-PROBE = 1024
-TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
-"""Rows and length of the built-in set, for plans that give none."""
-GPTQ_EFFICIENCY = 0.15
-"""Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
-SETTINGS_MEASURED = {"fisher": 7, "divergence": 7, "accuracy": 18}
-PASSES = {"fisher": 5, "divergence": 5, "accuracy": 12}
-"""Forward passes that a measurement is worth, backward passes and candidates included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +35,7 @@ def estimate(plan: SweepPlan, out: Path) -> list[Estimate]:
     models = {cell.model: open_model(Path(cell.model)) for cell in cells}
     rows = {cell.name: finished_row(cell, cell_folder(out, cell)) for cell in cells}
     raw = {cell.name: _operations(cell, models[cell.model]) for cell in cells}
-    speed = _observed_speed(cells, rows, raw) or _machine_speed()
+    speed = _observed_speed(cells, rows, raw) or machine_speed().operations
     measured: set[str] = set()
     estimates = []
     for cell in cells:
@@ -79,32 +66,15 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _operations(cell: Cell, model: Model) -> dict[str, float]:
-    """Floating-point operations by stage, those of GPTQ weighted by how slowly they go."""
-    specs, head = module_specs(model.config), head_spec(model.config)
-    linears = [linear for spec in specs for linear in spec.linears]
-    weights = sum(linear.weights for linear in linears)
-    hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
-    trials = TRIALS[cell.recipe.method.search]
-    walk = sum(_walk_operations(x, trials) for x in linears) / GPTQ_EFFICIENCY
-    pricing, plan = cell.recipe.pricing, cell.evaluation
-    measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")
-    evaluated = (plan.rows or 24) * plan.length
+    """Floating-point operations by stage."""
+    work = pass_operations(cell.config(Path("unused")), model.config)
+    weights = sum(spec.weights for spec in module_specs(model.config))
+    evaluated = (cell.evaluation.rows or 24) * cell.evaluation.length
     return {
-        "measure": measure * (2 * weights * PASSES[pricing] + hessians) + walk * SETTINGS_MEASURED[pricing],
-        "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head, trials) / GPTQ_EFFICIENCY,
-        "evaluate": evaluated * (2 * weights + 4 * head.weights),
+        "measure": sum(amount for name, amount in work.items() if name != "quantize"),
+        "quantize": work["quantize"],
+        "evaluate": evaluated * (2 * weights + 4 * head_spec(model.config).weights),
     }
-
-
-def _walk_operations(linear: LinearSpec, trials: int) -> float:
-    """A product with the factor, and the scales tried on every weight at about six operations each."""
-    return linear.weights * (linear.rows + trials * 6)
-
-
-def _tokens(cell: Cell, stage: str) -> int:
-    names = ("measurement_rows", "measurement_length") if stage == "measure" else ("dataset_rows", "length")
-    rows, length = (cell.settings.get(name) for name in names)
-    return (rows or TYPICAL_ROWS[stage]) * (length or TYPICAL_LENGTH)
 
 
 def _observed_speed(
@@ -115,14 +85,3 @@ def _observed_speed(
     seconds = sum(row[f"seconds_{s}"] for row, _ in done if row for s in ("quantize", "evaluate"))
     work = sum(operations[s] for _, operations in done for s in ("quantize", "evaluate"))
     return work / seconds if seconds else None
-
-
-def _machine_speed() -> float:
-    """Operations per second of a matrix product."""
-    x = jnp.ones((PROBE, PROBE), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    start = time.monotonic()
-    for _ in range(3):
-        product(x, x).block_until_ready()
-    return 3 * 2 * PROBE**3 / (time.monotonic() - start)

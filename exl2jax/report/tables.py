@@ -113,6 +113,11 @@ def plan_table(plan: Preflight) -> Table:
     table.add_row("output", size if plan.output_exact else f"at most {size}")
     table.add_row("disk", f"{plan.disk / MEGABYTE:.1f} MB needed, {plan.disk_free / MEGABYTE:.1f} MB free")
     table.add_row("memory", f"about {plan.memory / MEGABYTE:.0f} MB, {plan.memory_present / MEGABYTE:.0f} MB present")
+    for name, time in plan.durations.items():
+        said = (
+            f"about {time.seconds:.0f} s, between {time.least:.0f} and {time.most:.0f} s on this machine as it is now"
+        )
+        table.add_row(f"time, {name}", said)
     for name, tokens in plan.calibration_tokens.items():
         table.add_row(f"calibration, {name} pass", f"{tokens} tokens")
     _add_warnings(table, plan.warnings)

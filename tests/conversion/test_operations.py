@@ -1,0 +1,67 @@
+"""Operations of the passes against a count by hand, and durations with their range."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.operations import (
+    GPTQ_EFFICIENCY,
+    MODEL_ERROR,
+    PASSES,
+    SETTINGS_MEASURED,
+    Speed,
+    durations,
+    machine_speed,
+    pass_operations,
+)
+from exl2jax.conversion.sizes import Size, set_operations
+from exl2jax.models import read_config
+from exl2jax.ops.scales import TRIALS
+
+HIDDEN, INNER, KEYS, VOCABULARY, LAYERS = 64, 160, 32, 320, 2
+
+
+def test_passes_by_hand(tiny_llama: Path) -> None:
+    config = ConversionConfig(
+        in_dir=tiny_llama,
+        out_dir=Path("work"),
+        dataset_rows=3,
+        length=20,
+        measurement_rows=2,
+        measurement_length=10,
+        preset="fast",
+    )
+    model, _, _ = read_config(tiny_llama)
+    trials = TRIALS[config.recipe.method.search]
+    shapes = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER)]
+    shapes = LAYERS * [*shapes, (INNER, HIDDEN)]
+    weights = sum(rows * columns for rows, columns in shapes)
+    hessians = LAYERS * 2 * (3 * HIDDEN**2 + INNER**2)
+    walk = sum(rows * columns * (rows + 6 * trials) for rows, columns in shapes) / GPTQ_EFFICIENCY
+    head = HIDDEN * VOCABULARY * (HIDDEN + 6 * trials) / GPTQ_EFFICIENCY
+    found = pass_operations(config, model)
+    assert tuple(found) == (*config.recipe.passes, "quantize")
+    assert found["forward"] == 20 * 2 * weights
+    assert found["forward"] + found["backward"] == 20 * 2 * weights * PASSES["fisher"]
+    assert found["price"] == pytest.approx(20 * hessians + walk * SETTINGS_MEASURED["fisher"])
+    assert found["quantize"] == pytest.approx(60 * (6 * weights + hessians) + walk + head)
+    only = pass_operations(replace(config, output_measurement=Path("m.json")), model)
+    assert only == {name: found[name] for name in config.recipe.passes}
+    assert pass_operations(replace(config, measurement=Path("m.json")), model) == {"quantize": found["quantize"]}
+    sizes = [Size(head_bits=6, bits=3.0), Size(head_bits=6, bits=4.0)]
+    both = set_operations(config, sizes)
+    assert sum(both.values()) == pytest.approx(sum(found.values()) + found["quantize"])
+    assert list(both)[-1] == "size 2 of 2, quantize"
+
+
+def test_durations_have_a_range() -> None:
+    found = durations({"a": 30.0, "b": 10.0}, Speed(operations=2.0, spread=0.25))
+    assert found["a"].seconds == 15 and found["all"].seconds == 20
+    assert found["all"].least == 20 / (MODEL_ERROR * 1.25) and found["all"].most == 20 * MODEL_ERROR * 1.25
+
+
+def test_a_machine_has_a_speed() -> None:
+    speed = machine_speed(0.0)
+    assert speed.operations > 1e6 and 0 <= speed.spread
