@@ -30,8 +30,8 @@ class CalibrationConfig:
 
     `source` is `standard`, `exllamav2`, `standard:DIR`, a file, a named set, `self`, `random`, a mixture `A:60,B:40`,
     or data given from Python (`Examples`). `rows=None` takes what the source calls for: the composition of the
-    standard set (19 rows to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes the length of ready
-    rows, else 2048 tokens.
+    standard set (19 rows to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes
+    the length of ready rows, else 2048 tokens.
 
     `columns` picks columns of Parquet or fields of JSON. `cal_dir` is a folder with local copies of the named sets,
     `split` their split. `noise_rows` rows of `NOISE_ID` are added to a standard set (None: as many as the model's

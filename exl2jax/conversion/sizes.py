@@ -158,7 +158,8 @@ def bits_within(base: ConversionConfig, measured: Path, size: Size) -> float:
         low, high = (middle, high) if found is None or found <= most else (low, middle - 1)
     found = bytes_at(low)
     if found is None or found > most:
-        least = next(size for step in range(low, FORMAT_BITS[-1] * STEPS, 10) if (size := bytes_at(step)) is not None)
+        steps = range(low, FORMAT_BITS[-1] * STEPS, 10)
+        least = next(each for each in map(bytes_at, steps) if each is not None)
         raise MeasurementError(
             f"{most / 1e9:g} GB cannot be reached: the smallest that this model comes to is {least / 1e9:.4g} GB; "
             "ask for more, or for fewer bits of the head"
