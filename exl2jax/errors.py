@@ -54,6 +54,10 @@ class StorageError(Exl2JaxError):
     """A file could not be read or written."""
 
 
+class HubError(Exl2JaxError):
+    """A repository of the Hub cannot be read or written."""
+
+
 class Interrupted(Exl2JaxError):  # noqa: N818  (a request carried out, not a fault)
     """The user or the system asked to stop; the work directory holds everything needed to resume."""
 

@@ -1,6 +1,7 @@
 """`exl2jax calibrate`: build calibration rows and show them."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from exl2jax.cli.options import Json, Plugins
 from exl2jax.cli.settings import SettingsFile, conversion_config, takes_settings
 from exl2jax.cli.shared import deliver, invocation, load_variants, set_up
 from exl2jax.conversion.calibrate import build_rows
+from exl2jax.hub import source_directory
 from exl2jax.models import open_model, read_config
 from exl2jax.report import calibration_table, make_progress
 from exl2jax.storage import make_directory, write_tensors
@@ -37,6 +39,7 @@ def calibrate_command(
     control = RunControl(progress=make_progress(console, status=False), stop=called.stop)
     with tempfile.TemporaryDirectory() as nowhere:
         config = conversion_config(settings, Path(nowhere))
+    config = replace(config, in_dir=source_directory(config.in_dir))
     model, _, _ = read_config(config.in_dir)
     tokenizer = load_tokenizer(config.in_dir)
     rows = build_rows(

@@ -18,6 +18,7 @@ from exl2jax.cli.calibrate import calibrate_command
 from exl2jax.cli.convert import convert_command
 from exl2jax.cli.dequantize import dequantize_command
 from exl2jax.cli.evaluate import eval_command
+from exl2jax.cli.generate import generate_command
 from exl2jax.cli.inspect import inspect_command
 from exl2jax.cli.plan import plan_command
 from exl2jax.cli.report import report_command
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert_command,
     "verify": verify_command,
     "eval": eval_command,
+    "generate": generate_command,
     "calibrate": calibrate_command,
     "inspect": inspect_command,
     "dequantize": dequantize_command,

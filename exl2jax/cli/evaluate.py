@@ -12,6 +12,7 @@ from exl2jax.cli.shared import deliver, set_up
 from exl2jax.evaluation import evaluate_many, load_eval_rows
 from exl2jax.evaluation.harness import run_tasks
 from exl2jax.evaluation.rows import HELDOUT
+from exl2jax.hub import source_directory
 from exl2jax.report import evaluation_table, harness_table
 
 HELDOUT_LENGTH, FILE_LENGTH = 256, 512
@@ -19,7 +20,9 @@ HELDOUT_LENGTH, FILE_LENGTH = 256, 512
 
 
 def eval_command(
-    directories: Annotated[list[Path], typer.Argument(help="Hugging Face or EXL2 directories.")],
+    directories: Annotated[
+        list[Path], typer.Argument(help="Hugging Face or EXL2 directories, or ORG/NAME[@REVISION].")
+    ],
     text: Annotated[Path | None, typer.Option("--text", help="Text or Parquet file to predict.")] = None,
     tokens: Annotated[Path | None, typer.Option("--tokens", help="Token rows (input_ids) to predict.")] = None,
     against: Annotated[Path | None, typer.Option("--against", help="Directory to compare distributions with.")] = None,
@@ -39,6 +42,8 @@ def eval_command(
     if length is not None and length < 2:
         raise typer.BadParameter("--length must be at least 2")
     set_up(Console(stderr=True))
+    directories = [source_directory(path) for path in directories]
+    against = against and source_directory(against)
     if tasks:
         figures = {str(path): run_tasks(path, tasks, limit) for path in directories}
         deliver(as_json, figures, lambda: harness_table(figures))

@@ -1,6 +1,7 @@
 """`exl2jax plan`: what a conversion takes and gives, before anything is computed."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.preflight import preflight
 from exl2jax.errors import SettingsError
+from exl2jax.hub import source_directory
 from exl2jax.report import plan_table
 from exl2jax.stream.progress import RunControl
 
@@ -22,7 +24,10 @@ from exl2jax.stream.progress import RunControl
 def plan_command(
     context: typer.Context,
     settings: dict[str, Any],
-    model: Annotated[Path | None, typer.Argument(help="Source model directory, in place of -i.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Source model, as -i names it."),
+    ] = None,
     plugin: Plugins = None,
     settings_file: SettingsFile = None,
     as_json: Json = False,
@@ -37,7 +42,9 @@ def plan_command(
     load_variants(plugin)
     set_up(Console(stderr=True), called.spelling)
     with tempfile.TemporaryDirectory() as nowhere:
-        config = conversion_config(settings, Path(nowhere))
+        config = conversion_config(settings, Path(nowhere) / "work")
+        target = None if config.output_measurement else config.compile_full or Path(nowhere) / "exl2"
+        config = replace(config, in_dir=source_directory(config.in_dir), compile_full=target)
         opened = Context.open(config, RunControl())
         rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control)
         passes = ("quantize",) if config.measurement else ("measure", "quantize")

@@ -1,7 +1,7 @@
 """`exl2jax sweep`: run a plan of conversions."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from exl2jax.cli.options import Json, Plugins
 from exl2jax.cli.settings import takes_settings
 from exl2jax.cli.shared import deliver, invocation, load_variants, say, set_up
 from exl2jax.errors import SettingsError
+from exl2jax.hub import source_directory
 from exl2jax.lab import read_plan, run_sweep
 from exl2jax.lab.cluster import ray_runner
 from exl2jax.lab.estimate import estimate
@@ -44,6 +45,8 @@ def sweep_command(
         raise SettingsError("--plugin with --ray: nodes lack the file; install it as a package with an entry point")
     load_variants(plugin)
     sweep = read_plan(plan, settings)
+    sources = {name: name if Path(name).exists() else str(source_directory(Path(name))) for name in sweep.models}
+    sweep = replace(sweep, models=tuple(sources[name] for name in sweep.models))
     sweep = without_variants(sweep, tuple(only)) if only else sweep
     if dry_run:
         cells = estimate(sweep, out)

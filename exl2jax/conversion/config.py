@@ -31,7 +31,9 @@ class ConversionConfig:
         metadata=declare("Work directory; an existing job in it is resumed.", RUN, short="o", recorded=False)
     )
     in_dir: Path = field(
-        metadata=declare("Source model directory; may be left out to resume.", MEASUREMENT, short="i", by_content=True)
+        metadata=declare(
+            "Source model: a directory; may be left out to resume.", MEASUREMENT, short="i", by_content=True
+        )
     )
     no_resume: bool = field(
         default=False, metadata=declare("Start over, clearing the job.", RUN, short="nr", recorded=False)
@@ -159,6 +161,18 @@ class ConversionConfig:
     devices: int | None = field(
         default=None,
         metadata=declare("Devices to spread rows and linears over.", RUN, unset="all", low=1, recorded=False),
+    )
+
+    device_memory: float | None = field(
+        default=None,
+        metadata=declare(
+            "GB of a device for hidden states.",
+            RUN,
+            long="device-memory",
+            unset="half of what is free",
+            low=0,
+            recorded=False,
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.declaration import Decides, Setting, settings_of
 from exl2jax.models import HFModel
 from exl2jax.storage.digests import digest
+from exl2jax.storage.hub_cache import cached_source
 from exl2jax.version import VERSION
 
 SHOWN = 40
@@ -28,6 +29,8 @@ def job_inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -
         "variants": config.recipe.words(),
         "cal_dataset": _source(config.cal_dataset),
     }
+    if (source := cached_source(config.in_dir)) is not None:
+        inputs["source"] = source
     if config.measurement is not None:
         inputs["measurement"] = f"SHA-256 {digest(config.measurement)}"
     for setting in compared_settings(config):

@@ -11,9 +11,10 @@ import numpy as np
 
 from exl2jax.calibration import load_tokenizer
 from exl2jax.errors import SettingsError
-from exl2jax.evaluation.logits import final_states, model_logits
+from exl2jax.evaluation.logits import final_states
+from exl2jax.generation import ResidentModel, Sampling, generate, load_resident
 from exl2jax.models import build_decoder, open_model
-from exl2jax.stream.chunks import row_chunks
+from exl2jax.stream.chunks import row_spans
 from exl2jax.stream.forward import head_logits
 
 MISSING = "lm-evaluation-harness is not installed; get it with: pip install 'exl2jax[harness]'"
@@ -31,6 +32,7 @@ class Scorer:
         self.model = open_model(directory)
         self.tokenizer = load_tokenizer(directory)
         self.context = self.model.config.max_position
+        self._resident: ResidentModel | None = None
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """`log p(continuation | context)` in nats and whether greedy decoding would give it, for each pair."""
@@ -52,20 +54,11 @@ class Scorer:
         return totals
 
     def complete(self, prompt: str, stops: Sequence[str], new_tokens: int) -> str:
-        """Greedy continuation until a stop text, the end token or `new_tokens`, by whole passes over the row."""
-        ids = [self._first(), *self.tokenizer.encode(prompt).tolist()][-(self.context - new_tokens) :]
-        begun = len(ids)
-        while len(ids) - begun < new_tokens:
-            row = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
-            row[0, : len(ids)] = ids
-            token = int(np.argmax(model_logits(self.directory, row)[0, len(ids) - 1]))
-            if token == self.tokenizer.eos_id:
-                break
-            ids.append(token)
-            text = self.tokenizer.decode(ids[begun:])
-            if found := [text.index(stop) for stop in stops if stop and stop in text]:
-                return text[: min(found)]
-        return self.tokenizer.decode(ids[begun:])
+        """Greedy continuation until a stop text, an end token or `new_tokens`."""
+        resident = self._resident = self._resident or load_resident(self.directory, self.tokenizer)
+        ids = [self._first(), *self.tokenizer.encode(prompt).tolist()]
+        kept = ids[-max(1, self.context - new_tokens) :]
+        return generate(resident, kept, Sampling(new_tokens=new_tokens), stops=stops).text
 
     def _first(self) -> int:
         """What a text without a context follows: the first token a model knows of."""
@@ -102,11 +95,11 @@ class Scorer:
         """Log probabilities `[T, vocab]` of each row's next tokens, float64, a chunk of rows at a time."""
         states, params = final_states(self.model, ids), self.model.head_params()
         decoder = build_decoder(self.model.config)
-        for chunk in row_chunks(states):
-            logits = np.asarray(head_logits(decoder, params, chunk.take(states)), np.float64)
+        for span in row_spans(*states.shape):
+            logits = np.asarray(head_logits(decoder, params, span.of(states)), np.float64)
             peak = logits.max(axis=-1, keepdims=True)
             log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
-            yield from log_p[: chunk.stop - chunk.start]
+            yield from log_p[: span.real]
 
 
 def harness_model(directory: Path) -> Any:

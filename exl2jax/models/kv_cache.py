@@ -1,4 +1,4 @@
-"""Attention one token at a time over the keys and values of the tokens before it, for sampling."""
+"""Attention of a few tokens at a time over the keys and values of the tokens before them."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from exl2jax.models.attention import rotate, score_scale, tables
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.decoder import Decoder
+from exl2jax.models.decoder import Module
 from exl2jax.models.layers import soft_cap
 from exl2jax.models.modules import SLIDING_KINDS
 
@@ -31,19 +31,36 @@ def widened(cache: KeyValues, span: int) -> KeyValues:
     return KeyValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache))
 
 
-def next_hidden(
-    decoder: Decoder, kind: str, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, length: int
-) -> tuple[jax.Array, KeyValues]:
-    """Run an attention module on the token at `position`, `h [B, 1, D]`, of rows that will be `length` tokens long.
+class Turns(NamedTuple):
+    """Cosines and sines by position of full and of sliding layers, None where layers do not turn."""
 
-    Gives what `Decoder.forward` gives at that position of the whole row, and the cache with the token added.
+    full: tuple[jax.Array, jax.Array] | None
+    sliding: tuple[jax.Array, jax.Array] | None
+
+
+def turns(config: ModelConfig, length: int, room: int = 0) -> Turns:
+    """The rotary tables of rows that will be `length` tokens long, with zeros up to `room` positions."""
+
+    def padded(table: jax.Array) -> jax.Array:
+        return jnp.pad(table, ((0, max(0, room - length)), (0, 0)))
+
+    return Turns(*(jax.tree.map(padded, tables(config, length, sliding=sliding)) for sliding in (False, True)))
+
+
+def next_hidden(
+    module: Module, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, turns: Turns
+) -> tuple[jax.Array, KeyValues]:
+    """Run an attention module on the tokens from `position` on, `h [B, T, D]`.
+
+    Gives what `Module.forward` gives at these positions of the whole row, and the cache with the tokens added. The
+    cache and the tables must have room for all of them.
     """
-    outputs = decoder.linears(kind, 0, params, decoder.inputs(kind, 0, params, h, {}))
-    heads = decoder.heads(kind, params, outputs)
-    x, cache = _attend(decoder.config, *heads, cache, position, length, sliding=kind in SLIDING_KINDS)
-    _, *others = decoder.inputs(kind, 1, params, h, outputs)
-    outputs |= decoder.linears(kind, 1, params, (x, *others))
-    return decoder.output(kind, params, h, outputs), cache
+    outputs = module.linears(0, params, module.inputs(0, params, h, {}))
+    heads = module.heads(params, outputs)
+    x, cache = _attend(module.config, *heads, cache, position, turns, sliding=module.kind in SLIDING_KINDS)
+    _, *others = module.inputs(1, params, h, outputs)
+    outputs |= module.linears(1, params, (x, *others))
+    return module.output(params, h, outputs), cache
 
 
 def _attend(
@@ -53,24 +70,27 @@ def _attend(
     v: jax.Array,
     cache: KeyValues,
     position: jax.Array,
-    length: int,
+    turns: Turns,
     *,
     sliding: bool,
 ) -> tuple[jax.Array, KeyValues]:
-    """Attention of one query per row, `[B, 1, heads * head_dim]`, over the cache and the token itself."""
-    batch, heads = q.shape[0], config.num_kv_heads
-    turns = tables(config, length, sliding=sliding)
-    if turns is not None:
-        turns = jax.tree.map(lambda t: jax.lax.dynamic_slice_in_dim(t, position, 1), turns)
-    q, k = (rotate(config, x, turns) for x in (q, k))
+    """Attention of `T` queries per row, `[B, T, heads * head_dim]`, over the cache and the tokens themselves."""
+    batch, count, heads = *q.shape[:2], config.num_kv_heads
+    here = turns.sliding if sliding else turns.full
+    if here is not None:
+        here = jax.tree.map(lambda t: jax.lax.dynamic_slice_in_dim(t, position, count), here)
+    q, k = (rotate(config, x, here) for x in (q, k))
     at = (0, 0, position, 0)
     cache = KeyValues(
         jax.lax.dynamic_update_slice(cache.keys, k.transpose(0, 2, 1, 3), at),
         jax.lax.dynamic_update_slice(cache.values, v.transpose(0, 2, 1, 3), at),
     )
-    q = q.reshape(batch, heads, -1, config.head_dim) * score_scale(config)
+    q = q.reshape(batch, count, heads, -1, config.head_dim).transpose(0, 2, 3, 1, 4) * score_scale(config)
+    groups = q.shape[2]
+    q = q.reshape(batch, heads, groups * count, config.head_dim)
     scores = soft_cap(jnp.einsum("bhgd,bhkd->bhgk", q, cache.keys), config.scales.attention_cap)
-    back = position - jnp.arange(cache.keys.shape[2])
+    back = (position + jnp.arange(count))[:, None] - jnp.arange(cache.keys.shape[2])
     seen = back >= 0 if config.window is None or not sliding else (back >= 0) & (back < config.window)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhgk,bhkd->bhgd", weights, cache.values).reshape(batch, 1, -1), cache
+    weights = jax.nn.softmax(jnp.where(jnp.tile(seen, (groups, 1)), scores, -jnp.inf), axis=-1)
+    values = jnp.einsum("bhgk,bhkd->bhgd", weights, cache.values).reshape(batch, heads, groups, count, -1)
+    return values.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1), cache

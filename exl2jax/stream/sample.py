@@ -6,11 +6,10 @@ which costs about what one forward pass over the finished rows costs. Drawing is
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,39 +18,18 @@ import numpy as np
 from exl2jax.calibration import Sampler
 from exl2jax.calibration.ready import read_ready
 from exl2jax.errors import Interrupted
-from exl2jax.models import Decoder, Model, ModelConfig, build_decoder, module_specs
-from exl2jax.models.kv_cache import KeyValues, empty_cache, next_hidden, widened
-from exl2jax.models.modules import ATTENTION_KINDS
+from exl2jax.models import Decoder, Model, ModelConfig, build_decoder
+from exl2jax.models.kv_cache import turns, widened
 from exl2jax.storage import write_tensors
-from exl2jax.stream.blocks import Block, Piece
-from exl2jax.stream.forward import forward_chunk, head_logits
+from exl2jax.stream.forward import head_logits
 from exl2jax.stream.progress import RunControl
-
-log = logging.getLogger(__name__)
+from exl2jax.stream.stepping import Embeddings, Walk, empty_caches, resident_walk, step_tokens
 
 CACHE_BYTES = 2 << 30
 """Keys and values held at once; rows beyond wait for the next batch."""
 
-RESIDENT_BYTES = 8 << 30
-"""Parameters kept in memory between tokens; those beyond are read again for every token."""
-
 STRETCHES = 8
 """The cache is widened this many times on the way to a full row: few compilations, little empty room."""
-
-type Walk = Callable[[], Iterator[Block]]
-"""One pass over the model: each module in order, with its parameters."""
-
-
-class Embeddings(NamedTuple):
-    """The table of tokens, and what is added to it at each position, if anything is."""
-
-    tokens: np.ndarray
-    positions: np.ndarray | None
-
-    def at(self, ids: np.ndarray, position: int) -> np.ndarray:
-        """Hidden states `[B, 1, D]` of one token each, all at the same position."""
-        hidden = self.tokens[ids, None]
-        return hidden if self.positions is None else hidden + self.positions[position]
 
 
 def model_sampler(model: Model, vocab: int, control: RunControl | None = None) -> Sampler:
@@ -96,7 +74,7 @@ def _sample(
         row[: len(prompt)] = prompt
     chances = np.random.default_rng(seed).random((n_rows, length))
     embeddings = Embeddings(model.embedding(), model.positions(length))
-    walk, head = _walk(model), jax.tree.map(jnp.asarray, model.head_params())
+    walk, head = resident_walk(model), jax.tree.map(jnp.asarray, model.head_params())
     batches = np.array_split(np.arange(n_rows), -(-n_rows // _batch_rows(config, length)))
     stretch = -(-length // STRETCHES)
     control.progress.start("sample", len(batches) * -(-(length - 1) // stretch), 0)
@@ -128,26 +106,6 @@ def _batch_rows(config: ModelConfig, length: int) -> int:
     return max(1, CACHE_BYTES // row)
 
 
-def _walk(model: Model) -> Walk:
-    """Passes over the model's modules, as many of them resident as fit."""
-    specs = module_specs(model.config)
-    kept: list[Block] = []
-    room = RESIDENT_BYTES
-    for spec in specs:
-        room -= 4 * spec.weights
-        if room < 0:
-            log.warning("sampling: %d of %d modules do not fit in memory and are read for every token",
-                        len(specs) - len(kept), len(specs))  # fmt: skip
-            break
-        kept.append(Block(spec, jax.tree.map(jnp.asarray, model.module_params(spec))))
-
-    def walk() -> Iterator[Block]:
-        for index, spec in enumerate(specs):
-            yield kept[index] if index < len(kept) else Block.of(model, spec)
-
-    return walk
-
-
 def _hidden_states(
     decoder: Decoder, walk: Walk, embeddings: Embeddings, ids: np.ndarray, stretch: int
 ) -> Iterator[jax.Array]:
@@ -156,30 +114,13 @@ def _hidden_states(
     The caches start with room for `stretch` tokens and are widened by as many whenever they are full.
     """
     batch, length = ids.shape
-    caches: list[KeyValues] = []
+    tables, caches = turns(decoder.config, length), empty_caches(decoder.config, batch, stretch)
     for position in range(length - 1):
-        if position % stretch == 0:
+        if position and position % stretch == 0:
             for i, cache in enumerate(caches):  # one after the other: never two whole sets in memory
                 caches[i] = widened(cache, position + stretch)
-        hidden, module = jnp.asarray(embeddings.at(ids[:, position], position)), 0
-        for block in walk():
-            if block.spec.kind not in ATTENTION_KINDS:
-                hidden = reduce(jnp.add, map(partial(_other_step, h=hidden), block.pieces(decoder)))
-                continue
-            if module == len(caches):
-                caches.append(empty_cache(decoder.config, batch, stretch))
-            hidden, caches[module] = _attention_step(
-                decoder, block.spec.kind, block.params, hidden, caches[module], jnp.int32(position), length
-            )
-            module += 1
-        yield hidden
-
-
-_attention_step = jax.jit(next_hidden, static_argnums=(0, 1, 6), donate_argnums=4)
-
-
-def _other_step(piece: Piece, h: jax.Array) -> jax.Array:
-    return forward_chunk(piece.decoder, piece.spec.kind, piece.params, h)
+        hidden = jnp.asarray(embeddings.at(ids[:, position, None], position))
+        yield step_tokens(decoder, walk, hidden, caches, position, tables)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -12,7 +12,7 @@ from exl2jax.calibration import CalibrationConfig, load_rows, load_tokenizer
 from exl2jax.errors import CalibrationError, Interrupted
 from exl2jax.evaluation import model_logits
 from exl2jax.models import open_model
-from exl2jax.stream import sample
+from exl2jax.stream import sample, stepping
 from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.stream.sample import draw, model_sampler, remembered
 from exl2jax.testing.parity_cases import TINY_CASES
@@ -63,7 +63,7 @@ def test_batches_and_memory_change_nothing(tiny_llama: Path, monkeypatch: pytest
     config = model.config
     row = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * LENGTH
     monkeypatch.setattr(sample, "CACHE_BYTES", 2 * row)
-    monkeypatch.setattr(sample, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(stepping, "RESIDENT_BYTES", 0)
     assert (model_sampler(model, VOCAB)(PROMPTS, len(PROMPTS), LENGTH, 0) == whole).all()
 
 
