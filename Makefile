@@ -1,19 +1,21 @@
 # Every target does its own set-up. Variables to change from the command line:
 #   PYTHON=...       the interpreter to make .venv with (3.12 or later)
 #   WORKERS=2        how many processes run the tests; 0 = in one process
+#   EXTRAS=dev,demo  the optional dependencies to install; .ci/run adds harness,ray,datasets
 #   STAGES=...       which stages of the torture run: kills moments faults power corruption fuzz; all unless named
 #   PYTEST_ARGS=...  more arguments for pytest, for instance PYTEST_ARGS="-k packing"
 
 WORKERS ?= 2
 PYTEST_ARGS ?=
 STAGES ?=
-export PYTHON
+EXTRAS ?= dev,demo
+export PYTHON EXTRAS
 
 BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model lab test test-fast torture quality lint format parity parity-write clean
+.PHONY: help setup demo demo-model lab check test test-fast torture quality lint format docs wheel parity parity-write clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +32,13 @@ demo: demo-model ## convert the demo model to EXL2 and show the result
 lab: demo-model ## run the sweep of examples/lab.toml on the demo model and write its report
 	@$(BIN)/python scripts/lab.py
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+check: lint docs test ## style, types, documentation and all tests; .ci/run runs it with every optional part installed
+
+test: setup ## run all tests; the end of the output lists what was skipped and why
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-fast: setup ## run the tests that take seconds
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where nothing else runs); writes the figures of docs/reliability.md
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
@@ -42,7 +46,7 @@ torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where not
 quality: demo-model ## measure what each choice of the algorithm is worth (most of an hour); the table of docs/quality.md
 	$(BIN)/python -m scripts.studies.quality --plot build/quality/kl.png
 
-lint: setup ## check style and types
+lint: setup ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -50,6 +54,12 @@ lint: setup ## check style and types
 format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## build the documentation in build/site; a warning is an error
+	$(BIN)/mkdocs build --quiet --strict
+
+wheel: setup ## build the wheel and try it in an environment of its own
+	@scripts/try_wheel.sh
 
 parity: demo-model ## recompute the reference logits with torch and transformers and compare with the committed ones
 	@scripts/setup.sh parity

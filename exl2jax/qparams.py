@@ -61,7 +61,7 @@ class QParams:
     def groups(self, rows: int) -> tuple[Group, ...]:
         """Cut `rows` into whole groups: `ceil(min(rows * share, rows left) / group_size)` of each width, in order.
 
-        The last width takes every row left; a short last group keeps a multiple of 32 rows (EXL2.md section 3).
+        The last width takes every row left; a short last group keeps a multiple of 32 rows (docs/format.md 3.1).
         """
         require_quantizable_rows(rows)
         out: list[Group] = []

@@ -1,4 +1,4 @@
-"""The candidate tables of stock ExLlamaV2: which settings are tried for attention, MLP and head (EXL2.md section 3)."""
+"""The candidate tables of stock ExLlamaV2: which settings are tried for attention, MLP and head (docs/format.md 3)."""
 
 from exl2jax.errors import SettingsError
 from exl2jax.qparams import QParams, q

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Make the virtual environment that the Makefile works in, or find it ready.
 #
-#   scripts/setup.sh          .venv         the project with its development and demo dependencies
+#   scripts/setup.sh          .venv         the project with the extras that EXTRAS names; dev,demo if it names none
 #   scripts/setup.sh parity   .venv-parity  torch and transformers, to rebuild the reference logits
 #
 # PYTHON names an interpreter to use instead of the ones looked for. Nothing is printed when all is in place.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+extras=
 case "${1:-main}" in
     main)
+        extras=${EXTRAS:-dev,demo}
         venv=.venv
         wanted=3.12 newest=3.99
         candidates=(python3 python3.12 python3.13 python3.14)
         inputs=(pyproject.toml constraints.txt)
-        arguments=(-c constraints.txt -e '.[dev,demo]')
+        arguments=(-c constraints.txt -e ".[$extras]")
         ;;
     parity)
         venv=.venv-parity
@@ -75,7 +77,19 @@ make_venv() {
         "install one of them, or name an interpreter: make ... PYTHON=/path/to/python"
 }
 
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+# The stamp is the fingerprint and, in its last line, the extras that are installed.
+installed() {
+    [ -f "$stamp" ] && [ "$(sed '$d' "$stamp")" = "$(fingerprint)" ] && "$venv/bin/python" -c '' 2>/dev/null
+}
+covered() {
+    local extra present
+    present=",$(tail -n 1 "$stamp"),"
+    for extra in ${extras//,/ }; do
+        [[ "$present" == *",$extra,"* ]] || return 1
+    done
+}
+
+if installed && covered; then
     exit 0
 fi
 
@@ -89,4 +103,7 @@ if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${ar
     fail "pip could not install the dependencies; the whole output is in $log" \
         "check the network and the package index, then run the command again"
 fi
-fingerprint >"$stamp"
+{
+    fingerprint
+    echo "$extras"
+} >"$stamp"

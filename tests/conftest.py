@@ -3,12 +3,18 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from exl2jax.testing.tiny_model import write_tiny_llama
+from tests import skip_policy
+
+if TYPE_CHECKING:
+    from exl2jax import ConversionConfig
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"
@@ -35,6 +41,7 @@ MOST_MAPPINGS = 25_000
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything imports JAX; workers inherit it from the process that starts them."""
+    config.pluginmanager.register(skip_policy)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -66,6 +73,40 @@ def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(
         folder, seed=1, tie=False, attention_bias=True, mlp_bias=True, dtype="bfloat16", shards=3, num_layers=3
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_conversion(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[Path, str], ConversionConfig]":
+    """Converts a tiny model by a preset once for all workers; gives the job's settings. For reading only.
+
+    4.5 bits per weight, from two rows of 48 tokens of the built-in texts; `compile_full` is the EXL2 directory.
+    """
+    from exl2jax import ConversionConfig, convert  # not before the environment is set
+
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent
+
+    def converted(source: Path, preset: str) -> ConversionConfig:
+        base = home / f"converted-{source.name}-{preset}"
+        config = ConversionConfig(
+            in_dir=source,
+            out_dir=base / "work",
+            compile_full=base / "exl2",
+            preset=preset,
+            bits=4.5,
+            dataset_rows=2,
+            length=48,
+            measurement_rows=2,
+            measurement_length=48,
+        )
+        with FileLock(f"{base}.lock"):
+            if not (base / "done").exists():
+                convert(config)
+                (base / "done").touch()
+        return config
+
+    return converted
 
 
 @pytest.fixture(scope="session")

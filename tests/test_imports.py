@@ -48,13 +48,13 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import of the package itself."""
+def imported(path: Path, package: str = "exl2jax") -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import of a package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "exl2jax":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             yield node.lineno, node.module
         elif isinstance(node, ast.Import):
-            yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] == "exl2jax")
+            yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] == package)
 
 
 def test_every_room_has_a_level() -> None:
@@ -90,3 +90,16 @@ def test_files_and_functions_stay_small() -> None:
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.body[0].lineno >= 45
     ]
     assert not long_functions, "aim for functions under 40 lines; a body of 45, docstring included, is the end"
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"), [("tests", "scripts"), ("scripts", "tests"), ("exl2jax", "tests"), ("exl2jax", "scripts")]
+)
+def test_tests_and_scripts_do_not_import_each_other(folder: str, forbidden: str) -> None:
+    """Helpers of both are in exl2jax.testing; the tests of the scripts are in scripts/tests."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in imported(path, forbidden)
+    ]
+    assert not found, found

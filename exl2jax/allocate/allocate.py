@@ -4,15 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exl2jax.allocate.by_linear import NARROWEST, WIDEST, free_choice
+from exl2jax.allocate.by_linear import NARROWEST, WIDEST, allocate_by_linear
+from exl2jax.allocate.limits import NO_LIMITS, Limits
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.errors import MeasurementError
 from exl2jax.measure.measurement import Candidate, Measurement, candidate_rows, module_bits
+from exl2jax.measure.sensitivity import width_ends
 from exl2jax.models import ModuleSpec, slots_of
 from exl2jax.variants import Choice
 from exl2jax.variants.candidates import STOCK_TABLE, Table
 from exl2jax.variants.recipe import Pricing
 from exl2jax.variants.solvers import Problem, Solved
+
+WIDEST_STEP = 2.0
+"""Bits per weight between neighbouring settings at their widest, from 6 bits to 8."""
 
 
 def feasible_bpw(
@@ -38,13 +43,26 @@ def by_rows(pricing: Pricing, table: Table | None) -> bool:
     return pricing == "accuracy" or table is not None
 
 
-def require_reachable(specs: Sequence[ModuleSpec], bits: float, pricing: Pricing, table: Table | None = None) -> None:
+def require_reachable(
+    specs: Sequence[ModuleSpec], bits: float, pricing: Pricing, table: Table | None = None, limits: Limits = NO_LIMITS
+) -> None:
     """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
-    reachable_budget(reach(specs, pricing, table), specs, bits)
+    reachable_budget(reach(specs, pricing, table, limits), specs, bits)
 
 
-def reach(specs: Sequence[ModuleSpec], pricing: Pricing, table: Table | None = None) -> tuple[float, float]:
-    """Least and greatest bits per weight of all the settings there are, before anything is measured."""
+def reach(
+    specs: Sequence[ModuleSpec], pricing: Pricing, table: Table | None = None, limits: Limits = NO_LIMITS
+) -> tuple[float, float]:
+    """Least and greatest bits per weight of all the settings that the limits allow, before anything is measured.
+
+    Raises `SettingsError` where the limits leave no row of the table for a module.
+    """
+    if not by_rows(pricing, table):
+        linears = [linear for spec in specs for linear in spec.linears]
+        ends = [(x, width_ends(limits.widths(x.key))) for x in linears]
+        low, high = (sum(end[i].total_bits(x.rows, x.columns) for x, end in ends) for i in (0, 1))
+        weights = sum(spec.weights for spec in specs)
+        return low / weights, high / weights
     rows = {
         slot.key: tuple(
             Candidate(qparams=row, total_bits=module_bits(slot, row))
@@ -52,7 +70,7 @@ def reach(specs: Sequence[ModuleSpec], pricing: Pricing, table: Table | None = N
         )
         for slot in slots_of(specs)
     }
-    return feasible_bpw(Measurement(modules=rows if by_rows(pricing, table) else {}), specs, pricing, table)
+    return feasible_bpw(limits.apply(Measurement(modules=rows), specs), specs, pricing, table)
 
 
 def reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], bits: float) -> int:
@@ -65,6 +83,21 @@ def reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], b
             f"`bits` {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise `bits`"
         )
     return budget
+
+
+def unspent_note(bpw: float, bits: float, specs: Sequence[ModuleSpec], *, rows: bool) -> str | None:
+    """A note where an allocation stays further below its target than the step of one linear can explain.
+
+    `rows` says that modules took rows of a table: then a step is that of a module. None where all is spent.
+    """
+    parts = [slot.weights for slot in slots_of(specs)] if rows else [x.weights for spec in specs for x in spec.linears]
+    step = WIDEST_STEP * max(parts) / sum(spec.weights for spec in specs)
+    if bits - bpw <= step:
+        return None
+    return (
+        f"only {bpw:.4f} of the {bits:g} bits per weight asked for were spent: the allowed settings reach no further, or "
+        "the measurement sees no gain in more"
+    )
 
 
 def allocate(
@@ -80,7 +113,7 @@ def allocate(
 ) -> Strategy:
     """Choose a setting per linear within `int(weights * bits)` bits.
 
-    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`free_choice`), or
+    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`allocate_by_linear`), or
     every module a row of `table` where one is given. By `accuracy` every module takes a row of its candidates.
     `solver` picks the rows, the default by the proven optimum of the sum of errors; `objective` is what it takes for an
     error, the measured one by default. Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
@@ -89,7 +122,7 @@ def allocate(
         measurement = _priced_rows(measurement, specs, table)
     budget = reachable_budget(feasible_bpw(measurement, specs, pricing, table), specs, bits)
     if not by_rows(pricing, table):
-        return _free_strategy(measurement, specs, budget, pricing)
+        return _strategy_by_linear(measurement, specs, budget, pricing)
     return _row_strategy(measurement, specs, budget, pricing, solver=solver, seed=seed, objective=objective)
 
 
@@ -113,9 +146,11 @@ def _priced_rows(measurement: Measurement, specs: Sequence[ModuleSpec], table: T
     return Measurement(modules=found)
 
 
-def _free_strategy(measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing) -> Strategy:
+def _strategy_by_linear(
+    measurement: Measurement, specs: Sequence[ModuleSpec], budget: int, pricing: Pricing
+) -> Strategy:
     assert measurement.sensitivity is not None  # the callers looked
-    chosen = free_choice(measurement.sensitivity.linears, budget)
+    chosen = allocate_by_linear(measurement.sensitivity.linears, budget)
     return Strategy(
         qparams={s.key: {x.name: chosen.mixtures[x.key].qparams for x in s.linears} for s in slots_of(specs)},
         total_bits=sum(mixture.total_bits for mixture in chosen.mixtures.values()),

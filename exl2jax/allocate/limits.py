@@ -60,10 +60,13 @@ class Limits:
         if empty:
             raise SettingsError(
                 f"{empty[0]}: none of stock's candidates keeps to `pins` and `exclude_bits`; pin a whole module to a "
-                "width of its own (4, 6 or 8), or take a preset whose linears are free (best, fast)"
+                "width of its own (4, 6 or 8), or take a preset that allocates by linear (best, fast)"
             )
         return replace(measurement, modules=left)
 
     def _left(self, spec: ModuleSpec, rows: Sequence[Candidate]) -> tuple[Candidate, ...]:
         allowed = {linear.name: set(self.widths(linear.key)) for linear in spec.linears}
         return tuple(row for row in rows if all(set(row.qparams[name].bits) <= allowed[name] for name in allowed))
+
+
+NO_LIMITS = Limits()

@@ -29,7 +29,7 @@ QUANTIZE_ROWS: Composition = (
     (RANDOM, 2),
     (TECHNICAL, 10),
 )
-"""The 115 rows of the quantization pass (EXL2.md section 5)."""
+"""The 115 rows of the quantization pass (docs/format.md 5.1)."""
 
 MEASURE_ROWS: Composition = (
     (WEB, 2),

@@ -1,4 +1,4 @@
-"""The standard set: rows of every domain, put together from texts by fixed rules (EXL2.md section 5)."""
+"""The standard set: rows of every domain, put together from texts by fixed rules (docs/format.md 5.1)."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from exl2jax.calibration.tokenizer_json import require_packages, written_form
 from exl2jax.errors import ModelError
 
 _SLOW_FILES = (
@@ -19,6 +20,8 @@ _SLOW_FILES = (
     "sentencepiece.bpe.model",
     "tiktoken.model",
 )
+"""Files of tokenizers in other forms than `tokenizer.json`."""
+
 _FINGERPRINT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,7 +49,8 @@ class Tokenizer:
     """A model's tokenizer.
 
     `bos_id`, `eos_id` and `pad_id` are None where the model has none. `vocab_size` is the highest known id plus one
-    (the embedding may have more rows). `fingerprint` is the SHA-256 of the tokenizer's files.
+    (the embedding may have more rows). `fingerprint` is the SHA-256 of the tokenizer's files. `written` is the content
+    of a `tokenizer.json` for a model that has none, which a result needs; None where the model has one.
     """
 
     backend: Backend
@@ -55,6 +59,7 @@ class Tokenizer:
     pad_id: int | None
     vocab_size: int
     fingerprint: str
+    written: str | None = None
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, template: bool = False) -> np.ndarray:
         """Token ids `[n]` int32 of a text.
@@ -142,9 +147,9 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     `tokenizer.json` is read directly; without it `transformers` looks for any other form. Special ids come from
     `config.json`, then from `tokenizer_config.json`, then from `special_tokens_map.json`.
 
-    Raises `ModelError` if there is no tokenizer or it cannot be read.
+    Raises `ModelError` if there is no tokenizer, if it cannot be read, or if a package that it needs is missing.
     """
-    model_dir = Path(model_dir)
+    model_dir, written = Path(model_dir), None
     if (model_dir / "tokenizer.json").is_file():
         backend = _FastBackend(model_dir / "tokenizer.json")
     elif any((model_dir / name).is_file() for name in _SLOW_FILES):
@@ -153,7 +158,9 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
                 f"{model_dir / 'tokenizer_config.json'}: the tokenizer needs code of the model's own (auto_map), "
                 "which is never run; add a tokenizer.json"
             )
+        require_packages(model_dir)
         backend = _TransformersBackend(model_dir)
+        written = written_form(backend.library, model_dir)
     else:
         raise ModelError(f"{model_dir}: no tokenizer found; tokenizer.json is missing, copy it from the model's source")
     bos, eos, pad = (_special_id(model_dir, backend, name) for name in ("bos", "eos", "pad"))
@@ -164,6 +171,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
         pad_id=pad,
         vocab_size=backend.vocab_size(),
         fingerprint=_fingerprint(model_dir),
+        written=written,
     )
 
 

@@ -1,6 +1,7 @@
 """`exl2jax plan`: what a conversion takes and gives, before anything is computed."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,10 @@ from exl2jax.stream.progress import RunControl
 def plan_command(
     context: typer.Context,
     settings: dict[str, Any],
-    model: Annotated[Path | None, typer.Argument(help="Source model directory, in place of -i.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Source model, as -i names it."),
+    ] = None,
     plugin: Plugins = None,
     settings_file: SettingsFile = None,
     as_json: Json = False,
@@ -38,7 +42,9 @@ def plan_command(
     load_variants(plugin)
     set_up(Console(stderr=True), called.spelling)
     with tempfile.TemporaryDirectory() as nowhere:
-        config = conversion_config(settings, Path(nowhere))
+        config = conversion_config(settings, Path(nowhere) / "work")
+        target = None if config.output_measurement else config.compile_full or Path(nowhere) / "exl2"
+        config = replace(config, compile_full=target)
         opened = Context.open(config, RunControl())
         rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control, sampling=False)
         passes = ("quantize",) if config.measurement else ("measure", "quantize")

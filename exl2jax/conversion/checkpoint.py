@@ -12,7 +12,7 @@ from exl2jax.conversion.work_directory import JOB_FORMAT, WorkDirectory
 from exl2jax.errors import Exl2JaxError, StorageError
 from exl2jax.storage import read_checked_tensors, write_checked_tensors
 from exl2jax.storage.digests import fingerprint
-from exl2jax.stream.scan import Carry
+from exl2jax.stream.scan import HostCarry
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class FileCheckpoint[O]:
     write: Callable[[list[O]], None]
     read: Callable[[int], list[O]]
 
-    def load(self) -> tuple[int, Carry, list[O]] | None:
+    def load(self) -> tuple[int, HostCarry, list[O]] | None:
         """The last sound checkpoint of this pass of this job, or None."""
         path = self.work.hidden_states
         if not path.exists():
@@ -52,7 +52,7 @@ class FileCheckpoint[O]:
             log.warning("%s; starting the %s pass over", e, self.stage)
             return None
 
-    def save(self, position: int, carry: Carry, outputs: list[O]) -> None:
+    def save(self, position: int, carry: HostCarry, outputs: list[O]) -> None:
         """Write a checkpoint after `position` modules."""
         self.write(outputs)
         metadata = {
@@ -84,10 +84,10 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _flatten(carry: Carry) -> dict[str, np.ndarray]:
+def _flatten(carry: HostCarry) -> dict[str, np.ndarray]:
     return {f"{name}.{i:05}": row for name, rows in carry.items() for i, row in enumerate(rows)}
 
 
-def _unflatten(tensors: Mapping[str, np.ndarray]) -> Carry:
+def _unflatten(tensors: Mapping[str, np.ndarray]) -> HostCarry:
     names = sorted({name.rpartition(".")[0] for name in tensors})
     return {name: np.stack([tensors[t] for t in sorted(tensors) if t.rpartition(".")[0] == name]) for name in names}

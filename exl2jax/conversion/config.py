@@ -169,6 +169,18 @@ class ConversionConfig:
         metadata=declare("Devices to spread rows and linears over.", RUN, unset="all", low=1, recorded=False),
     )
 
+    device_memory: float | None = field(
+        default=None,
+        metadata=declare(
+            "GB of a device for hidden states.",
+            RUN,
+            long="device-memory",
+            unset="half of what is free",
+            low=0,
+            recorded=False,
+        ),
+    )
+
     def __post_init__(self) -> None:
         """Check every setting that can be checked without reading a file."""
         check_all(self)

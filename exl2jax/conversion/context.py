@@ -16,7 +16,7 @@ from exl2jax.qparams import require_quantizable_rows
 from exl2jax.storage.digests import fingerprint
 from exl2jax.stream.blocks import Block, HeadBlock
 from exl2jax.stream.progress import RunControl
-from exl2jax.stream.scan import Carry, scan
+from exl2jax.stream.scan import Carry, Form, HostCarry, scan
 from exl2jax.variants.recipe import Recipe
 
 
@@ -61,9 +61,10 @@ class Context:
         self,
         stage: str,
         step: Callable[[Carry, Any], tuple[Carry, O]],
-        start: Callable[[], Carry],
+        start: Callable[[], HostCarry],
         specs: Sequence[ModuleSpec | LinearSpec],
         *,
+        form: Form[Carry],
         describe: Callable[[Any, O], str],
         write: Callable[[list[O]], None],
         read: Callable[[int], list[O]],
@@ -74,6 +75,7 @@ class Context:
             step,
             start,
             specs,
+            form=form,
             load=self.load,
             describe=describe,
             checkpoint=checkpoint,

@@ -27,6 +27,7 @@ from exl2jax.conversion.passes import (
     read_reports,
 )
 from exl2jax.conversion.preflight import require_space
+from exl2jax.conversion.refusals import early_notes, early_refusals
 from exl2jax.conversion.result import ConversionResult
 from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
@@ -61,9 +62,12 @@ def convert(config: ConversionConfig, control: RunControl | None = None) -> Conv
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
     context = Context.open(config, control or RunControl())
-    config.limits.require_matches(context.specs)
+    for error in early_refusals(context):
+        raise error
     if config.measurement is None and config.output_measurement is None:
-        require_reachable(context.specs, config.bits, context.recipe.pricing, context.recipe.table)
+        require_reachable(context.specs, config.bits, context.recipe.pricing, context.recipe.table, config.limits)
+    for note in early_notes(context):
+        log.warning("%s", note)
     with spread(config.devices), context.work.locked():
         if config.no_resume:
             context.work.clear()
@@ -209,7 +213,8 @@ class _Conversion:
             own_files=self.work.files if target == self.work.path else (),
         )
         if self.config.compile_full is not None:
-            copy_source_files(self.context.model, target, quantization_config(self.config, state))
+            section = quantization_config(self.config, state)
+            copy_source_files(self.context.model, target, section, tokenizer=self.context.tokenizer.written)
         seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - start, 3)}
         state = state.advanced("finished", seconds=seconds)
         result = summarize(self.context, state, target, shards, reports)

@@ -6,9 +6,11 @@ linears.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +29,10 @@ from exl2jax.models import LinearSpec, ModuleSpec, head_spec
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.quantize.step import QuantizeStep
 from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
+from exl2jax.stream.chunks import full_mask
 from exl2jax.stream.forward import embed
-from exl2jax.stream.scan import GRADIENT, PERTURBED, STATES, Carry
+from exl2jax.stream.scan import GRADIENT, PERTURBED, STATES, Carry, HostCarry, streams_by
+from exl2jax.stream.streams import Rows, Stream, device_budget
 from exl2jax.variants.recipe import Recipe
 
 LINEARS_SHOWN = 8
@@ -41,156 +45,151 @@ PREDICTED = "predicted"
 """Tensor beside the columns' weights in the file of perturbations."""
 
 
+class Codec[O](NamedTuple):
+    """How the outputs of a pass are kept on disk; `read` gives back the first so many."""
+
+    write: Callable[[Sequence[O]], None]
+    read: Callable[[int], list[O]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass[O]:
+    """A pass over modules: its step, its modules, its first carry, how its outputs are kept and its streams placed."""
+
+    name: str
+    step: Callable[[Carry, Any], tuple[Carry, O]]
+    specs: Sequence[ModuleSpec | LinearSpec]
+    start: Callable[[], HostCarry]
+    codec: Codec[O]
+    place: Callable[[np.ndarray], Stream]
+    describe: Callable[[Any, O], str] = lambda spec, _: spec.key
+
+    def run(self, context: Context) -> tuple[Carry, list[O]]:
+        """Take the modules through the step, from the last checkpoint on, and write all outputs."""
+        carry, outputs = context.scan(
+            self.name,
+            self.step,
+            self.start,
+            self.specs,
+            form=streams_by(self.place),
+            describe=self.describe,
+            write=self.codec.write,
+            read=self.codec.read,
+        )
+        self.codec.write(outputs)
+        return carry, outputs
+
+
 def forward_pass(context: Context, rows: CalibrationRows) -> None:
     """Keep the full-precision input of every module on a few calibration rows."""
     picked = _fisher_rows(context, rows)
-    stack = _input_stack(context, rows.input_ids[picked])
+    stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
         remove(context.work.hidden_states)  # a checkpoint without the inputs before it is worth nothing
-    context.scan(
-        "forward",
-        ForwardStep(decoder=context.decoder, stack=stack),
-        lambda: {STATES: embed(context.model, rows.input_ids[picked], context.config.seed)},
-        context.specs,
-        describe=lambda spec, _: spec.key,
-        write=lambda _: stack.flush(),
-        read=lambda count: [None] * count,
-    )
-    stack.flush()
+    Pass(
+        name="forward",
+        step=ForwardStep(decoder=context.decoder, stack=stack),
+        specs=context.specs,
+        start=partial(_embedded, context, picked),
+        codec=Codec(lambda _: stack.flush(), lambda count: [None] * count),
+        place=_rows(context, picked).place,
+    ).run(context)
 
 
 def backward_pass(context: Context, rows: CalibrationRows) -> None:
     """Leave the Fisher information of every linear's columns in the work directory."""
     picked = _fisher_rows(context, rows)
-    mask = None if rows.attention_mask is None else rows.attention_mask[picked]
-    stack = _input_stack(context, rows.input_ids[picked])
+    stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
         raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with `no_resume`")
-    tokens = rows.input_ids[picked].size if mask is None else int(mask.sum())
-    specs = context.specs[::-1]
+    specs, single = context.specs[::-1], _rows(context, picked, single=True)
 
-    def write(outputs: Sequence[Columns]) -> None:
-        write_checked_tensors(context.work.fisher, _by_key(specs, outputs))
+    def start() -> HostCarry:
+        head = context.model.head_params()
+        return {GRADIENT: head_gradients(context.decoder, head, stack.final(), picked.mask, seed=context.config.seed)}
 
-    def read(count: int) -> list[Columns]:
-        known = _read_all(context.work.fisher)
-        return [columns_by_name(spec, known) for spec in specs[:count]]
-
-    def start() -> Carry:
-        gradient = head_gradients(
-            context.decoder, context.model.head_params(), stack.final(), mask, seed=context.config.seed
-        )
-        return {GRADIENT: gradient}
-
-    _, outputs = context.scan(
-        "backward",
-        BackwardStep(decoder=context.decoder, stack=stack, tokens=tokens, mask=mask, weigh=context.recipe.weigh_tokens),
-        start,
-        specs,
-        describe=lambda spec, _: spec.key,
-        write=write,
-        read=read,
-    )
-    write(outputs)
+    Pass(
+        name="backward",
+        step=BackwardStep(
+            decoder=context.decoder,
+            stack=stack,
+            rows=single,
+            tokens=int(picked.mask.sum(dtype=np.int64)),
+            weigh=context.recipe.weigh_tokens,
+        ),
+        specs=specs,
+        start=start,
+        codec=_columns_codec(context.work.fisher, specs),
+        place=single.place,
+    ).run(context)
 
 
 def perturb_pass(context: Context, rows: CalibrationRows) -> None:
-    """Scale what the backward pass left by the measured divergence of perturbing each module alone."""
+    """Scale the Fisher information by the measured divergence of perturbing each module alone."""
     picked = _fisher_rows(context, rows)
     step = PerturbStep(
         decoder=context.decoder,
-        stack=_input_stack(context, rows.input_ids[picked]),
-        rows=min(context.recipe.divergence_rows, len(picked)),
+        stack=_input_stack(context, picked.input_ids),
+        rows=min(context.recipe.divergence_rows, len(picked.input_ids)),
         fisher=_read_all(context.work.fisher) if context.recipe.pricing == "fisher" else None,
     )
-    mask = None if rows.attention_mask is None else rows.attention_mask[picked[: step.rows]]
-    carry, found = context.scan(
-        "perturb",
-        step,
-        lambda: step.start(len(context.specs)),
-        context.specs,
+    carry, found = Pass(
+        name="perturb",
+        step=step,
+        specs=context.specs,
+        start=lambda: step.start(len(context.specs)),
+        codec=Codec(partial(_write_perturbations, context), partial(_read_perturbations, context)),
+        place=step.place,
         describe=lambda spec, found: f"{spec.key}: {found.predicted:.2e} nats predicted",
-        write=partial(_write_perturbations, context),
-        read=partial(_read_perturbations, context),
-    )
-    reference = step.stack.final()[: step.rows]
-    measured = divergences(context.decoder, context.model.head_params(), carry[PERTURBED], reference, mask)
+    ).run(context)
+    reference, mask = step.stack.final()[: step.rows], picked.mask[: step.rows]
+    measured = divergences(context.decoder, context.model.head_params(), carry[PERTURBED].array(), reference, mask)
     write_checked_tensors(context.work.scaled_fisher, _by_key(context.specs, scaled(found, measured)))
 
 
 def price_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the measurement of what each linear's error costs."""
-    fisher_rows = len(_fisher_rows(context, rows))
-    method = _method(context.recipe)
+    every = PassRows.of(rows)
+    placed = _rows(context, every)
     weights = context.work.scaled_fisher if context.recipe.divergence_rows else context.work.fisher
     remove(context.work.module_inputs)  # the job file says by now that the passes which read it are done
-
-    def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
-        linears = {key: costs for found in outputs for key, costs in found.items()}
-        sensitivity = Sensitivity(method=method, rows=fisher_rows, linears=linears)
-        Measurement(sensitivity=sensitivity, method=context.recipe.measured_by).write(
-            context.work.measurement, context.specs
-        )
-
-    def read(count: int) -> list[dict[str, LinearCosts]]:
-        found = read_measurement(context.work.measurement, context.specs, partial=count).sensitivity
-        if found is None:
-            raise JobError(
-                f"{context.work.measurement}: not the measurement that was begun here; start over with `no_resume`"
-            )
-        return [{x.key: found.linears[x.key] for x in spec.linears} for spec in context.specs[:count]]
-
-    _, outputs = context.scan(
-        "price",
-        PriceStep(
+    Pass(
+        name="price",
+        step=PriceStep(
             decoder=context.decoder,
-            mask=rows.attention_mask,
+            rows=placed,
             fisher=_read_all(weights),
             routed_only=context.config.routed_only,
             method=context.recipe.method,
         ),
-        lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
-        context.specs,
+        specs=context.specs,
+        start=partial(_embedded, context, every),
+        codec=_costs_codec(context, len(_fisher_rows(context, rows).input_ids)),
+        place=placed.place,
         describe=lambda spec, found: f"{spec.key}: {_price_range(found)}",
-        write=write,
-        read=read,
-    )
-    write(outputs)
+    ).run(context)
 
 
 def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
     """Write stock's measurement: the accuracy of every candidate of every module, beside the costs if there are any."""
-    path = context.work.measurement
-    priced = context.recipe.pricing != "accuracy"
-    sensitivity = read_sensitivity(path, context.specs) if priced else None
-
-    def write(outputs: Sequence[dict[str, tuple[Candidate, ...]]]) -> None:
-        modules = {key: rows for found in outputs for key, rows in found.items()}
-        Measurement(modules=modules, sensitivity=sensitivity, method=context.recipe.measured_by).write(
-            path, context.specs
-        )
-
-    def read(count: int) -> list[dict[str, tuple[Candidate, ...]]]:
-        known = read_measurement(path, context.specs, partial=count).modules
-        return [{slot.key: known[slot.key] for slot in spec.slots} for spec in context.specs[:count]]
-
-    _, outputs = context.scan(
-        "measure",
-        MeasureStep(
+    every = PassRows.of(rows)
+    placed = _rows(context, every)
+    Pass(
+        name="measure",
+        step=MeasureStep(
             decoder=context.decoder,
-            mask=rows.attention_mask,
+            rows=placed,
             routed_only=context.config.routed_only,
             method=context.recipe.method,
             table=context.recipe.measured_table,
             of_rows=context.recipe.error_of_rows,
         ),
-        lambda: {STATES: embed(context.model, rows.input_ids, context.config.seed)},
-        context.specs,
+        specs=context.specs,
+        start=partial(_embedded, context, every),
+        codec=_accuracies_codec(context),
+        place=placed.place,
         describe=lambda spec, found: f"{spec.key}: {_error_range(found)}",
-        write=write,
-        read=read,
-    )
-    write(outputs)
+    ).run(context)
 
 
 def quantize_pass(
@@ -201,6 +200,8 @@ def quantize_pass(
     `token_weights` are those of the classes of tokens by key of a linear, none where all count alike.
     """
     make_directory(context.work.out_tensor, "the work directory")
+    every = PassRows.of(rows)
+    placed = _rows(context, every, streams=3 if context.recipe.carries_reference else 2)
     step = QuantizeStep(
         decoder=context.decoder,
         recipe=context.recipe,
@@ -208,23 +209,21 @@ def quantize_pass(
         token_weights=token_weights,
         head_bits=context.config.head_bits,
         input_ids=rows.input_ids,
-        mask=rows.attention_mask,
+        rows=placed,
         out_tensor=context.work.out_tensor,
         check_rows=context.config.measurement_rows or CHECK_ROWS,
         routed_only=context.config.routed_only,
         seed=context.config.seed,
     )
-    write = partial(_write_reports, context)
-    _, reports = context.scan(
-        "quantize",
-        step,
-        lambda: step.start(embed(context.model, rows.input_ids, context.config.seed)),
-        (*context.specs, head_spec(context.model.config)),
+    _, reports = Pass(
+        name="quantize",
+        step=step,
+        specs=(*context.specs, head_spec(context.model.config)),
+        start=lambda: step.start(_embedded(context, every)[STATES]),
+        codec=Codec(partial(_write_reports, context), partial(read_reports, context)),
+        place=placed.place,
         describe=lambda spec, report: _describe(spec, report, strategy),
-        write=write,
-        read=partial(read_reports, context),
-    )
-    write(reports)
+    ).run(context)
     if not math.isfinite(reports[-1].perplexity or math.nan):
         raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
 
@@ -248,15 +247,84 @@ def _error_range(found: Mapping[str, Sequence[Candidate]]) -> str:
     return f"error {min(errors):.4f} to {max(errors):.4f}"
 
 
-def _fisher_rows(context: Context, rows: CalibrationRows) -> np.ndarray:
-    """Indices of the rows of the backward pass, spread evenly over the calibration rows and so over its domains."""
+class PassRows(NamedTuple):
+    """Token rows of a pass `[R, T]`, and which of their tokens count: 0 where one is padding."""
+
+    input_ids: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def of(cls, rows: CalibrationRows) -> "PassRows":
+        """All calibration rows."""
+        return cls(rows.input_ids, full_mask(rows.input_ids.shape, rows.attention_mask))
+
+
+def _fisher_rows(context: Context, rows: CalibrationRows) -> PassRows:
+    """Rows of the backward pass, spread evenly over the calibration rows and so over its domains."""
     count = min(context.recipe.fisher_rows, len(rows.input_ids))
-    return (2 * np.arange(count) + 1) * len(rows.input_ids) // (2 * count)
+    picked = (2 * np.arange(count) + 1) * len(rows.input_ids) // (2 * count)
+    return PassRows(*(values[picked] for values in PassRows.of(rows)))
+
+
+def _rows(context: Context, rows: PassRows, *, streams: int = 2, single: bool = False) -> Rows:
+    """The rows as a pass takes them, on the device where so many `streams` of states fit."""
+    width, budget = context.model.config.hidden_size, device_budget(context.config.device_memory)
+    resident = budget is None or streams * rows.input_ids.size * width * 4 <= budget
+    return Rows.of(rows.mask, width, single=single, resident=resident)
+
+
+def _embedded(context: Context, rows: PassRows) -> HostCarry:
+    """The carry of a pass over hidden states before the first module."""
+    return {STATES: embed(context.model, rows.input_ids, context.config.seed)}
 
 
 def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
     shape = (*ids.shape, context.model.config.hidden_size)
     return InputStack(context.work.module_inputs, context.specs, shape)
+
+
+def _columns_codec(path: Path, specs: Sequence[ModuleSpec]) -> Codec[Columns]:
+    """Columns of modules in a file of tensors."""
+
+    def read(count: int) -> list[Columns]:
+        known = _read_all(path)
+        return [columns_by_name(spec, known) for spec in specs[:count]]
+
+    return Codec(lambda outputs: write_checked_tensors(path, _by_key(specs, outputs)), read)
+
+
+def _costs_codec(context: Context, fisher_rows: int) -> Codec[dict[str, LinearCosts]]:
+    """Costs of linears in the measurement file."""
+    path, specs, recipe = context.work.measurement, context.specs, context.recipe
+
+    def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
+        linears = {key: costs for found in outputs for key, costs in found.items()}
+        sensitivity = Sensitivity(method=_method(recipe), rows=fisher_rows, linears=linears)
+        Measurement(sensitivity=sensitivity, method=recipe.measured_by).write(path, specs)
+
+    def read(count: int) -> list[dict[str, LinearCosts]]:
+        found = read_measurement(path, specs, partial=count).sensitivity
+        if found is None:
+            raise JobError(f"{path}: not the measurement that was begun here; start over with `no_resume`")
+        return [{x.key: found.linears[x.key] for x in spec.linears} for spec in specs[:count]]
+
+    return Codec(write, read)
+
+
+def _accuracies_codec(context: Context) -> Codec[dict[str, tuple[Candidate, ...]]]:
+    """Accuracies of candidates in the measurement file, beside the costs that it holds already."""
+    path, specs, recipe = context.work.measurement, context.specs, context.recipe
+    sensitivity = read_sensitivity(path, specs) if recipe.pricing != "accuracy" else None
+
+    def write(outputs: Sequence[dict[str, tuple[Candidate, ...]]]) -> None:
+        modules = {key: rows for found in outputs for key, rows in found.items()}
+        Measurement(modules=modules, sensitivity=sensitivity, method=recipe.measured_by).write(path, specs)
+
+    def read(count: int) -> list[dict[str, tuple[Candidate, ...]]]:
+        known = read_measurement(path, specs, partial=count).modules
+        return [{slot.key: known[slot.key] for slot in spec.slots} for spec in specs[:count]]
+
+    return Codec(write, read)
 
 
 def _by_key(specs: Sequence[ModuleSpec], outputs: Sequence[Columns]) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
+from exl2jax.conversion.refusals import early_notes, early_refusals
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
 from exl2jax.exl2.compile import compiled_size, source_head
@@ -82,14 +83,14 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Spee
         memory_present=present,
         calibration_tokens=tokens,
         durations={} if speed is None else durations(pass_operations(context.config, context.model.config), speed),
-        refused=tuple(str(e) for e in (*refused, *_disk_refusals(context, disk, free))),
-        warnings=(*short, *(tight if memory > present else [])),
+        refused=tuple(str(e) for e in (*early_refusals(context), *refused, *_disk_refusals(context, disk, free))),
+        warnings=(*early_notes(context), *short, *(tight if memory > present else [])),
     )
 
 
 def require_space(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
     """Raise `StorageError` where a plan would refuse for the disk."""
-    _, high = reach(context.specs, context.recipe.pricing, context.recipe.table)
+    _, high = reach(context.specs, context.recipe.pricing, context.recipe.table, context.config.limits)
     for error in _disk_refusals(context, _disk(context, rows, high), _free(context)):
         raise error
 
@@ -98,7 +99,7 @@ def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl
     """Least and greatest bits per weight, the size by a given measurement, and why the target is refused."""
     config, specs, table = context.config, context.specs, context.recipe.table
     if config.measurement is None:
-        within = reach(specs, context.recipe.pricing, table)
+        within = reach(specs, context.recipe.pricing, table, config.limits)
         try:
             if config.output_measurement is None:
                 reachable_budget(within, specs, config.bits)

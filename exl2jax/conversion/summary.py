@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exl2jax.allocate.allocate import by_rows, unspent_note
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.refusals import early_notes
 from exl2jax.conversion.result import ConversionResult, perplexity_warnings
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.models.transform import transform_record
@@ -40,12 +42,15 @@ def summarize(
     measured_by, own = strategy["measured_by"], context.recipe.measured_by
     differs = measured_by != own and not weaker
     other = [OTHER_METHOD.format(measured=measured_by or "stock's", own=own or "stock's")] if differs else []
+    bpw, rows = sum(r.bits for r in modules) / weights, by_rows(strategy["pricing"], context.recipe.table)
+    unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
+    found = [*early_notes(context), *([unspent] if unspent else [])]
     diagnostics = [line for report in reports for line in report.diagnostics]
     return ConversionResult(
         output=str(target),
         bits=config.bits,
         preset=context.recipe.name,
-        bpw=sum(r.bits for r in modules) / weights,
+        bpw=bpw,
         head_bits=config.head_bits,
         size=sum(path.stat().st_size for path in shards),
         source_size=sum(path.stat().st_size for path in context.model.files.files),
@@ -56,7 +61,7 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *diagnostics, *notes),
+        warnings=(*found, *perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *diagnostics, *notes),
     )
 
 

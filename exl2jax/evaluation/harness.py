@@ -14,7 +14,7 @@ from exl2jax.errors import SettingsError
 from exl2jax.evaluation.logits import final_states
 from exl2jax.generation import ResidentModel, Sampling, generate, load_resident
 from exl2jax.models import build_decoder, open_model
-from exl2jax.stream.chunks import row_chunks
+from exl2jax.stream.chunks import row_spans
 from exl2jax.stream.forward import head_logits
 
 MISSING = "lm-evaluation-harness is not installed; get it with: pip install 'exl2jax[harness]'"
@@ -95,11 +95,11 @@ class Scorer:
         """Log probabilities `[T, vocab]` of each row's next tokens, float64, a chunk of rows at a time."""
         states, params = final_states(self.model, ids), self.model.head_params()
         decoder = build_decoder(self.model.config)
-        for chunk in row_chunks(states):
-            logits = np.asarray(head_logits(decoder, params, chunk.take(states)), np.float64)
+        for span in row_spans(*states.shape):
+            logits = np.asarray(head_logits(decoder, params, span.of(states)), np.float64)
             peak = logits.max(axis=-1, keepdims=True)
             log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
-            yield from log_p[: chunk.stop - chunk.start]
+            yield from log_p[: span.real]
 
 
 def harness_model(directory: Path) -> Any:

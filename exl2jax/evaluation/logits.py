@@ -7,17 +7,18 @@ import numpy as np
 
 from exl2jax.models import Model, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.stream.blocks import Block, forward_block
-from exl2jax.stream.chunks import row_chunks
 from exl2jax.stream.forward import embed, head_logits
+from exl2jax.stream.streams import Rows, Stream, fold
 
 
 def walk(model: Model, input_ids: np.ndarray) -> Iterator[tuple[ModuleSpec, np.ndarray]]:
-    """Every module and the hidden states `[R, T, D]` after it, one block resident."""
+    """Every module and the hidden states `[R, T, D]` after it, one block resident; the next module overwrites them."""
     decoder = build_decoder(model.config)
-    states = embed(model, input_ids)
+    rows = Rows.of(np.ones(input_ids.shape), model.config.hidden_size, resident=False)
+    states = rows.place(embed(model, input_ids))
     for spec in module_specs(model.config):
-        states = forward_block(decoder, Block.of(model, spec), states)
-        yield spec, states
+        states, _ = forward_block(decoder, Block.of(model, spec), states)
+        yield spec, states.array()
 
 
 def final_states(model: Model, input_ids: np.ndarray) -> np.ndarray:
@@ -31,7 +32,7 @@ def model_logits(directory: Path, input_ids: np.ndarray) -> np.ndarray:
     model = open_model(directory)
     states = final_states(model, input_ids)
     decoder, params = build_decoder(model.config), model.head_params()
-    out = np.empty((*input_ids.shape, model.config.vocab_size), np.float32)
-    for chunk in row_chunks(states):
-        chunk.put(out, head_logits(decoder, params, chunk.take(states)))
-    return out
+    rows = Rows.of(np.ones(input_ids.shape), model.config.hidden_size, resident=False)
+    out = Stream.empty(rows.spans, (input_ids.shape[1], model.config.vocab_size), resident=False)
+    fold(lambda total, h: (total, (head_logits(decoder, params, h),)), None, (rows.place(states),), (out,))
+    return out.array()

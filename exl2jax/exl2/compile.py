@@ -1,12 +1,14 @@
 """Compilation: packed linears and untouched tensors into the shards of an EXL2 directory."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exl2jax.errors import JobError, ModelError, StorageError
+from exl2jax.errors import JobError, StorageError
+from exl2jax.exl2.copying import copy_files, plan_copies
 from exl2jax.models import HFModel, embedding_shapes, head_norm_spec, head_spec, module_specs
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.models.modules import LinearSpec
@@ -16,16 +18,17 @@ from exl2jax.quantize.store import tensor_file
 from exl2jax.storage import (
     ShardWriter,
     TensorHead,
-    copy_file,
     is_shard,
     make_directory,
     read_checked_tensors,
     shards_size,
+    write_bytes,
     write_json,
 )
-from exl2jax.storage.tensors import INDEX_NAME
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+TOKENIZER_NAME = "tokenizer.json"
+
+log = logging.getLogger(__name__)
 
 
 def compile_model(
@@ -44,7 +47,7 @@ def compile_model(
     read them too.
     """
     make_directory(target, "the output directory")
-    _require_no_strays(target, own_files)
+    require_no_strays(target, own_files)
     writer = ShardWriter(target, shard_mb)
     for name, tensor in _tensors(model, out_tensor, own_norms):
         writer.add(name, tensor)
@@ -85,27 +88,29 @@ def _heads(model: HFModel, qparams: Mapping[str, QParams]) -> Iterator[TensorHea
     yield from plain(model.copied())
 
 
-def copy_source_files(model: HFModel, target: Path, quantization: Mapping[str, Any]) -> None:
-    """Copy every non-weight file of the source as it is, and write its config with `quantization_config` added."""
-    for path in sorted(model.directory.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
-            _require_own(path, model.directory)
-            copy_file(path, target / path.name)
+def largest_tensor(model: HFModel, qparams: Mapping[str, QParams]) -> TensorHead:
+    """The largest tensor of the result when every linear is quantized by its `qparams`, which a shard must hold."""
+    return max(_heads(model, qparams), key=lambda tensor: tensor.nbytes)
+
+
+def copy_source_files(
+    model: HFModel, target: Path, quantization: Mapping[str, Any], *, tokenizer: str | None = None
+) -> None:
+    """Copy what a loader or a person reads of the source, and write its config with `quantization_config` added.
+
+    `tokenizer` is the content of a `tokenizer.json` for a source that has none.
+    """
+    copies = plan_copies(model.directory)
+    copy_files(copies, target)
+    if tokenizer is not None:
+        write_bytes(target / TOKENIZER_NAME, tokenizer.encode())
     write_json(target / CONFIG_NAME, {**model.stock_config(), "quantization_config": dict(quantization)})
+    if copies.left:
+        log.info("not copied, as no loader of the result reads it: %s", ", ".join(copies.left))
 
 
-def _require_own(path: Path, directory: Path) -> None:
-    """Refuse to copy what a link brings in from elsewhere; the hub cache keeps its files in `blobs`, two levels up."""
-    real, home = path.resolve(), directory.resolve()
-    hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if path.is_symlink() and not (real.is_relative_to(home) or real.is_relative_to(hub)):
-        raise ModelError(
-            f"{path}: a link to {real}, outside of the model; it is not copied into the result: "
-            "put the file itself there or remove the link"
-        )
-
-
-def _require_no_strays(target: Path, known: Collection[Path]) -> None:
+def require_no_strays(target: Path, known: Collection[Path] = ()) -> None:
+    """Refuse a directory with weight files that are neither shards nor `known`: a loader would read them too."""
     strays = sorted(p.name for p in target.glob("*.safetensors") if not is_shard(p.name) and p not in known)
     if strays:
         raise StorageError(f"{target / strays[0]}: not of this conversion, but its loader would read it; move it away")

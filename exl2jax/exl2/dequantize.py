@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from exl2jax.errors import NumericalError, SettingsError
+from exl2jax.exl2.copying import WEIGHT_SUFFIXES, copy_files, plan_copies
 from exl2jax.models import Exl2Model, head_spec, load_exl2, module_specs, to_source
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.models.modules import embedding_shapes
 from exl2jax.models.spelling import TEXT_SECTION
 from exl2jax.ops.packing import TENSOR_NAMES
-from exl2jax.storage import copy_file, make_directory, write_json, write_tensors
-from exl2jax.storage.tensors import INDEX_NAME
+from exl2jax.storage import make_directory, write_json, write_tensors
+from exl2jax.storage.source_files import INDEX_NAME
 
 SHARD_BYTES = 4 << 30
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def dequantize_model(directory: Path, out: Path) -> int:
@@ -37,9 +37,7 @@ def dequantize_model(directory: Path, out: Path) -> int:
     held = sorted(p.name for p in out.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if held or out.resolve() == directory.resolve():
         raise SettingsError(f"{out}: holds weights already ({', '.join(held[:3])}); choose an empty directory")
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (CONFIG_NAME, INDEX_NAME):
-            copy_file(path, out / path.name)
+    copy_files(plan_copies(directory), out)
     written = _write_shards(_tensors(model), out)
     write_json(out / CONFIG_NAME, _plain_config(model.raw_config))
     return written

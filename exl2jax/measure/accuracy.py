@@ -1,12 +1,9 @@
-"""The measurement pass: what every candidate of every module does to that module's output."""
+"""The measurement pass: the error of every candidate of every module, at that module's output."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from operator import iadd
 from typing import Any
-
-import numpy as np
 
 from exl2jax.measure.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.measure.trials import Stack, candidate_errors, expert_outputs
@@ -14,9 +11,10 @@ from exl2jax.models import Decoder, ModuleSpec
 from exl2jax.ops import HessianFactor, relative_frobenius
 from exl2jax.quantize.linear import Task, module_factors, quantize_many
 from exl2jax.stream.blocks import Block, Piece, cut
-from exl2jax.stream.forward import ErrorOfRows, forward, relative_error, require_finite
+from exl2jax.stream.forward import ErrorOfRows, errors_by_row, forward, mean_of_rows, require_finite
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.scan import STATES, Carry
+from exl2jax.stream.streams import Rows, Stream, added, read
 from exl2jax.variants import STOCK, Method
 from exl2jax.variants.candidates import STOCK_TABLE, Table
 
@@ -30,7 +28,7 @@ class MeasureStep:
     """
 
     decoder: Decoder
-    mask: np.ndarray | None
+    rows: Rows
     routed_only: bool = True
     method: Method = STOCK
     table: Table = STOCK_TABLE
@@ -43,40 +41,49 @@ class MeasureStep:
             out, errors = self._whole(next(block.pieces(self.decoder, settings)), states)
         else:
             run = partial(self._experts, states=states)
-            out, *trials = reduce(iadd, map(run, block.pieces(self.decoder, settings)))
-            errors = {block.spec.key: [relative_error(trial, out, self.mask, self.of_rows) for trial in trials]}
+            out, *trials = reduce(_summed, map(run, block.pieces(self.decoder, settings)))
+            errors = {block.spec.key: [errors_by_row(self.rows, trial, out, self.of_rows) for trial in trials]}
+        means = {key: self._means(found) for key, found in errors.items()}
         found = {
             slot.key: tuple(
                 Candidate(qparams=row, total_bits=module_bits(slot, row), accuracy=max(MIN_ACCURACY, float(1 - error)))
-                for row, error in zip(candidate_rows(slot, self.table), errors[slot.key], strict=True)
+                for row, error in zip(candidate_rows(slot, self.table), means[slot.key], strict=True)
             )
             for slot in block.spec.slots
         }
         return {STATES: out}, found
 
-    def _whole(self, piece: Piece, states: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The module's output, and the errors of the candidates of its slots."""
+    def _means(self, errors: Sequence[Stream]) -> list[float]:
+        """The mean error of each candidate from its errors by row."""
+        found = read([stream.parts() for stream in errors])
+        return [mean_of_rows(self.rows.spans, parts) for parts in found]
+
+    def _whole(self, piece: Piece, states: Stream) -> tuple[Stream, dict[str, list[Stream]]]:
+        """The module's output, and the errors by row of the candidates of its slots."""
         spec, params, errors = piece.spec, piece.params, {}
         out, factors = self._collected(piece, states)
         for slot in spec.slots:
-            stacks = self._quantized(slot, params, factors)
-            reference = out if slot is spec else forward(self.decoder, slot.kind, params, states)
-            trials = (params, stacks, states, reference, self.mask, self.of_rows)
-            errors[slot.key] = candidate_errors(self.decoder, slot, *trials)
+            stacks, module, reference = self._quantized(slot, params, factors), self.decoder.module(slot), out
+            if slot is not spec:
+                reference = states.like(*states.shape)
+                forward(module, params, states, reference)
+            errors[slot.key] = candidate_errors(
+                module, slot, params, stacks, self.rows, states, reference, self.of_rows
+            )
         return out, errors
 
-    def _experts(self, piece: Piece, states: np.ndarray) -> np.ndarray:
-        """What some experts add to the output and to that of each candidate, `[1 + candidates, R, T, D]`."""
+    def _experts(self, piece: Piece, states: Stream) -> list[Stream]:
+        """The output of some experts, and that under each candidate, `[R, T, D]` each."""
         out, factors = self._collected(piece, states)
         stacks = self._quantized(piece.spec, piece.params, factors)
-        return np.stack([out, *expert_outputs(piece.decoder, piece.spec, piece.params, stacks, states)])
+        return [out, *expert_outputs(piece.module, piece.spec, piece.params, stacks, states)]
 
-    def _collected(self, piece: Piece, states: np.ndarray) -> tuple[np.ndarray, dict[str, HessianFactor]]:
+    def _collected(self, piece: Piece, states: Stream) -> tuple[Stream, dict[str, HessianFactor]]:
         """The full-precision output, and the factors of the Hessians."""
-        spec = piece.spec
-        found = collect(piece.decoder, spec, piece.params, states, self.mask, routed_only=self.routed_only)
-        require_finite(found.states, spec)
-        return found.states, module_factors(spec, found.hessians, self.method)
+        spec, out = piece.spec, states.like(*states.shape)
+        found = collect(piece.module, spec, piece.params, self.rows, states, out, routed_only=self.routed_only)
+        require_finite(read(found.tally), spec)
+        return out, module_factors(spec, found.hessians, self.method)
 
     def _settings(self, spec: ModuleSpec) -> int:
         """The most distinct settings that the candidates of a slot give to a linear."""
@@ -97,3 +104,8 @@ class MeasureStep:
             name: Stack([next(results).weight for _ in settings], [settings.index(row[name]) for row in rows])
             for name, settings in distinct.items()
         }
+
+
+def _summed(first: list[Stream], then: list[Stream]) -> list[Stream]:
+    """Streams of two pieces, added one by one."""
+    return [added(a, b) for a, b in zip(first, then, strict=True)]

@@ -1,6 +1,4 @@
-"""The pricing pass: what each linear's error costs at each width, in expected KL divergence, without a forward pass
-per candidate.
-"""  # noqa: D205
+"""The pricing pass: the cost of each linear's error at each width, in expected KL divergence, without trial runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from exl2jax.stream.blocks import Block, Piece, joined
 from exl2jax.stream.forward import require_finite
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.scan import STATES, Carry
+from exl2jax.stream.streams import Rows, Stream, read
 from exl2jax.stream.token_classes import group_tables, weights_beside
 from exl2jax.variants import STOCK, Method
 
@@ -33,7 +32,7 @@ class PriceStep:
     """
 
     decoder: Decoder
-    mask: np.ndarray | None
+    rows: Rows
     fisher: Mapping[str, np.ndarray]
     routed_only: bool = True
     method: Method = STOCK
@@ -44,7 +43,7 @@ class PriceStep:
         out, costs = reduce(joined, map(price, block.pieces(self.decoder)))
         return {STATES: out}, costs
 
-    def _price(self, piece: Piece, states: np.ndarray) -> tuple[np.ndarray, dict[str, LinearCosts]]:
+    def _price(self, piece: Piece, states: Stream) -> tuple[Stream, dict[str, LinearCosts]]:
         """Output of a piece of a module, and the costs of its linears.
 
         With `H` the mean of `w x^T x` over the tokens that reach a linear, `w` the weight of a token's class, an error
@@ -54,15 +53,17 @@ class PriceStep:
         spec, params = piece.spec, piece.params
         weights = weights_beside(spec.linears, self.fisher)
         tables = group_tables(spec.groups, weights)
-        collected = collect(piece.decoder, spec, params, states, self.mask, routed_only=self.routed_only, tables=tables)
-        require_finite(collected.states, spec)
+        module, out = piece.module, piece.target(states)
+        collected = collect(module, spec, params, self.rows, states, out, routed_only=self.routed_only, tables=tables)
+        tally, counts = read((collected.tally, collected.tokens))
+        require_finite(tally, spec)
         factors = module_factors(spec, collected.hessians, self.method)
-        tokens = {x.name: n for group, n in zip(spec.groups, collected.tokens, strict=True) for x in group}
+        tokens = {x.name: round(float(n)) for group, n in zip(spec.groups, counts, strict=True) for x in group}
 
         def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:
             linear, setting = task
             # The Hessian is a sum over its tokens divided by rows.
-            weight = jnp.asarray(self.fisher[linear.key]) * (0.5 * states.shape[0] / max(tokens[linear.name], 1))
+            weight = jnp.asarray(self.fisher[linear.key]) * (0.5 * states.count / max(tokens[linear.name], 1))
             found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight, self.method)
             if not np.isfinite(found).all():
                 raise NumericalError(
@@ -83,7 +84,7 @@ class PriceStep:
             )
             for linear in spec.linears
         }
-        return collected.states, costs
+        return out, costs
 
 
 def _losses(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ import numpy as np
 
 from exl2jax.errors import NumericalError
 from exl2jax.measure.inputs import InputStack
-from exl2jax.models import Decoder, LinearSpec, ModuleSpec
+from exl2jax.models import Decoder, LinearSpec, Module, ModuleSpec
 from exl2jax.stream.blocks import Block, Piece, joined
-from exl2jax.stream.chunks import full_mask, single_rows, token_chunks
-from exl2jax.stream.devices import on_all_devices, to_host
+from exl2jax.stream.chunks import Chunk, full_mask, token_spans
+from exl2jax.stream.devices import on_all_devices
 from exl2jax.stream.scan import GRADIENT, Carry
+from exl2jax.stream.streams import Rows, Stream, fold, read
 from exl2jax.stream.token_classes import CLASSES, TOKENS, class_weights, squares_by_class, token_classes
 
 type Columns = Mapping[str, np.ndarray]
@@ -48,38 +49,41 @@ def _parts(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, str]]:
 class BackwardStep:
     """The step of the backward scan over `tokens` tokens: gradients at the module's input, Fisher of its linears.
 
-    `weigh` asks for weights of tokens by class; `mask [R, T]` leaves out padding there, whose gradients are zero.
+    `weigh` asks for weights of tokens by class; padding, whose gradients are zero, is left out of them.
     """
 
     decoder: Decoder
     stack: InputStack
+    rows: Rows
     tokens: int
-    mask: np.ndarray | None = None
     weigh: bool = False
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Columns]:
         """Pull the gradients `[R, T, D]` back through a module; those through its pieces add up."""
-        pull = partial(self._pull, states=self.stack.read(block.spec), gradient=carry[GRADIENT])
+        states = self.rows.place(self.stack.read(block.spec))
+        pull = partial(self._pull, states=states, gradient=carry[GRADIENT])
         out, found = reduce(joined, map(pull, block.pieces(self.decoder)))
-        if not np.isfinite(out).all():
-            raise NumericalError(
-                f"{block.spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none"
-            )
         return {GRADIENT: out}, found
 
-    def _pull(self, piece: Piece, states: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _pull(self, piece: Piece, states: Stream, gradient: Stream) -> tuple[Stream, dict[str, np.ndarray]]:
         """The gradients through a piece, row by row, and the Fisher information of its linears."""
         columns = tuple((linear.name, linear.columns) for linear in piece.spec.linears)
-        pull = partial(_row_backward, decoder=piece.decoder, kind=piece.spec.kind, columns=columns)
-        params, out, mask = on_all_devices(piece.params), np.empty_like(gradient), full_mask(states, self.mask)
-        counts, totals = np.zeros(CLASSES), {name: np.zeros((CLASSES, n), np.float64) for name, n in columns}
-        for chunk in single_rows(len(states)):
-            back, squares, members = pull(params, chunk.take(states), chunk.take(gradient), chunk.take(mask))
-            chunk.put(out, back)
-            counts += to_host(members)
-            for name, value in squares.items():
-                totals[name] += to_host(value).astype(np.float64)
-        return out, self._columns(piece.spec, totals, counts)
+        program = partial(_row_backward, module=piece.module, columns=columns)
+        params, out = on_all_devices(piece.params), piece.target(gradient)
+
+        def pull(
+            felt: tuple[Felt, ...], h: jax.Array, mask: jax.Array, back: jax.Array
+        ) -> tuple[tuple[Felt, ...], tuple[jax.Array]]:
+            moved, new = program(params, Chunk(h, mask), back)
+            return (*felt, new), (moved,)
+
+        felt = read(fold(pull, (), (states, self.rows.mask, gradient), (out,)))
+        if not all(row.finite for row in felt):
+            raise NumericalError(
+                f"{piece.spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none"
+            )
+        wide = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *felt)
+        return out, self._columns(piece.spec, wide.squares, wide.tokens)
 
     def _columns(self, spec: ModuleSpec, totals: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
         """From sums of squares by class: means over tokens, each token's square over its weight, and the weights."""
@@ -93,57 +97,66 @@ class BackwardStep:
         return found
 
 
-def head_gradients(
-    decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray | None, *, seed: int
-) -> np.ndarray:
+def head_gradients(decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray, *, seed: int) -> np.ndarray:
     """Gradients `[R, T, D]` of the log likelihood of sampled labels at the final states, padding left out.
 
-    Labels are drawn from the model's own distributions, tokens in chunks (`token_chunks`), chunk `i` with the key
+    Labels are drawn from the model's own distributions, tokens in chunks (`token_spans`), chunk `i` with the key
     `fold_in(seed, i)`.
     """
-    tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states, mask).reshape(-1)
-    params, out = on_all_devices(jax.device_put(params)), np.empty_like(tokens)
-    for i, chunk in enumerate(token_chunks(len(tokens), params["lm_head"]["kernel"].shape[1])):
-        key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)))
-        chunk.put(out, _head_gradient(decoder, params, chunk.take(tokens), chunk.take(weights), key))
-    return out.reshape(states.shape)
+    tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states.shape, mask).reshape(-1)
+    spans = token_spans(len(tokens), params["lm_head"]["kernel"].shape[1])
+    out, key = (
+        Stream.empty(spans, tokens.shape[1:], resident=False),
+        np.asarray(jax.random.key_data(jax.random.key(seed))),
+    )
+    streams = [Stream.of(x, spans, resident=False) for x in (tokens, weights)]
+    fold(partial(_head_gradient, decoder, on_all_devices(jax.device_put(params)), key), np.int32(0), streams, (out,))
+    return out.array().reshape(states.shape)
 
 
 @partial(jax.jit, static_argnums=0)
-def _head_gradient(decoder: Decoder, params: Any, h: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
-    """Gradients of a chunk of tokens; `key` as data, which lies on any devices."""
+def _head_gradient(
+    decoder: Decoder, params: Any, key: jax.Array, index: jax.Array, h: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array]]:
+    """Gradients of chunk `index` of tokens, and the next index; `key` as data, which lies on any devices."""
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), index)
 
     def likelihood(h: jax.Array) -> jax.Array:
         logits = decoder.logits(params, h[None])[0]
-        labels = jax.random.categorical(jax.random.wrap_key_data(key), jax.lax.stop_gradient(logits))
+        labels = jax.random.categorical(own, jax.lax.stop_gradient(logits))
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * mask)
 
-    return jax.grad(likelihood)(h)
+    return index + 1, (jax.grad(likelihood)(h),)
 
 
-@partial(jax.jit, static_argnames=("decoder", "kind", "columns"))
+class Felt(NamedTuple):
+    """Of some rows: squares of the gradients at each linear's outputs and tokens, both by class of tokens, and whether
+    the gradients at the module's input are finite.
+    """  # noqa: D205
+
+    squares: dict[str, Any]
+    tokens: Any
+    finite: Any
+
+
+@partial(jax.jit, static_argnames=("module", "columns"))
 def _row_backward(
-    params: Any,
-    h: jax.Array,
-    gradient: jax.Array,
-    mask: jax.Array,
-    *,
-    decoder: Decoder,
-    kind: str,
-    columns: tuple[tuple[str, int], ...],
-) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Pull a row's gradient back through a module; zero probes at the linears' outputs collect theirs.
+    params: Any, chunk: Chunk, gradient: jax.Array, *, module: Module, columns: tuple[tuple[str, int], ...]
+) -> tuple[jax.Array, Felt]:
+    """Pull rows' gradients back through a module; zero probes at the linears' outputs collect theirs.
 
-    Returns the gradient at the input, the squares of those of the linears and the number of tokens, by class of tokens.
+    Returns the gradient at the input, and the gradients at the linears by class of tokens.
     """
 
     def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
-        return decoder.forward(kind, params, h, probes).hidden
+        return module.forward(params, h, probes).hidden
 
+    h, mask, _ = chunk
     probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
     _, pull = jax.vjp(run, h, probes)
     back, felt = pull(gradient)
     classes = token_classes(h, mask)
     members = jnp.sum(jax.nn.one_hot(classes, CLASSES) * mask[..., None], axis=(0, 1))
-    return back, {name: squares_by_class(g, classes) for name, g in felt.items()}, members
+    squares = {name: squares_by_class(g, classes) for name, g in felt.items()}
+    return back, Felt(squares, members, jnp.all(jnp.isfinite(back)))

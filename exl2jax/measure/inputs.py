@@ -11,6 +11,7 @@ from exl2jax.storage import reserve, storing
 from exl2jax.stream.blocks import Block, forward_block
 from exl2jax.stream.forward import require_finite
 from exl2jax.stream.scan import STATES, Carry
+from exl2jax.stream.streams import read
 
 
 class InputStack:
@@ -24,10 +25,10 @@ class InputStack:
         self.fresh = reserve(path, int(np.prod(wanted, dtype=np.int64)) * 4)
         self._states = np.memmap(path, np.float32, "r+", shape=wanted)
 
-    def write(self, spec: ModuleSpec, states: np.ndarray, out: np.ndarray) -> None:
-        """Keep a module's input, and its output as the input of the next one."""
-        i = self._position[spec.key]
-        self._states[i], self._states[i + 1] = states, out
+    def write(self, place: int, states: Sequence[np.ndarray]) -> None:
+        """Keep the rows of a module's input; that after the last module is the final output."""
+        for row, state in zip(self._states[place], states, strict=True):
+            row[:] = state
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,8 +62,10 @@ class ForwardStep:
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, None]:
         """Run a module on the full-precision states."""
-        states = carry[STATES]
-        out = forward_block(self.decoder, block, states)
-        require_finite(out, block.spec)
-        self.stack.write(block.spec, states, out)
+        place, states = self.stack.position(block.spec), carry[STATES]
+        if place == 0:
+            self.stack.write(0, states.rows())
+        out, tally = forward_block(self.decoder, block, states)
+        require_finite(read(tally), block.spec)
+        self.stack.write(place + 1, out.rows())
         return {STATES: out}, None

@@ -1,4 +1,4 @@
-"""What perturbing one module alone does to the predictions, measured, and what that makes of the Fisher information.
+"""The measured effect of perturbing one module alone on the predictions, and the Fisher information scaled by it.
 
 Each module's linears are rounded to nearest at four bits, one module at a time, and the rest of the model runs on in
 full precision. All perturbed models go through one scan side by side: at every module those perturbed before move on,
@@ -18,13 +18,15 @@ import numpy as np
 
 from exl2jax.measure.fisher import Columns, columns_by_name
 from exl2jax.measure.inputs import InputStack
-from exl2jax.models import Decoder, LinearSpec, ModuleSpec
+from exl2jax.models import Decoder, LinearSpec, Module, ModuleSpec
 from exl2jax.ops import round_to_nearest
 from exl2jax.qparams import q
 from exl2jax.stream.blocks import Block, Piece
+from exl2jax.stream.chunks import single_rows
 from exl2jax.stream.hessians import group_weights
 from exl2jax.stream.scan import PERTURBED, Carry
 from exl2jax.stream.scoring import divergence, log_probabilities
+from exl2jax.stream.streams import Rows, Stream
 from exl2jax.stream.token_classes import TOKENS, group_tables, token_factors, weights_beside
 
 ROUNDING = q("4", "1", "128")
@@ -54,32 +56,36 @@ class PerturbStep:
     rows: int
     fisher: Mapping[str, np.ndarray] | None
 
-    def start(self, modules: int) -> Carry:
+    def start(self, modules: int) -> dict[str, np.ndarray]:
         """The carry before the first module: room for every perturbed model."""
         _, _, length, width = self.stack.shape
         return {PERTURBED: np.zeros((modules * self.rows, length, width), np.float32)}
+
+    def place(self, values: np.ndarray) -> Stream:
+        """The perturbed models as a stream in host memory, since their number changes from module to module."""
+        return Stream.of(values, single_rows(len(values)), resident=False)
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Perturbation]:
         """Move the models perturbed before on through a module, and add the one that is perturbed here."""
         own = self.stack.position(block.spec) * self.rows
         inputs = self.stack.read(block.spec)[: self.rows]
-        streams = carry[PERTURBED].copy()
+        streams = carry[PERTURBED].array().copy()
         perturb = partial(self._perturb, before=streams[:own], inputs=inputs)
         streams[: own + self.rows], found = reduce(_joined, map(perturb, block.pieces(self.decoder)))
-        return {PERTURBED: streams}, found
+        return {PERTURBED: self.place(streams)}, found
 
     def _perturb(self, piece: Piece, before: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, Perturbation]:
         """Run a piece of a module on the streams perturbed before, and rounded on the inputs of its own perturbation.
 
-        Returns the outputs of all of them, and what the rounding is predicted to do.
+        Returns the outputs of all of them, and the predicted effect of the rounding.
         """
         spec, params = piece.spec, piece.params
         rounded = {linear.name: _rounded(params[linear.name]["kernel"], linear) for linear in spec.linears}
         perturbed = params | {name: params[name] | {"kernel": kernel} for name, kernel in rounded.items()}
-        own = piece._replace(params=perturbed).forward(inputs)
-        outputs = np.concatenate([piece.forward(before), own]) if len(before) else own
+        own = _outputs(piece._replace(params=perturbed), inputs)
+        outputs = np.concatenate([_outputs(piece, before), own]) if len(before) else own
         tables = group_tables(spec.groups, weights_beside(spec.linears, self.fisher or {}))
-        energy = _energies(piece.decoder, spec.kind, params, rounded, jnp.asarray(inputs), tables)
+        energy = _energies(piece.module, params, rounded, jnp.asarray(inputs), tables)
         columns = self._columns(spec, {name: np.asarray(out, np.float64) for name, (_, out) in energy.items()})
         predicted = sum(0.5 * float(np.asarray(e, np.float64) @ columns[name]) for name, (e, _) in energy.items())
         return outputs, Perturbation(columns=columns, predicted=predicted)
@@ -127,25 +133,32 @@ def divergences(
     return totals / weight.sum()
 
 
+def _outputs(piece: Piece, states: np.ndarray) -> np.ndarray:
+    """Output of a piece on states in host memory `[R, T, D]`."""
+    rows = Rows.of(np.ones(states.shape[:2]), states.shape[-1], resident=False)
+    out = Stream.empty(rows.spans, states.shape[1:], resident=False)
+    piece.forward(rows.place(states), out)
+    return out.array()
+
+
 def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
     rows = jnp.arange(linear.rows)
     return round_to_nearest(jnp.asarray(kernel, jnp.float32), rows, ROUNDING.groups(linear.rows)).weight
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _energies(
-    decoder: Decoder,
-    kind: str,
+    module: Module,
     params: Any,
     rounded: Mapping[str, jax.Array],
     h: jax.Array,
     tables: np.ndarray | None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Mean squares over a linear's tokens, by column, of its error (each token by its weight) and of its output."""
-    inputs, every = [x for stage in decoder.forward(kind, params, h).inputs for x in stage], jnp.ones(h.shape[:2])
-    weights = group_weights(decoder.routed(kind, params, h), len(inputs), every)
+    inputs, every = [x for stage in module.forward(params, h).inputs for x in stage], jnp.ones(h.shape[:2])
+    weights = group_weights(module.routed(params, h), len(inputs), every)
     factors = token_factors(weights, tables, h, every)
-    names = [group for stage in decoder.names(kind) for group in stage]
+    names = [group for stage in module.stages for group in stage]
 
     def squares(name: str, x: jax.Array, weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = params[name]["kernel"]

@@ -30,6 +30,9 @@ MEASURED: tuple[Setting, ...] = ((5, 128), (4, 128), (4, 32), (3, 128), (3, 32),
 
 SIZES = (32, 64, 128)
 
+LEAST_COST = 1e-120
+"""What a tile costs at least at zero bits, in nats: far below all that is measured, and its square is still a number."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearCosts:
@@ -51,7 +54,8 @@ class LinearCosts:
         A group size of 64 lies half way (geometrically) between 32 and 128; the gain of small groups at 5 bits and
         more is that at 4; a width's error falls with the square of its number of steps.
         """
-        known = {(b, g): np.maximum(c, 1e-30) for (b, g), c in self.measured.items()}
+        # The least costs fall with the width: where nothing was measured, more bits still count as better.
+        known = {(b, g): np.maximum(c, LEAST_COST * 4.0**-b) for (b, g), c in self.measured.items()}
         known[5, 32] = known[5, 128] * known[4, 32] / known[4, 128]
         for bits in (6, 8):
             for size in (32, 128):
@@ -72,7 +76,7 @@ class LinearCosts:
     @property
     def ends(self) -> tuple[QParams, QParams]:
         """The cheapest and the dearest setting of the allowed widths."""
-        return pure_qparams((min(self.widths), max(SIZES))), pure_qparams((max(self.widths), min(SIZES)))
+        return width_ends(self.widths)
 
     def to_json(self) -> dict[str, list[float]]:
         """Lists by `BITS:GROUP_SIZE`, six digits, and the weights of tokens."""
@@ -141,3 +145,8 @@ def _is_cost(x: Any) -> bool:
 def pure_qparams(setting: Setting) -> QParams:
     """The setting that gives every row one width."""
     return QParams(bits=(setting[0],), bits_prop=(1.0,), group_size=(setting[1],))
+
+
+def width_ends(widths: Sequence[int]) -> tuple[QParams, QParams]:
+    """The cheapest and the dearest setting of some widths."""
+    return pure_qparams((min(widths), max(SIZES))), pure_qparams((max(widths), min(SIZES)))

@@ -11,16 +11,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Module, ModuleSpec
 from exl2jax.models.layers import apply_linear
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.ops import relative_frobenius
-from exl2jax.stream.chunks import full_mask, row_chunks
 from exl2jax.stream.devices import on_all_devices
 from exl2jax.stream.forward import ErrorOfRows, forward_chunk, row_errors
+from exl2jax.stream.streams import Rows, Stream, fold
 
 
 class Stack(NamedTuple):
@@ -51,38 +49,40 @@ def plan(first: Sequence[Sequence[int]]) -> tuple[Shared, ...]:
 
 
 def candidate_errors(
-    decoder: Decoder,
+    module: Module,
     spec: ModuleSpec,
     params: Any,
     stacks: Mapping[str, Stack],
-    states: np.ndarray,
-    reference: np.ndarray,
-    mask: np.ndarray | None,
+    rows: Rows,
+    states: Stream,
+    reference: Stream,
     of_rows: ErrorOfRows = relative_frobenius,
-) -> np.ndarray:
-    """Mean over rows of the error `of_rows` for each candidate, residual included: `[candidates]` float64."""
-    mask = full_mask(states, mask)
+) -> list[Stream]:
+    """The error `of_rows` of each row `[R]` under each candidate, residual included."""
     params, stacks = on_all_devices(params), _everywhere(stacks)
     outputs = _expert_outputs if spec.kind == MOE_KIND else _outputs
-    parts = []
-    for chunk in row_chunks(states):
-        h, ref, weight = (jnp.asarray(chunk.take(x)) for x in (states, reference, mask))
-        errors: dict[int, jax.Array] = {}
-        for candidate, out in outputs(decoder, spec, params, stacks, h):
-            errors[candidate] = row_errors(of_rows, out, ref, weight)
-        parts.append(np.stack([chunk.read(errors[i]) for i in range(len(errors))]))
-    return np.concatenate(parts, axis=1).astype(np.float64).mean(axis=1)
+    errors = [Stream.empty(rows.spans, (), resident=True) for _ in stacks[spec.linears[0].name].picks]
+
+    def program(total: None, h: jax.Array, ref: jax.Array, mask: jax.Array) -> tuple[None, list[jax.Array]]:
+        trials = outputs(module, spec, params, stacks, h)
+        found = {candidate: row_errors(of_rows, out, ref, mask) for candidate, out in trials}
+        return total, [found[i] for i in range(len(found))]
+
+    fold(program, None, (states, reference, rows.mask), errors)
+    return errors
 
 
 def expert_outputs(
-    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], states: np.ndarray
-) -> np.ndarray:
-    """What some experts of a mixture add to its output under each candidate, `[candidates, R, T, D]`."""
-    out = np.empty((len(stacks[spec.linears[0].name].picks), *states.shape), np.float32)
+    module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], states: Stream
+) -> list[Stream]:
+    """What some experts of a mixture add to its output `[R, T, D]` under each candidate."""
     params, stacks = on_all_devices(params), _everywhere(stacks)
-    for chunk in row_chunks(states):
-        for candidate, part in _expert_outputs(decoder, spec, params, stacks, jnp.asarray(chunk.take(states))):
-            chunk.put(out[candidate], part)
+    out = [states.like(*states.shape) for _ in stacks[spec.linears[0].name].picks]
+
+    def program(total: None, h: jax.Array) -> tuple[None, list[jax.Array]]:
+        return total, [part for _, part in _expert_outputs(module, spec, params, stacks, h)]
+
+    fold(program, None, (states,), out)
     return out
 
 
@@ -91,26 +91,26 @@ def _everywhere(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
 
 
 def _expert_outputs(
-    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
+    module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
 ) -> Iterator[tuple[int, jax.Array]]:
     """The output of a mixture of experts under each candidate, which sets all experts alike."""
     for candidate in range(len(stacks[spec.linears[0].name].picks)):
         trial = {name: _with_kernel(params[name], stack, candidate) for name, stack in stacks.items()}
-        yield candidate, forward_chunk(decoder, spec.kind, _apart(spec, params) | trial, h)
+        yield candidate, forward_chunk(module, _apart(spec, params) | trial, h)
 
 
 def _outputs(
-    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
+    module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
 ) -> Iterator[tuple[int, jax.Array]]:
     """The module's output under each candidate, in the order of sharing."""
     (last,) = spec.groups[-1]
-    for candidate, between in _second_inputs(decoder, spec, params, stacks, h):
+    for candidate, between in _second_inputs(module, spec, params, stacks, h):
         linear = _with_kernel(params[last.name], stacks[last.name], candidate)
-        yield candidate, _output(decoder, spec.kind, last.name, _apart(spec, params), linear, between, h)
+        yield candidate, _output(module, last.name, _apart(spec, params), linear, between, h)
 
 
 def _second_inputs(
-    decoder: Decoder, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
+    module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
 ) -> Iterator[tuple[int, jax.Array]]:
     """What the second stage reads under each candidate, as `(candidate, array)` in the order of sharing.
 
@@ -119,7 +119,7 @@ def _second_inputs(
     names = [linear.name for linear in spec.groups[0]]
     groups = plan([stacks[name].picks for name in names])
     rest = _apart(spec, params)
-    x = _first_input(decoder, spec.kind, rest, h)
+    x = _first_input(module, rest, h)
     uses = Counter(use for group in groups for use in _settings(names, group))
     held: dict[tuple[str, int], jax.Array] = {}
 
@@ -133,7 +133,7 @@ def _second_inputs(
     for group in groups:
         first = {name: output(name, pick) for name, pick in zip(names[:-1], group.picks, strict=True)}
         last = tuple(output(names[-1], setting) for setting in group.last)
-        between = _betweens(decoder, spec.kind, rest, first, last)
+        between = _betweens(module, rest, first, last)
         for y, members in zip(between, group.last.values(), strict=True):
             yield from ((candidate, y) for candidate in members)
 
@@ -153,9 +153,9 @@ def _apart(spec: ModuleSpec, params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in linears}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _first_input(decoder: Decoder, kind: str, rest: Any, h: jax.Array) -> jax.Array:
-    return decoder.inputs(kind, 0, rest, h, {})[0]
+@partial(jax.jit, static_argnums=0)
+def _first_input(module: Module, rest: Any, h: jax.Array) -> jax.Array:
+    return module.inputs(0, rest, h, {})[0]
 
 
 @jax.jit
@@ -163,15 +163,11 @@ def _linear(x: jax.Array, linear: Any) -> jax.Array:
     return apply_linear(linear, x)
 
 
+@partial(jax.jit, static_argnums=0)
+def _betweens(module: Module, rest: Any, first: dict[str, jax.Array], last: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return module.last_inputs(rest, first, last)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _betweens(
-    decoder: Decoder, kind: str, rest: Any, first: dict[str, jax.Array], last: tuple[jax.Array, ...]
-) -> list[jax.Array]:
-    return decoder.last_inputs(kind, rest, first, last)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _output(
-    decoder: Decoder, kind: str, last: str, rest: Any, linear: Any, between: jax.Array, h: jax.Array
-) -> jax.Array:
-    return decoder.output(kind, rest, h, {last: apply_linear(linear, between)})
+def _output(module: Module, last: str, rest: Any, linear: Any, between: jax.Array, h: jax.Array) -> jax.Array:
+    return module.output(rest, h, {last: apply_linear(linear, between)})

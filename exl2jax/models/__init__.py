@@ -1,7 +1,7 @@
 """Models: the architecture registry, configuration, Flax decoder blocks, and loading one block at a time."""
 
 from exl2jax.models.config import ModelConfig, read_config
-from exl2jax.models.decoder import Decoder, build_decoder
+from exl2jax.models.decoder import Decoder, Module, build_decoder
 from exl2jax.models.modules import (
     LinearSpec,
     ModuleSpec,
@@ -21,6 +21,7 @@ __all__ = [
     "LinearSpec",
     "Model",
     "ModelConfig",
+    "Module",
     "ModuleSpec",
     "build_decoder",
     "embedding_shapes",

@@ -10,6 +10,7 @@ POST_NORMS = Norms(
     mlp="pre_feedforward_layernorm",
     mlp_post="post_feedforward_layernorm",
 )
+_CAUSAL_MASKS = ("*.attn.bias", "*.attn.masked_bias")
 _GPT2_NORMS = Norms(attention="ln_1", mlp="ln_2")
 _GPT2_RENAMES = (
     ("^transformer.", "model."),
@@ -165,6 +166,7 @@ BIASED = (
         eps_keys=("layer_norm_epsilon",),
         rotary=None,
         positions="model.wpe",
+        unused=_CAUSAL_MASKS,
         inner_multiple=4,
         activation_keys=("activation_function",),
         activations=_GELU_TANH,
@@ -190,6 +192,7 @@ BIASED = (
         eps_keys=("layer_norm_epsilon",),
         rotary=None,
         positions="model.wpe",
+        unused=_CAUSAL_MASKS,
         inner_multiple=4,
         multi_query=True,
         activation_keys=("activation_function",),

@@ -1,12 +1,13 @@
 """Flax modules of the decoder. One module is resident at a time; parameters are arguments, never closures.
 
 A module computes in stages, so that its linears can be swapped, stacked or measured between them: `inputs(stage, ...)`
-is what the groups of linears of a stage read, given the outputs of the stages before, `output(...)` the new hidden
-state. The linears themselves are applied from outside. Parameters are `{"norm": {"weight", "bias"?}, NAME: {"kernel"
-[K, N], "bias" [N]?}}` and further norms, float32 or float16.
+gives the inputs of the groups of linears of a stage, `linears(stage, ...)` their outputs, `output(...)` the new hidden
+state. `Module` binds a kind to a configuration, and is the one object that passes around. Parameters are
+`{"norm": {"weight", "bias"?}, NAME: {"kernel" [K, N], "bias" [N]?}}` and further norms, float32 or float16.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ from exl2jax.models.modules import (
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
 type Inputs = tuple[jax.Array, ...]
-"""What each group of linears of a stage reads, `[B, T, K]`."""
+"""Input of each group of linears of a stage, `[B, T, K]`."""
 
 
 def _norm(config: ModelConfig) -> Norm:
@@ -43,7 +44,7 @@ def _scaled(x: jax.Array, factor: float) -> jax.Array:
 
 
 def _gated(config: ModelConfig, outputs: Outputs) -> jax.Array:
-    """What down reads: the activated gate times up, or up activated where there is no gate."""
+    """Input of down: the activated gate times up, or up activated where there is no gate."""
     act, up = ACTIVATIONS[config.activation], outputs["up_proj"]
     return act(outputs["gate_proj"]) * up if config.arch.mlp[0] else act(up)
 
@@ -80,13 +81,13 @@ class Attention(nn.Module):
         return q, k, v
 
     def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
-        """What q, k, v read, then what o reads."""
+        """Input of q, k and v, then that of o."""
         if stage == 0:
             return (self.norm(h),)
         return (attend(self.config, *self.heads(outputs), sliding=self.sliding),)
 
     def last_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """What o reads for several outputs of v: the weights of the values are computed once."""
+        """Input of o for several outputs of v: the weights of the values are computed once."""
         batch, length, _ = last[0].shape
         heads = [v.reshape(batch, length, self.config.num_kv_heads, 1, -1) for v in last]
         wide = jnp.concatenate(heads, axis=3).reshape(batch, length, -1)
@@ -114,11 +115,11 @@ class MLP(nn.Module):
             self.post_norm = _norm(self.config)
 
     def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
-        """What gate and up read, then what down reads."""
+        """Input of gate and up, then that of down."""
         return (self.norm(h) if stage == 0 else _gated(self.config, outputs),)
 
     def last_inputs(self, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """What down reads for several outputs of up."""
+        """Input of down for several outputs of up."""
         return [_gated(self.config, {**outputs, "up_proj": up}) for up in last]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
@@ -132,7 +133,7 @@ class Parallel(Attention):
     """Attention and MLP side by side on one norm: q, k, v, gate, up first, then o and down, each with its input."""
 
     def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
-        """What all of the first stage reads, then what o and what down read."""
+        """Input of the whole first stage, then those of o and down."""
         first = super().inputs(stage, h, outputs)
         return first if stage == 0 else (*first, _gated(self.config, outputs))
 
@@ -177,7 +178,7 @@ class SparseMoe(nn.Module):
         self.router = Router(self.config.num_experts, self.config.experts_per_token)
 
     def inputs(self, stage: int, h: jax.Array, outputs: Outputs) -> Inputs:
-        """What each expert's w1 and w3 read, then what its w2 reads."""
+        """Input of each expert's w1 and w3, then that of its w2."""
         if stage == 0:
             return (self.norm(h),) * len(self.held)
         act = ACTIVATIONS[self.config.activation]
@@ -206,7 +207,7 @@ class Head(nn.Module):
         self.lm_head = Linear(self.config.vocab_size)
 
     def first_input(self, h: jax.Array) -> jax.Array:
-        """What the head reads: `[B, T, D]`."""
+        """Input of the head's linear, `[B, T, D]`."""
         return self.norm(h)
 
     def __call__(self, h: jax.Array) -> jax.Array:
@@ -216,62 +217,59 @@ class Head(nn.Module):
 
 
 class Trace(NamedTuple):
-    """A module's forward pass: the new hidden state and what each group of linears read, stage by stage."""
+    """A module's forward pass: the new hidden state, the input of each group of linears stage by stage, and the
+    output of each linear by name.
+    """  # noqa: D205
 
     hidden: jax.Array
     inputs: tuple[Inputs, ...]
+    outputs: dict[str, jax.Array]
 
 
-class Decoder(NamedTuple):
-    """The pure functions of a model's modules, by kind. Hashable, so it can be static under `jit`.
+@dataclass(frozen=True)
+class Module:
+    """One module of a decoder as pure functions of its parameters. Hashable, so it can be static under `jit`.
 
     `experts` are those of a mixture that it computes with, None for all.
     """
 
     config: ModelConfig
+    kind: str
     experts: range | None = None
 
-    def of(self, spec: ModuleSpec) -> "Decoder":
-        """The decoder of a module, or of a piece of one."""
-        return self._replace(experts=spec.experts)
+    @property
+    def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Names of the linears by stage and group."""
+        return stage_names(self.config, self.kind, self.experts)
 
-    def module(self, kind: str) -> Attention | MLP | SparseMoe:
-        """The Flax module of a kind."""
-        sliding = kind in SLIDING_KINDS
-        if kind in PARALLEL_KINDS:
-            return Parallel(self.config, sliding)
-        if kind in (MLP_KIND, BRANCH_MLP_KIND):
-            return MLP(self.config, branch=kind == BRANCH_MLP_KIND)
-        if kind == MOE_KIND:
-            return SparseMoe(self.config, self.experts)
-        if kind == ATTENTION_KIND or sliding or kind in BRANCH_ATTENTION_KINDS:
-            return Attention(self.config, sliding, branch=kind in BRANCH_ATTENTION_KINDS)
-        raise ValueError(f"no module of kind {kind}")
+    @property
+    def last(self) -> int:
+        """The last stage, whose linears write to the residual stream."""
+        return len(self.stages) - 1
 
-    def names(self, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """Names of the linears of a module by stage and group."""
-        return stage_names(self.config, kind, self.experts)
+    def inputs(self, stage: int, params: Params, states: jax.Array, outputs: Outputs) -> Inputs:
+        """Inputs of the groups of linears of a stage, given the outputs of the stages before by linear name."""
+        return self._apply(params, "inputs", stage, states, outputs)
 
-    def stages(self, kind: str) -> int:
-        """How many stages the linears of a module come in."""
-        return len(self.names(kind))
+    def inputs_through(self, stage: int, params: Params, states: jax.Array) -> Inputs:
+        """Inputs of the groups of linears of a stage, computed from the states through the stages before."""
+        outputs: dict[str, jax.Array] = {}
+        for before in range(stage):
+            outputs |= self.linears(before, params, self.inputs(before, params, states, outputs))
+        return self.inputs(stage, params, states, outputs)
 
-    def inputs(self, kind: str, stage: int, params: Params, h: jax.Array, outputs: Outputs) -> Inputs:
-        """What each group of linears of a stage reads, given the outputs of the stages before by linear name."""
-        return self._apply(kind, params, "inputs", stage, h, outputs)
+    def last_inputs(self, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
+        """Input of the last stage of attention or MLP for several outputs of the first stage's last linear."""
+        return self._apply(params, "last_inputs", outputs, last)
 
-    def last_inputs(self, kind: str, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
-        """What the last stage of attention or MLP reads for several outputs of the first stage's last linear."""
-        return self._apply(kind, params, "last_inputs", outputs, last)
-
-    def heads(self, kind: str, params: Params, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(self, params: Params, outputs: Outputs) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of an attention module by head."""
-        return self._apply(kind, params, "heads", outputs)
+        return self._apply(params, "heads", outputs)
 
-    def linears(self, kind: str, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
+    def linears(self, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
         """Outputs of a stage's linears; those of experts, which are of one shape, in one batched product."""
-        groups = self.names(kind)[stage]
-        if kind != MOE_KIND:
+        groups = self.stages[stage]
+        if self.kind != MOE_KIND:
             return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
         out: dict[str, jax.Array] = {}
         for names in zip(*groups, strict=True):
@@ -280,46 +278,71 @@ class Decoder(NamedTuple):
             out |= {name: ys[e] for e, name in enumerate(names)}
         return out
 
-    def output(self, kind: str, params: Params, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state, from the outputs of all linears."""
-        return self._apply(kind, params, "output", h, outputs)
+    def output(self, params: Params, states: jax.Array, outputs: Outputs) -> jax.Array:
+        """The new hidden state, from the outputs of the last stage's linears."""
+        return self._apply(params, "output", states, outputs)
 
-    def residual_share(self, kind: str) -> float:
+    def routed(self, params: Params, states: jax.Array) -> jax.Array | None:
+        """Which tokens go to each expert, `[B, T, experts]` of 0 and 1; None where there are no experts."""
+        if self.kind != MOE_KIND:
+            return None
+        return (self._apply(params, "routing", states) > 0).astype(jnp.float32)
+
+    def forward(self, params: Params, states: jax.Array, probes: Outputs | None = None) -> Trace:
+        """Run the module on `states [B, T, D]`; `probes` are added to the outputs of the linears that they name."""
+        outputs: dict[str, jax.Array] = {}
+        inputs = []
+        for stage in range(len(self.stages)):
+            inputs.append(self.inputs(stage, params, states, outputs))
+            for name, y in self.linears(stage, params, inputs[-1]).items():
+                outputs[name] = y if probes is None else y + probes[name]
+        return Trace(self.output(params, states, outputs), tuple(inputs), outputs)
+
+    @property
+    def residual_share(self) -> float:
         """What a linear of the last stage has to add to its output to move the residual stream by a whole.
 
         Zero where a norm stands between, half where two linears write side by side.
         """
-        norms, attention = self.config.arch.norms, kind not in (MLP_KIND, BRANCH_MLP_KIND, MOE_KIND)
+        norms, attention = self.config.arch.norms, self.kind not in (MLP_KIND, BRANCH_MLP_KIND, MOE_KIND)
         if norms.attention_post if attention else norms.mlp_post:
             return 0.0
-        return (0.5 if kind in PARALLEL_KINDS else 1.0) / self.config.scales.residual
+        return (0.5 if self.kind in PARALLEL_KINDS else 1.0) / self.config.scales.residual
 
-    def routed(self, kind: str, params: Params, h: jax.Array) -> jax.Array | None:
-        """Which tokens go to each expert, `[B, T, experts]` of 0 and 1; None where there are no experts."""
-        if kind != MOE_KIND:
-            return None
-        return (self._apply(kind, params, "routing", h) > 0).astype(jnp.float32)
+    def _apply(self, params: Params, method: str, *args: Any) -> Any:
+        return self._layer.apply({"params": params}, *args, method=method)
 
-    def forward(self, kind: str, params: Params, h: jax.Array, probes: Outputs | None = None) -> Trace:
-        """Run a module on `h [B, T, D]`; `probes` are added to the outputs of the linears that they name."""
-        outputs: dict[str, jax.Array] = {}
-        inputs = []
-        for stage in range(self.stages(kind)):
-            inputs.append(self.inputs(kind, stage, params, h, outputs))
-            for name, y in self.linears(kind, stage, params, inputs[-1]).items():
-                outputs[name] = y if probes is None else y + probes[name]
-        return Trace(self.output(kind, params, h, outputs), tuple(inputs))
+    @property
+    def _layer(self) -> Attention | MLP | SparseMoe:
+        """The Flax module of this kind."""
+        sliding = self.kind in SLIDING_KINDS
+        if self.kind in PARALLEL_KINDS:
+            return Parallel(self.config, sliding)
+        if self.kind in (MLP_KIND, BRANCH_MLP_KIND):
+            return MLP(self.config, branch=self.kind == BRANCH_MLP_KIND)
+        if self.kind == MOE_KIND:
+            return SparseMoe(self.config, self.experts)
+        if self.kind == ATTENTION_KIND or sliding or self.kind in BRANCH_ATTENTION_KINDS:
+            return Attention(self.config, sliding, branch=self.kind in BRANCH_ATTENTION_KINDS)
+        raise ValueError(f"no module of kind {self.kind}")
+
+
+class Decoder(NamedTuple):
+    """The modules of a model and its head, as pure functions. Hashable, so it can be static under `jit`."""
+
+    config: ModelConfig
+
+    def module(self, spec: ModuleSpec) -> Module:
+        """A module, or the piece of one that `spec` holds."""
+        return Module(self.config, spec.kind, spec.experts)
 
     def head_input(self, params: Params, h: jax.Array) -> jax.Array:
-        """What the head reads."""
+        """Input of the head's linear."""
         return Head(self.config).apply({"params": params}, h, method="first_input")  # type: ignore[return-value]
 
     def logits(self, params: Params, h: jax.Array) -> jax.Array:
         """Logits of the final hidden state."""
         return Head(self.config).apply({"params": params}, h)  # type: ignore[return-value]
-
-    def _apply(self, kind: str, params: Params, method: str, *args: Any) -> Any:
-        return self.module(kind).apply({"params": params}, *args, method=method)
 
 
 def build_decoder(config: ModelConfig) -> Decoder:

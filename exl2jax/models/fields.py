@@ -134,18 +134,22 @@ class Fields:
 
     def windows(self, layers: int) -> tuple[tuple[bool, ...], int | None]:
         """Which layers slide, and how many tokens they see (None, and no layer, where no window is set)."""
-        window = self.record.get("sliding_window")
-        if self.arch.window == "none" or window is None:
+        if self.record.get("sliding_window") is None:
             return (), None
         types = self._layer_types(layers)
         sliding = self._sliding(layers) if types is None else tuple(kind == "sliding_attention" for kind in types)
-        if self.arch.window == "pattern" and sliding != self._sliding(layers):
+        if self.arch.window != "upper" and sliding != self._sliding(layers):
             raise UnsupportedModelError(
                 f"{self.where}: layer_types do not follow the pattern that the runtime assumes for {self.arch.name}"
             )
+        if self.arch.window == "none":
+            return (), None
         return (sliding, self.positive("sliding_window")) if any(sliding) else ((), None)
 
     def _sliding(self, layers: int) -> tuple[bool, ...]:
+        """Which layers slide by everything but `layer_types`."""
+        if self.arch.window == "none":
+            return (False,) * layers
         if self.arch.window in ("all", "switched"):
             return (self.arch.window == "all" or self.flag("use_sliding_window"),) * layers
         if self.arch.window == "upper":
@@ -158,7 +162,7 @@ class Fields:
 
     def _layer_types(self, layers: int) -> list[str] | None:
         types = self.record.get("layer_types")
-        if types is None or self.arch.window in ("all", "switched"):
+        if types is None:
             return None
         known = ("sliding_attention", "full_attention")
         if not isinstance(types, list) or len(types) != layers or not all(t in known for t in types):

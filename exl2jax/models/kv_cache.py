@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from exl2jax.models.attention import rotate, score_scale, tables
 from exl2jax.models.config import ModelConfig
-from exl2jax.models.decoder import Decoder
+from exl2jax.models.decoder import Module
 from exl2jax.models.layers import soft_cap
 from exl2jax.models.modules import SLIDING_KINDS
 
@@ -48,19 +48,19 @@ def turns(config: ModelConfig, length: int, room: int = 0) -> Turns:
 
 
 def next_hidden(
-    decoder: Decoder, kind: str, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, turns: Turns
+    module: Module, params: Any, h: jax.Array, cache: KeyValues, position: jax.Array, turns: Turns
 ) -> tuple[jax.Array, KeyValues]:
     """Run an attention module on the tokens from `position` on, `h [B, T, D]`.
 
-    Gives what `Decoder.forward` gives at these positions of the whole row, and the cache with the tokens added. The
+    Gives what `Module.forward` gives at these positions of the whole row, and the cache with the tokens added. The
     cache and the tables must have room for all of them.
     """
-    outputs = decoder.linears(kind, 0, params, decoder.inputs(kind, 0, params, h, {}))
-    heads = decoder.heads(kind, params, outputs)
-    x, cache = _attend(decoder.config, *heads, cache, position, turns, sliding=kind in SLIDING_KINDS)
-    _, *others = decoder.inputs(kind, 1, params, h, outputs)
-    outputs |= decoder.linears(kind, 1, params, (x, *others))
-    return decoder.output(kind, params, h, outputs), cache
+    outputs = module.linears(0, params, module.inputs(0, params, h, {}))
+    heads = module.heads(params, outputs)
+    x, cache = _attend(module.config, *heads, cache, position, turns, sliding=module.kind in SLIDING_KINDS)
+    _, *others = module.inputs(1, params, h, outputs)
+    outputs |= module.linears(1, params, (x, *others))
+    return module.output(params, h, outputs), cache
 
 
 def _attend(

@@ -11,6 +11,9 @@ from typing import Any
 
 from exl2jax.errors import UnsupportedModelError
 
+UNUSED = ("*.rotary_emb.*", "mtp.*", "*.mtp.*", "*.mtp_layers.*")
+"""Tensors that any source may hold and nothing reads: rotary tables, and layers that predict several tokens."""
+
 type Switch = bool | str
 """True, False, or the `config.json` key that decides."""
 
@@ -70,7 +73,8 @@ class Architecture:
 
     `defaults` stand in for keys that `config.json` leaves out, `stock_defaults` too, and the stock runtime knows these
     by itself. `taken_for_granted` are values that the stock runtime takes without looking, so that any other is
-    refused; `demanded` ones must be there as well. `tied` is the default of `tie_word_embeddings`. `proof` names the
+    refused; `demanded` ones must be there as well. `unused` are patterns over the source's names of tensors that are
+    known to be of no use to the runtime, so that nobody is warned of them. `tied` is the default of `tie_word_embeddings`. `proof` names the
     model of `transformers` that the logits are compared with.
     """
 
@@ -115,6 +119,7 @@ class Architecture:
     stock_defaults: tuple[tuple[str, Any], ...] = ()
     demanded: tuple[tuple[str, Any], ...] = ()
     taken_for_granted: tuple[tuple[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
     noise_rows: bool = False
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from exl2jax.errors import FormatError, ModelError, SettingsError
 from exl2jax.models.config import CONFIG_NAME, ModelConfig, read_config
+from exl2jax.models.hints import dtype_hint, missing_hint, shape_hint, stored_layers
 from exl2jax.models.modules import (
     LinearSpec,
     ModuleSpec,
@@ -21,12 +23,13 @@ from exl2jax.models.modules import (
     head_spec,
     module_specs,
 )
-from exl2jax.models.spelling import stock_spelling
+from exl2jax.models.quantization import FLOAT_DTYPES, open_tensors, stated_quantization, without_quantization
+from exl2jax.models.registry import UNUSED
+from exl2jax.models.spelling import TEXT_SECTION, stock_spelling
+from exl2jax.models.stored_head import settle_head
 from exl2jax.models.tensors import SourceTensors
 from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
 from exl2jax.storage import TensorFiles
-
-FLOAT_DTYPES = ("F16", "BF16", "F32")
 
 SAMPLES, SAMPLE_BYTES = 256, 4096
 """Evenly spread pieces of a weight file that tell it from others: a megabyte, whatever the file's size."""
@@ -137,17 +140,26 @@ class Model:
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `ModelError` unless a tensor is there, a float, and of this shape."""
-        if self.files.shape(name) != shape:
+        if name not in self.files:
+            hint = missing_hint(name, self.files, self.config)
+            raise ModelError(f"{self.directory}: tensor {name} is missing from the weights{hint}")
+        found, dtype = self.files.shape(name), self.files.dtype(name)
+        if found != shape:
             raise ModelError(
-                f"{self.files.file(name)}: {name} has shape {list(self.files.shape(name))}, "
-                f"{CONFIG_NAME} implies {list(shape)}"
+                f"{self.files.file(name)}: {name} has shape {list(found)}, {CONFIG_NAME} implies {list(shape)}"
+                f"{shape_hint(name, found, shape, self.config)}{dtype_hint(dtype)}"
             )
-        if self.files.dtype(name) not in FLOAT_DTYPES:
-            raise ModelError(f"{self.files.file(name)}: {name} is {self.files.dtype(name)}, expected {FLOAT_DTYPES}")
+        if dtype not in FLOAT_DTYPES:
+            raise ModelError(f"{self.files.file(name)}: {name} is {dtype}, expected {FLOAT_DTYPES}{dtype_hint(dtype)}")
 
 
 class HFModel(Model):
-    """A Hugging Face directory of float weights (`[out, in]` on disk, transposed here)."""
+    """A Hugging Face directory of float weights (`[out, in]` on disk, transposed here).
+
+    `notes` say where config and tensors disagreed and what was done about it.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def stock_config(self) -> dict[str, Any]:
         """The config in the spelling that the stock runtime reads: the source's own wherever that is one."""
@@ -164,8 +176,8 @@ class HFModel(Model):
         copied = self.config.arch.copied
         return [name for name in self.files if copied and name.startswith(copied)]
 
-    def check_headers(self) -> None:
-        """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
+    def needed(self) -> Shapes:
+        """Every tensor that a conversion reads of the language model, with the shape it must have."""
         shapes: Shapes = embedding_shapes(self.config)
         for spec in module_specs(self.config):
             shapes |= spec.plain
@@ -173,14 +185,22 @@ class HFModel(Model):
                 shapes[f"{linear.key}.weight"] = (linear.columns, linear.rows)
                 if linear.bias:
                     shapes[f"{linear.key}.bias"] = (linear.columns,)
-                elif f"{linear.key}.bias" in self.files:
-                    raise ModelError(
-                        f"{self.files.file(f'{linear.key}.bias')}: {linear.key}.bias is there, "
-                        f"{CONFIG_NAME} implies no bias in {self.config.architecture}"
-                    )
         shapes |= head_norm_spec(self.config).tensors
         head = head_spec(self.config)
-        for name, shape in (shapes | {self._kernel_name(head): (head.columns, head.rows)}).items():
+        return shapes | {self.head_name: (head.columns, head.rows)}
+
+    def check_headers(self) -> None:
+        """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
+        needed, _ = self.needed(), self._kernel_name(head_spec(self.config))  # refuses where there is no head
+        linears = [linear.key for spec in module_specs(self.config) for linear in spec.linears]
+        for key in (*linears, head_spec(self.config).key):
+            bias = f"{key}.bias"
+            if bias in self.files and bias not in needed:
+                raise ModelError(
+                    f"{self.files.file(bias)}: {bias} is there, {CONFIG_NAME} implies no bias in "
+                    f"{self.config.architecture}"
+                )
+        for name, shape in needed.items():
             self._check(name, shape)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -211,7 +231,10 @@ class HFModel(Model):
         name = self.head_name if spec == head_spec(self.config) else f"{spec.key}.weight"
         if name == embedding_name(self.config) and not self.config.tie_word_embeddings:
             missing = f"{head_spec(self.config).key}.weight"
-            raise ModelError(f"{self.directory}: {missing} is missing and the embeddings are not tied")
+            raise ModelError(
+                f"{self.directory}: {missing} is missing and the embeddings are not tied; download the model again, or "
+                f"set tie_word_embeddings to true in {CONFIG_NAME} if its head is the embedding"
+            )
         return name
 
 
@@ -239,15 +262,38 @@ def open_model(directory: Path, *, rope_scale: float | None = None, rope_alpha: 
     """Open a model directory of either kind; an EXL2 one says so in its `quantization_config`."""
     config, raw, digest = read_config(directory)
     config = config.with_rope(rope_scale, rope_alpha)
-    quantization = raw.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method in (None, "fp8"):
-        block = _fp8_block(quantization, directory) if isinstance(quantization, dict) else None
-        files = SourceTensors(TensorFiles.of_source(directory), config, block)
-        return HFModel(directory, config, raw, digest, files)
-    if method != "exl2":
-        raise SettingsError(f"{directory / CONFIG_NAME}: the model is already quantized ({method}); take the original")
-    return Exl2Model(directory, config, raw, digest, TensorFiles.of_exl2(directory))
+    stated = stated_quantization(raw)
+    if stated is not None and stated.method == "exl2":
+        return Exl2Model(directory, config, raw, digest, TensorFiles.of_exl2(directory))
+    tensors, left_over = open_tensors(TensorFiles.of_source(directory), config, stated, directory)
+    settled, head = settle_head(tensors, config)
+    raw = without_quantization(raw)
+    model = HFModel(directory, settled, _untied(raw) if settled != config else raw, digest, tensors)
+    model.notes = (*tensors.notes, *left_over, *head, *_unread_notes(model, tensors))
+    return model
+
+
+def _untied(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head is a tensor of its own."""
+    inner = raw.get(TEXT_SECTION)
+    nested = {TEXT_SECTION: {**inner, "tie_word_embeddings": False}} if isinstance(inner, dict) else {}
+    return {**raw, **nested, "tie_word_embeddings": False}
+
+
+def _unread_notes(model: HFModel, tensors: SourceTensors) -> list[str]:
+    """A note on the tensors that the model holds and nothing reads, those left out that are known to be of no use."""
+    config = model.config
+    read = [*model.copied(), *model.needed(), f"{head_spec(config).key}.weight"]  # the last may be a copy, when tied
+    extra = model.raw_config.get("num_nextn_predict_layers")
+    ahead = range(config.num_layers, config.num_layers + extra) if isinstance(extra, int) and extra < 64 else ()
+    known = (*UNUSED, *config.arch.unused, *(f"model.layers.{i}.*" for i in ahead))
+    unread = [n for n in tensors.unread(read) if not any(fnmatchcase(n, pattern) for pattern in known)]
+    if not unread:
+        return []
+    layers = stored_layers(unread)
+    more = f"; {CONFIG_NAME} says {config.num_layers} layers, the files hold {layers}"
+    hint = more if layers > config.num_layers else ""
+    return [f"{len(unread)} stored tensors are read by nothing, such as {unread[0]}{hint}"]
 
 
 def load_exl2(directory: Path) -> Exl2Model:
@@ -265,15 +311,3 @@ def _add_samples(digest: Any, path: Path) -> None:
         for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
             file.seek(offset)
             digest.update(file.read(SAMPLE_BYTES))
-
-
-def _fp8_block(quantization: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Block size of FP8 weights; other FP8 layouts are refused."""
-    match quantization.get("weight_block_size"):
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-        case other:
-            raise SettingsError(
-                f"{directory / CONFIG_NAME}: FP8 weights need a weight_block_size of two numbers, got {other!r:.40}; "
-                "take the original in 16 bits"
-            )

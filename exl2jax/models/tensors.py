@@ -76,9 +76,25 @@ class SourceTensors:
         """The file that holds a tensor."""
         return self._files.file(self._find(name)[0])
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the choice of the files."""
+        return self._files.notes
+
+    def unread(self, needed: Iterable[str]) -> list[str]:
+        """The tensors of the files, by the source's names, that make up none of the `needed` ones."""
+        sources = {self._find(name)[0] for name in needed}
+        return sorted(set(self._files) - sources - {source + SCALE_SUFFIX for source in sources})
+
+    def read(self, name: str, rows_only: slice | None = None) -> np.ndarray:
+        """The tensor in its stored dtype, an FP8 weight in float32 with its factors applied.
+
+        With `rows_only` only these rows of a tensor outside of the layers.
+        """
         source, fused = self._find(name)
+        if rows_only is not None:
+            whole = self._files.dtype(source) == FLOAT8 and self._block
+            return self.read(name)[rows_only] if whole else self._files.read(source, rows_only)
         rows = None if fused is None else _part_rows(fused, name, self._config)
         # Only the part's own rows, where they lie together: the experts of a layer may not all fit in memory.
         part = rows if isinstance(rows, slice) and not self._block and not self._config.arch.transposed else None

@@ -1,4 +1,4 @@
-"""Seeded simulated annealing of the bit allocation, as stock ExLlamaV2 describes it (EXL2.md section 4)."""
+"""Seeded simulated annealing of the bit allocation, as stock ExLlamaV2 describes it (docs/format.md 4)."""
 
 from functools import partial
 from typing import NamedTuple

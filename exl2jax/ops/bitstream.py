@@ -1,4 +1,4 @@
-"""Codes as bit streams down the columns, and back (EXL2.md section 1, "Codes")."""
+"""Codes as bit streams down the columns, and back (docs/format.md 1.2)."""
 
 from functools import partial
 

@@ -61,7 +61,7 @@ def gptq(
     """Quantize `w [K, N]` float32 with error feedback through `factor`, cut into `groups` of the permuted rows.
 
     Each group finds its scales on its current weights, then goes row by row: code, error `(w - q) / U[c, c]`, and
-    feedback to the rows after it (EXL2.md section 2, "GPTQ"). Left-looking: a row gathers what it owes to the rows
+    feedback to the rows after it (docs/format.md 2.5). Left-looking: a row gathers what it owes to the rows
     before it, `W[i] - U[:i, i]^T E[:i]`, which is the same sum in another order. Bit widths are traced and runs of one
     group size are loops, so one compilation per (shape, group size) serves every setting. `kernels`: inner loops;
     `search`: how a group finds its scales.

@@ -4,7 +4,7 @@ Lagrangian relaxation gives a lower bound and a multiplier; a solution within th
 loss fits into it, which leaves few, and a dynamic program over those finds the optimum with its proof.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,19 @@ def solve(costs: list[np.ndarray], losses: list[np.ndarray], budget: int) -> Sol
     """Minimise the sum of `losses` with the sum of integer `costs` at most `budget`; None when nothing fits."""
     if sum(int(c.min()) for c in costs) > budget:
         return None
+    unit = _unit(losses)
+    found = _solve(costs, [loss / unit for loss in losses], budget)
+    return replace(found, loss=_total(losses, list(found.choice)), gap=found.gap * unit)
+
+
+def _unit(losses: list[np.ndarray]) -> float:
+    """The power of two next to the largest loss: tolerances are relative to it, and dividing by it is exact."""
+    largest = max((float(np.max(np.abs(loss))) for loss in losses), default=0.0)
+    return float(np.ldexp(1.0, int(np.frexp(largest)[1]))) if 0 < largest < np.inf else 1.0
+
+
+def _solve(costs: list[np.ndarray], losses: list[np.ndarray], budget: int) -> Solution:
+    """The solution for losses of at most one; the cheapest options fit the budget."""
     price, bound = _multiplier(costs, losses, budget)
     incumbent = _greedy(costs, losses, budget, price)
     best_loss = _total(losses, incumbent)

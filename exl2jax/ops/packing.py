@@ -1,4 +1,4 @@
-"""The five tensors of an EXL2 linear: packing codes and scales into words, and back (EXL2.md section 1)."""
+"""The five tensors of an EXL2 linear: packing codes and scales into words, and back (docs/format.md 1.1)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ def half_scale(qscale_max: jax.Array, qs: jax.Array) -> jax.Array:
     """Working scales `half(half(qs^2) * half(qscale_max / 256))` as float32 holding exact half values.
 
     `qscale_max` float16 or float32, rounded to half here, broadcast against `qs`, the 4-bit scale index 1..16
-    (the stored nibble plus one). EXL2.md section 1, "Dequantize".
+    (the stored nibble plus one). docs/format.md 1.4.
     """
     index = qs.astype(jnp.float32)
     # A cast to half right before this call may be one of those that a compiler drops.

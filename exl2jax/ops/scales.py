@@ -45,8 +45,8 @@ def search_scales(
     """Choose the scales of the group `w [rows, N]` float32 at the width `bits` (scalar, may be traced), as stock does.
 
     Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
-    group; `rows` must be a multiple of 32, and their `importance` counts for nothing. EXL2.md section 2, "Scales of a
-    group". In units of a column's base scale `s` its loss is `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is
+    group; `rows` must be a multiple of 32, and their `importance` counts for nothing. docs/format.md 2.6.
+    In units of a column's base scale `s` its loss is `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is
     `(qs / 16)^7` times a constant.
     """
     codes = jnp.exp2(bits.astype(jnp.float32))

@@ -12,25 +12,25 @@ from exl2jax.ops import round_to_nearest
 from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import hessian_diagnostics, linear_diagnostics
 from exl2jax.quantize.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
-from exl2jax.quantize.propagate import CrossTerms, Strengths, added, corrected_target, cross_terms
-from exl2jax.stream.chunks import full_mask, row_chunks
+from exl2jax.quantize.propagate import CrossTerms, Strengths, corrected_target, cross_terms
 from exl2jax.stream.devices import on_all_devices, on_one_device
+from exl2jax.stream.streams import Rows, Stream, fold
 from exl2jax.variants import STOCK, Method
 
 MAX_GPTQ_WEIGHTS = 10**9
-"""Heads of more weights than this are rounded to nearest (EXL2.md section 1)."""
+"""Heads of more weights than this are rounded to nearest (docs/format.md 1.8)."""
 
 
 def quantize_head(
     decoder: Decoder,
     spec: LinearSpec,
     params: Any,
-    states: np.ndarray,
-    mask: np.ndarray | None,
+    places: Rows,
+    states: Stream,
     qparams: QParams,
     method: Method = STOCK,
     *,
-    reference: np.ndarray | None = None,
+    reference: Stream | None = None,
     strength: float = 0.0,
 ) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
     """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), diagnostics.
@@ -43,7 +43,7 @@ def quantize_head(
         rows, groups = jnp.arange(spec.rows), qparams.groups(spec.rows)
         rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=method.search)
         return pack_checked(rounded, spec, None), {}, ()
-    terms = head_terms(decoder, params, states, reference if strength else None, mask)
+    terms = head_terms(decoder, params, places, states, reference if strength else None)
     factor = factor_hessian(terms.hessian, spec.key, method)
     target = jnp.asarray(kernel)
     if terms.cross is not None:
@@ -53,22 +53,28 @@ def quantize_head(
     return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, diagnostics
 
 
-def head_terms(
-    decoder: Decoder, params: Any, states: np.ndarray, reference: np.ndarray | None, mask: np.ndarray | None
-) -> CrossTerms:
+def head_terms(decoder: Decoder, params: Any, rows: Rows, states: Stream, reference: Stream | None) -> CrossTerms:
     """`X^T X / R` of what the head reads, and with a full-precision `reference` the cross term towards it."""
-    mask = full_mask(states, mask)
-    norm, terms = on_all_devices({"norm": params["norm"]}), None
-    for chunk in row_chunks(states):
-        wanted = None if reference is None else chunk.take(reference)
-        terms = _accumulate(decoder, norm, chunk.take(states), wanted, chunk.take(mask), terms)
-    assert terms is not None  # there is at least one row
-    return on_one_device(terms).scaled(1 / len(states))
+    norm, size = on_all_devices({"norm": params["norm"]}), params["lm_head"]["kernel"].shape[0]
+    zeros = on_all_devices(_zeros(size, reference is not None))
+    streams = (states, rows.mask) if reference is None else (states, rows.mask, reference)
+    terms = fold(partial(_accumulate, decoder, norm), zeros, streams, ())
+    return _scaled(on_one_device(terms), np.float32(1 / states.count))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1))
+def _zeros(size: int, cross: bool) -> CrossTerms:
+    return CrossTerms(*(jnp.zeros((size, size)) for _ in range(1 + cross)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _scaled(terms: CrossTerms, factor: jax.Array) -> CrossTerms:
+    return terms.scaled(factor)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _accumulate(
-    decoder: Decoder, params: Any, h: jax.Array, wanted: jax.Array | None, mask: jax.Array, terms: CrossTerms | None
-) -> CrossTerms:
+    decoder: Decoder, params: Any, terms: CrossTerms, h: jax.Array, mask: jax.Array, wanted: jax.Array | None = None
+) -> tuple[CrossTerms, tuple[()]]:
     y = None if wanted is None else decoder.head_input(params, wanted)
-    return added(terms, cross_terms(decoder.head_input(params, h), y, mask))
+    return jax.tree.map(jnp.add, terms, cross_terms(decoder.head_input(params, h), y, mask)), ()

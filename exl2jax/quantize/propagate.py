@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Module, ModuleSpec
 from exl2jax.ops import HessianFactor, gram
-from exl2jax.stream.chunks import full_mask, row_chunks
+from exl2jax.stream.chunks import Chunk
 from exl2jax.stream.devices import on_all_devices, on_one_device
+from exl2jax.stream.forward import START, Tally
 from exl2jax.stream.hessians import group_weights, or_identity
+from exl2jax.stream.streams import Rows, Stream, fold
 from exl2jax.stream.token_classes import token_factors
 
 KEPT_BYTES = 1 << 29
-"""Inputs of a module's last stage that are kept in memory, so that its outputs need not be computed from the start."""
+"""Inputs of a module's last stage that are kept in memory, so that its outputs are not computed from the start."""
 
 
 class Strengths(NamedTuple):
@@ -43,7 +45,7 @@ class CrossTerms(NamedTuple):
     cross: jax.Array | None = None
     owed: jax.Array | None = None
 
-    def scaled(self, factor: float) -> "CrossTerms":
+    def scaled(self, factor: float | jax.Array) -> "CrossTerms":
         """All sums times `factor`."""
         return jax.tree.map(lambda x: x * factor, self)
 
@@ -64,142 +66,164 @@ def _solve(factor: HessianFactor, b: jax.Array) -> jax.Array:
         return (factor.u.T @ (factor.u @ b[factor.perm]))[factor.inv_perm]
 
 
-class StageTerms(NamedTuple):
-    """Cross terms of each group of a stage, the tokens that went into them, and the next full-precision states: after
-    the last stage the module's output, before it still its input.
+class StageTask(NamedTuple):
+    """One stage of a module to quantize.
 
-    `inputs` is what each group of the last stage reads in the quantized model, `[R, T, K]`, None where it was not kept.
-    """  # noqa: D205
+    `params` are the full-precision ones, `quantized` those with the stages before quantized; `states` are those of the
+    quantized model, `reference` the full-precision ones. `tables [groups of the stage, CLASSES]` weigh the tokens by
+    class (`exl2jax.stream.token_classes`), in all terms. An expert's tokens are those that the quantized model routes
+    to it, unless not `routed_only`; without any its Hessian is the identity.
+    """
+
+    module: Module
+    spec: ModuleSpec
+    stage: int
+    params: Any
+    quantized: Any
+    rows: Rows
+    states: Stream
+    reference: Stream
+    strengths: Strengths
+    routed_only: bool = True
+    tables: np.ndarray | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last stage, whose linears write to the residual stream."""
+        return self.stage == self.module.last
+
+
+class StageTerms(NamedTuple):
+    """Cross terms of each group of a stage, the tokens that went into them, the largest input of the stage.
+
+    `inputs` are those of the last stage's groups in the quantized model, `[R, T, K]`, None where they are not kept.
+    """
 
     terms: list[CrossTerms]
-    tokens: list[int]
-    reference: np.ndarray
-    inputs: list[np.ndarray] | None = None
+    tokens: list[jax.Array]
+    tally: Tally
+    inputs: list[Stream] | None = None
 
 
-def stage_terms(
-    decoder: Decoder,
-    spec: ModuleSpec,
-    stage: int,
-    params: Any,
-    quantized: Any,
-    states: np.ndarray,
-    reference: np.ndarray,
-    mask: np.ndarray | None,
-    strengths: Strengths,
-    *,
-    routed_only: bool = True,
-    tables: np.ndarray | None = None,
-) -> StageTerms:
+class StageSums(NamedTuple):
+    """Sums over the chunks of a stage so far."""
+
+    terms: list[CrossTerms]
+    tokens: list[jax.Array]
+    tally: Tally
+
+
+def stage_terms(task: StageTask, into: Stream | None = None) -> StageTerms:
     """Cross terms of a stage, whose inputs come through the stages before: quantized ones, and full-precision ones.
 
-    An expert's tokens are those that the quantized model routes to it, unless not `routed_only`; without any its
-    Hessian is the identity. What the last stage reads is kept if it takes `KEPT_BYTES` at most. `tables [groups of the
-    stage, CLASSES]` weigh the tokens by class (`exl2jax.stream.token_classes`), in all terms.
+    The last stage puts the module's full-precision output `into` a stream, which may be the reference itself, and keeps
+    its inputs if they take `KEPT_BYTES` at most.
     """
-    last = stage == len(spec.stages) - 1
-    sums, out, kept = None, np.empty_like(reference) if last else reference, _room(spec, states) if last else None
-    mask = full_mask(states, mask)
-    params, quantized, tables = on_all_devices((params, quantized, tables))
-    for chunk in row_chunks(states):
-        h, ref, m = chunk.take(states), chunk.take(reference), chunk.take(mask)
-        xs = _inputs(decoder, spec.kind, stage, quantized, h)
-        ys = _inputs(decoder, spec.kind, stage, params, ref)
-        how = (decoder, spec.kind, stage, strengths, routed_only)
-        hidden, sums = _add_chunk(*how, params, quantized, tables, h, ref, m, xs, ys, sums)
-        if last:
-            chunk.put(out, hidden)
-        for array, x in zip(kept or (), xs, strict=kept is not None):
-            chunk.put(array, x)
-    assert sums is not None  # there is at least one row
-    terms, counts = on_one_device(sums)
-    tokens = [round(float(n)) for n in counts]
-    terms = [term.scaled(1 / len(states)) for term in terms]
-    if last:
-        kernels = [params[linear.name]["kernel"] for (linear,) in spec.stages[stage]]
-        terms = [_owed(term, kernel, strengths) for term, kernel in zip(terms, kernels, strict=True)]
-    terms = [term._replace(hessian=or_identity(term.hessian, n)) for term, n in zip(terms, tokens, strict=True)]
-    return StageTerms(terms, tokens, out, kept)
+    kept = _room(task) if task.last else None
+    how = _How(task.module, task.stage, task.strengths, task.routed_only)
+    params, quantized, tables = on_all_devices((task.params, task.quantized, task.tables))
+    sums = on_all_devices(_zeros(how, tuple((g[0].rows, g[0].columns) for g in task.spec.stages[task.stage])))
+
+    def program(
+        sums: StageSums, h: jax.Array, ref: jax.Array, mask: jax.Array
+    ) -> tuple[StageSums, tuple[jax.Array, ...]]:
+        xs, ys = _inputs(task.module, task.stage, quantized, h), _inputs(task.module, task.stage, params, ref)
+        hidden, sums = _add_chunk(how, (params, quantized), tables, Chunk(h, mask, ref), (xs, ys), sums)
+        return sums, (*(() if into is None else (hidden,)), *(xs if kept else ()))
+
+    outputs = (*(() if into is None else (into,)), *(kept or ()))
+    sums = on_one_device(fold(program, sums, (task.states, task.reference, task.rows.mask), outputs))
+    kernels = [task.params[group[0].name]["kernel"] for group in task.spec.stages[task.stage]] if task.last else None
+    share = np.float32(1 / task.states.count)
+    return StageTerms(_means(sums.terms, sums.tokens, kernels, share, task.strengths), *sums[1:], kept)
 
 
-def _room(spec: ModuleSpec, states: np.ndarray) -> list[np.ndarray] | None:
-    """Arrays for what the groups of the last stage read on all rows; None where that is too much."""
-    rows, length, _ = states.shape
-    if not kept_bytes(spec, rows * length):
+def _room(task: StageTask) -> list[Stream] | None:
+    """Streams for the inputs of the last stage's groups on all rows; None where these take too much."""
+    length = task.states.shape[0]
+    if not kept_bytes(task.spec, task.states.count * length):
         return None
-    return [np.empty((rows, length, linear.rows), np.float32) for (linear,) in spec.stages[-1]]
+    return [task.states.like(length, linear.rows) for (linear,) in task.spec.stages[-1]]
 
 
 def kept_bytes(spec: ModuleSpec, tokens: int) -> int:
-    """Bytes of what the groups of a module's last stage read; none where that is too much to keep."""
+    """Bytes of the inputs of a module's last stage; none where they are too many to keep."""
     wanted = 4 * tokens * sum(linear.rows for (linear,) in spec.stages[-1])
     return wanted if wanted <= KEPT_BYTES else 0
 
 
-def finish(
-    decoder: Decoder, spec: ModuleSpec, params: Any, states: np.ndarray, inputs: Sequence[np.ndarray], out: np.ndarray
-) -> np.ndarray:
-    """A module's output on all rows from what its last stage reads; `out` may be `states` itself."""
-    params = on_all_devices(params)
-    for chunk in row_chunks(states):
-        chunk.put(out, _finish_chunk(decoder, spec.kind, params, chunk.take(states), tuple(map(chunk.take, inputs))))
-    return out
+def finish(module: Module, params: Any, states: Stream, inputs: Sequence[Stream], into: Stream) -> Tally:
+    """A module's output on all rows from the inputs of its last stage; `into` may be `states` itself."""
+    return fold(partial(_finish_chunk, module, on_all_devices(params)), START, (states, *inputs), (into,))
+
+
+@partial(jax.jit, static_argnames="module")
+def _finish_chunk(
+    module: Module, params: Any, tally: Tally, h: jax.Array, *inputs: jax.Array
+) -> tuple[Tally, tuple[jax.Array]]:
+    hidden = module.output(params, h, module.linears(module.last, params, inputs))
+    return tally.with_states(hidden), (hidden,)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _finish_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array, inputs: tuple[jax.Array, ...]) -> jax.Array:
-    return decoder.output(kind, params, h, decoder.linears(kind, decoder.stages(kind) - 1, params, inputs))
+def _inputs(module: Module, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
+    """Inputs of a stage; the same compiled function for both streams."""
+    return module.inputs_through(stage, params, h)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _inputs(decoder: Decoder, kind: str, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
-    """What a stage reads, through the linears of the stages before it; the same compiled function for both streams."""
-    outputs: dict[str, jax.Array] = {}
-    for before in range(stage):
-        outputs |= decoder.linears(kind, before, params, decoder.inputs(kind, before, params, h, outputs))
-    return decoder.inputs(kind, stage, params, h, outputs)
+class _How(NamedTuple):
+    """The static side of a stage's sums."""
+
+    module: Module
+    stage: int
+    strengths: Strengths
+    routed_only: bool
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=13)
+@partial(jax.jit, static_argnums=(0, 1))
+def _zeros(how: _How, shapes: tuple[tuple[int, int], ...]) -> StageSums:
+    """Sums before the first chunk; `shapes` are those of the first linear of each group."""
+    last = how.stage == how.module.last
+    terms = [
+        CrossTerms(jnp.zeros((k, k)), owed=jnp.zeros((k, n))) if last else CrossTerms(*(jnp.zeros((k, k)),) * 2)
+        for k, n in shapes
+    ]
+    return StageSums(terms, [jnp.float32(0)] * len(shapes), jax.tree.map(jnp.asarray, START))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _add_chunk(
-    decoder: Decoder,
-    kind: str,
-    stage: int,
-    strengths: Strengths,
-    routed_only: bool,
-    params: Any,
-    quantized: Any,
+    how: _How,
+    params: tuple[Any, Any],
     tables: jax.Array | None,
-    h: jax.Array,
-    ref: jax.Array,
-    mask: jax.Array,
-    xs: tuple[jax.Array, ...],
-    ys: tuple[jax.Array, ...],
-    sums: tuple[list[CrossTerms], list[jax.Array]] | None,
-) -> tuple[jax.Array, tuple[list[CrossTerms], list[jax.Array]]]:
-    """A chunk's full-precision states after the module (before its last stage as they are), and the sums with what it
-    adds; compiled apart from the inputs `xs` and `ys` of both streams, of which XLA would repeat parts.
-    """  # noqa: D205
-    weights = group_weights(decoder.routed(kind, quantized, h) if routed_only else None, len(xs), mask)
+    chunk: Chunk,
+    inputs: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    sums: StageSums,
+) -> tuple[jax.Array, StageSums]:
+    """A chunk's full-precision states after the module (before its last stage as they are), and the sums with it added.
+
+    `params` and `inputs` are those of the full-precision and of the quantized stream; compiled apart from the inputs,
+    since XLA would repeat parts of them here.
+    """
+    (full, quantized), (xs, ys), (module, stage, strengths, _) = params, inputs, how
+    h, mask, ref = chunk
+    assert ref is not None  # propagation carries both streams
+    weights = group_weights(module.routed(quantized, h) if how.routed_only else None, len(xs), mask)
     factors = token_factors(weights, tables, ref, mask)
-    if stage < decoder.stages(kind) - 1:
+    if stage < module.last:
         hidden, new = ref, [cross_terms(x, y, f) for x, y, f in zip(xs, ys, factors, strict=True)]
     else:
         with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
-            outputs = decoder.linears(kind, stage, params, ys)
-        hidden = decoder.output(kind, params, ref, outputs)
-        wanted = [_without_bias(outputs[name], params[name]) for (name,) in decoder.names(kind)[stage]]
+            outputs = module.linears(stage, full, ys)
+        hidden = module.output(full, ref, outputs)
+        wanted = [_without_bias(outputs[name], full[name]) for (name,) in module.stages[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
-    return hidden, added(sums, (new, [jnp.sum(w) for w in weights]))
+    tokens = [n + jnp.sum(w) for n, w in zip(sums.tokens, weights, strict=True)]
+    return hidden, StageSums(jax.tree.map(jnp.add, sums.terms, new), tokens, sums.tally.with_linears(xs))
 
 
 def _without_bias(y: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
     return y - params["bias"] if "bias" in params else y
-
-
-def added[T](sums: T | None, more: T) -> T:
-    """Sums over the chunks so far, None before the first, and one chunk's."""
-    return more if sums is None else jax.tree.map(jnp.add, sums, more)
 
 
 def cross_terms(x: jax.Array, y: jax.Array | None, factor: jax.Array) -> CrossTerms:
@@ -223,7 +247,21 @@ def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, factor: jax.Array, 
     return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, factor), precision=lax.Precision.HIGHEST))
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(jax.jit, static_argnums=4, donate_argnums=0)
+def _means(
+    terms: list[CrossTerms],
+    tokens: list[jax.Array],
+    kernels: list[jax.Array] | None,
+    share: jax.Array,
+    strengths: Strengths,
+) -> list[CrossTerms]:
+    """Terms per row of calibration from sums; `kernels` are those of the last stage, whose own outputs come off."""
+    terms = [term.scaled(share) for term in terms]
+    if kernels is not None:
+        terms = [_owed(term, kernel, strengths) for term, kernel in zip(terms, kernels, strict=True)]
+    return [term._replace(hessian=or_identity(term.hessian, n)) for term, n in zip(terms, tokens, strict=True)]
+
+
 def _owed(terms: CrossTerms, kernel: jax.Array, strengths: Strengths) -> CrossTerms:
     """The terms with `a X_q^T X_q W` taken off: one product of the Hessian in place of one for every token."""
     assert terms.owed is not None  # those of the last stage

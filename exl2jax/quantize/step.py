@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.errors import NumericalError
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.models.modules import NormSpec
 from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
@@ -18,17 +17,18 @@ from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import clamp_bias, hessian_diagnostics, linear_diagnostics, starved_experts
 from exl2jax.quantize.head import quantize_head
 from exl2jax.quantize.linear import Task, factor_hessian, module_factors, pack_checked, quantize_many
-from exl2jax.quantize.propagate import StageTerms, Strengths, corrected_target, finish, stage_terms
+from exl2jax.quantize.propagate import StageTask, Strengths, corrected_target, finish, stage_terms
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.quantize.store import stored_norm, tensor_file
 from exl2jax.quantize.tune import TuneTask
 from exl2jax.stock_tables import head_qparams
 from exl2jax.storage import write_checked_tensors
 from exl2jax.stream.blocks import Block, HeadBlock, Piece, cut
-from exl2jax.stream.forward import forward, relative_error
+from exl2jax.stream.forward import Tally, errors_by_row, forward, mean_of_rows, require_finite
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.scan import REFERENCE, STATES, Carry
 from exl2jax.stream.scoring import perplexity, score
+from exl2jax.stream.streams import Rows, Stream, added, read
 from exl2jax.stream.token_classes import group_tables
 from exl2jax.variants.recipe import Recipe
 
@@ -46,14 +46,14 @@ class QuantizeStep:
     strategy: Mapping[str, Mapping[str, QParams]]
     head_bits: int
     input_ids: np.ndarray
-    mask: np.ndarray | None
+    rows: Rows
     out_tensor: Path
     check_rows: int
     routed_only: bool = True
     seed: int = 0
     token_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def start(self, states: np.ndarray) -> Carry:
+    def start(self, states: np.ndarray) -> dict[str, np.ndarray]:
         """The carry before the first module, from the embedded rows."""
         return {STATES: states, REFERENCE: states[: None if self.recipe.carries_reference else self.check_rows].copy()}
 
@@ -67,74 +67,79 @@ class QuantizeStep:
             reference=carry[REFERENCE],
         )
         done = reduce(Outcome.joined, map(run, block.pieces(self.decoder)))
-        if not np.isfinite(done.states).all():
-            raise NumericalError(f"{block.spec.key}: the quantized output holds NaN or infinity")
-        error = relative_error(done.states, done.wanted, self.mask)
-        said = (*done.diagnostics, *starved_experts(block.spec, done.tokens))
+        errors = errors_by_row(self.rows, done.states, done.wanted)
+        tally, parts, counts = read((done.tally, errors.parts(), done.tokens))
+        require_finite(tally, block.spec, "quantized")
+        error = mean_of_rows(self.rows.spans, parts)
+        notes = (*done.diagnostics, *starved_experts(block.spec, [round(float(n)) for n in counts]))
         if self.recipe.tuning is not None and len(cut(block.spec)) > 1:
-            said = (*said, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
+            notes = (*notes, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
         report = ModuleReport(
             key=block.spec.key,
             bits=done.bits,
             damping=done.damping,
-            diagnostics=said,
+            diagnostics=notes,
             tuning=done.tuning,
             own_norms=done.own_norms,
             **{"stream_error" if self.recipe.propagates else "rfn_error": error},
         )
         return {STATES: done.states, REFERENCE: done.reference}, report
 
-    def _plain(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
+    def _plain(self, piece: Piece, states: Stream, reference: Stream) -> "Outcome":
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
-        decoder, spec, params = piece
-        tables = group_tables(spec.groups, self.token_weights)
-        collected = collect(decoder, spec, params, states, self.mask, routed_only=self.routed_only, tables=tables)
-        factors = module_factors(spec, collected.hessians, self.recipe.method)
+        module, spec, params = piece
+        tables, wanted = group_tables(spec.groups, self.token_weights), states.like(*states.shape)
+        found = collect(module, spec, params, self.rows, states, wanted, routed_only=self.routed_only, tables=tables)
+        factors = module_factors(spec, found.hessians, self.recipe.method)
         kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
         done = self._linears(spec, spec.linears, params, kernels, factors)
-        said = [
+        notes = [
             line
-            for g, h in zip(spec.groups, collected.hessians, strict=True)
+            for g, h in zip(spec.groups, found.hessians, strict=True)
             for line in hessian_diagnostics(h, factors[g[0].name], g)
         ]
-        done = done._replace(diagnostics=(*done.diagnostics, *said))
-        tokens = collected.tokens[-len(spec.stages[-1]) :]
-        return self._outcome(piece, done, factors, tokens, states, piece.forward(reference), collected.states)
+        done = done._replace(diagnostics=(*done.diagnostics, *notes))
+        full = piece.target(reference)
+        piece.forward(reference, full)
+        return self._outcome(piece, done, factors, found.tokens[-len(spec.stages[-1]) :], states, full, wanted)
 
-    def _propagated(self, piece: Piece, states: np.ndarray, reference: np.ndarray) -> "Outcome":
+    def _propagated(self, piece: Piece, states: Stream, reference: Stream) -> "Outcome":
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
-        decoder, spec, params = piece
-        done, said, found = _Quantized(params, {}, ()), list[str](), StageTerms([], [], reference)
+        module, spec, params = piece
+        done, notes, following = _Quantized(params, {}, ()), list[str](), piece.target(reference)
         factors: dict[str, HessianFactor] = {}
         kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
-        strengths = Strengths(self.recipe.propagation, self.recipe.residual * decoder.residual_share(spec.kind))
+        strengths = Strengths(self.recipe.propagation, self.recipe.residual * module.residual_share)
+        found = None
         for stage, groups in enumerate(spec.stages):
-            found = stage_terms(
-                decoder,
-                spec,
-                stage,
-                params,
-                done.params,
-                states,
-                reference,
-                self.mask,
-                strengths,
+            task = StageTask(
+                module=module,
+                spec=spec,
+                stage=stage,
+                params=params,
+                quantized=done.params,
+                rows=self.rows,
+                states=states,
+                reference=reference,
+                strengths=strengths,
                 routed_only=self.routed_only,
                 tables=group_tables(groups, self.token_weights),
             )
+            found = stage_terms(task, following if task.last else None)
             targets = dict[str, jax.Array]()
             for group, terms in zip(groups, found.terms, strict=True):
                 keys = " and ".join(linear.key for linear in group)
                 factor = factor_hessian(terms.hessian, keys, self.recipe.method)
-                said += hessian_diagnostics(terms.hessian, factor, group)
+                notes += hessian_diagnostics(terms.hessian, factor, group)
                 factors |= {x.name: factor for x in group}
                 targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
             linears = [x for group in groups for x in group]
             now = self._linears(spec, linears, done.params, targets, factors)
             done = now._replace(linears={**done.linears, **now.linears})
-            said += now.diagnostics
-        done = done._replace(diagnostics=tuple(said))
-        following, kept = found.reference, None if self.recipe.tuning else found.inputs  # tuned norms change them
+            notes += now.diagnostics
+        assert found is not None  # a module has stages
+        done = done._replace(diagnostics=tuple(notes))
+        kept = None if self.recipe.tuning else found.inputs  # tuned norms change them
         return self._outcome(piece, done, factors, found.tokens, states, following, following, kept)
 
     def _outcome(
@@ -142,23 +147,21 @@ class QuantizeStep:
         piece: Piece,
         done: "_Quantized",
         factors: Mapping[str, HessianFactor],
-        tokens: list[int],
-        states: np.ndarray,
-        reference: np.ndarray,
-        wanted: np.ndarray,
-        inputs: Sequence[np.ndarray] | None = None,
+        tokens: list[jax.Array],
+        states: Stream,
+        reference: Stream,
+        wanted: Stream,
+        inputs: Sequence[Stream] | None = None,
     ) -> "Outcome":
-        """Store what is quantized and run it, from the `inputs` of its last stage where these are known."""
+        """Store the quantized linears and run them, from the `inputs` of the last stage where these are known."""
         params, kept = self._finish(piece, done, states, reference)
-        out = states if piece.whole else np.empty_like(states)
-        if inputs is None:
-            forward(piece.decoder, piece.spec.kind, params, states, out=out)
-        else:
-            finish(piece.decoder, piece.spec, params, states, inputs, out)
+        out, module = piece.target(states), piece.module
+        tally = forward(module, params, states, out) if inputs is None else finish(module, params, states, inputs, out)
         return Outcome(
             states=out,
             wanted=wanted,
             reference=reference,
+            tally=tally,
             damping={name: float(factor.damping) for name, factor in factors.items()},
             diagnostics=done.diagnostics,
             tokens=tokens,
@@ -186,7 +189,7 @@ class QuantizeStep:
         return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(diagnostics))
 
     def _finish(
-        self, piece: Piece, done: "_Quantized", states: np.ndarray, reference: np.ndarray
+        self, piece: Piece, done: "_Quantized", states: Stream, reference: Stream
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report.
 
@@ -196,13 +199,13 @@ class QuantizeStep:
         norms: tuple[NormSpec, ...] = ()
         if self.recipe.tuning is not None and piece.whole:
             task = TuneTask(
-                decoder=piece.decoder,
+                module=piece.module,
                 spec=spec,
                 params=params,
                 linears=linears,
-                states=states,
-                reference=reference,
-                mask=self.mask,
+                states=states.array(),
+                reference=reference.array(),
+                mask=self.rows.mask.array(),
             )
             params, linears, result = task.run(self.recipe.tuning, self.seed)
             report["tuning"] = {"before": result.before, "after": result.after, "steps": result.steps}
@@ -223,16 +226,16 @@ class QuantizeStep:
             self.decoder,
             block.spec,
             block.params,
+            self.rows,
             carry[STATES],
-            self.mask,
             qparams,
             method,
-            reference=carry[REFERENCE],
+            reference=carry[REFERENCE] if self.recipe.carries_reference else None,
             strength=self.recipe.propagation,
         )
         self._store(block.spec, packed.packed)
         rows = min(self.check_rows, len(self.input_ids))
-        ids, mask = self.input_ids[:rows], None if self.mask is None else self.mask[:rows]
+        ids, mask = self.input_ids[:rows], self.rows.mask.array(rows)
         params = {"norm": block.params["norm"], "lm_head": {"kernel": packed.weight}}
         full = {"norm": block.params["norm"], "lm_head": {"kernel": kernel}}
         report = ModuleReport(
@@ -240,8 +243,8 @@ class QuantizeStep:
             bits=packed.packed.bits,
             damping=damping,
             diagnostics=diagnostics,
-            perplexity=perplexity(score(self.decoder, params, carry[STATES][:rows], ids).nll, mask),
-            perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE][:rows], ids).nll, mask),
+            perplexity=perplexity(score(self.decoder, params, carry[STATES].array(rows), ids).nll, mask),
+            perplexity_full=perplexity(score(self.decoder, full, carry[REFERENCE].array(rows), ids).nll, mask),
         )
         return carry, report
 
@@ -251,28 +254,31 @@ class QuantizeStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What quantizing a module, or a piece of it, gave.
+    """The result of quantizing a module, or a piece of it.
 
     `states` are those after it, `wanted` those that they are judged by, `reference` the full-precision ones; `tokens`
     went into the Hessian of each group of the last stage; the rest is for the report.
     """
 
-    states: np.ndarray
-    wanted: np.ndarray
-    reference: np.ndarray
+    states: Stream
+    wanted: Stream
+    reference: Stream
+    tally: Tally
     bits: int
     damping: dict[str, float]
     diagnostics: tuple[str, ...]
-    tokens: list[int]
+    tokens: list[jax.Array]
     tuning: Mapping[str, float] | None = None
     own_norms: tuple[str, ...] = ()
 
     def joined(self, then: "Outcome") -> "Outcome":
         """Together with the next piece: states add up, the rest is put side by side."""
+        wanted = added(self.wanted, then.wanted)
         return Outcome(
-            states=self.states + then.states,
-            wanted=self.wanted + then.wanted,
-            reference=self.reference + then.reference,
+            states=added(self.states, then.states),
+            wanted=wanted,
+            reference=wanted if self.wanted is self.reference else added(self.reference, then.reference),
+            tally=self.tally.joined(then.tally),
             bits=self.bits + then.bits,
             damping=self.damping | then.damping,
             diagnostics=self.diagnostics + then.diagnostics,

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Module, ModuleSpec
 from exl2jax.ops import QuantizedLinear
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.qparams import ROW_MULTIPLE
-from exl2jax.stream.chunks import full_mask, rows_at_once
+from exl2jax.stream.chunks import rows_at_once
 from exl2jax.variants import Choice
 from exl2jax.variants.rounding import Rounded, weight_of
 from exl2jax.variants.tuning import Tunable, Tuned
 
 UNTUNED = "router"
-"""The name of what stands among the norms and is none."""
+"""The router is stored with the norms but is not tuned."""
 
 LEAST_BIAS = 1e-2
 """Unit of a bias that is zero throughout, so that it can move at all."""
@@ -49,22 +49,22 @@ class TunedBlock(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneTask:
-    """What tuning a module needs: its quantized form, the states `[R, T, D]` it reads, and those it should give."""
+    """A module to tune: its quantized form, the states `[R, T, D]` it reads, and those it should give."""
 
-    decoder: Decoder
+    module: Module
     spec: ModuleSpec
     params: Mapping[str, Any]
     linears: Mapping[str, QuantizedLinear]
     states: np.ndarray
     reference: np.ndarray
-    mask: np.ndarray | None
+    mask: np.ndarray
 
     def run(self, choice: Choice, seed: int) -> TunedBlock:
         """Tune by the variant `choice`; the module comes back as it is where that gains nothing, or has one row."""
         kept = TunedBlock(dict(self.params), dict(self.linears), Tuned(None, 0.0, 0.0, 0))
         if len(self.states) < 2:
             return kept
-        size = rows_at_once(*self.states.shape[:2])
+        size = rows_at_once(*self.states.shape)
         shuffled = np.random.default_rng([seed, self.spec.index]).permutation(len(self.states))
         gradient, error = partial(self._gradient, self._rows_of_groups()), partial(self._error, size)
         result = choice.function(Tunable(self._start(), shuffled, size, gradient, error), choice.settings)
@@ -104,15 +104,15 @@ class TuneTask:
         return out
 
     def _gradient(self, of_row: Mapping[str, np.ndarray], values: Changes, rows: np.ndarray) -> Changes:
-        arrays = (self.states[rows], self.reference[rows], full_mask(self.states, self.mask)[rows])
-        return _gradient(values, self.params, of_row, *arrays, decoder=self.decoder, kind=self.spec.kind)
+        arrays = (self.states[rows], self.reference[rows], self.mask[rows])
+        return _gradient(values, self.params, of_row, *arrays, module=self.module)
 
     def _error(self, size: int, values: Changes, rows: np.ndarray) -> float:
         params, _ = self.stored(values)
-        mask, total, count = full_mask(self.states, self.mask), 0.0, 0.0
+        mask, total, count = self.mask, 0.0, 0.0
         for part, real in _padded(rows, size):
             weight = mask[part] * real[:, None]
-            sums = _errors(self.decoder, self.spec.kind, params, self.states[part], self.reference[part], weight)
+            sums = _errors(self.module, params, self.states[part], self.reference[part], weight)
             total, count = total + float(sums), count + float(weight.sum())
         return total / max(count, 1.0)
 
@@ -154,17 +154,17 @@ def _half(value: Any, offset: np.float32) -> np.ndarray:
     return kept.astype(np.float32) + offset
 
 
-def _sum_of_errors(decoder: Decoder, kind: str, params: Any, h: jax.Array, ref: jax.Array, mask: jax.Array) -> Any:
+def _sum_of_errors(module: Module, params: Any, h: jax.Array, ref: jax.Array, mask: jax.Array) -> Any:
     """Sum over tokens of `|out - ref|^2 / |ref|^2`: every token's own measure, lest the loudest rule."""
     energy = jnp.sum(jnp.square(ref), axis=-1)
-    error = jnp.sum(jnp.square(decoder.forward(kind, params, h).hidden - ref), axis=-1)
+    error = jnp.sum(jnp.square(module.forward(params, h).hidden - ref), axis=-1)
     return jnp.sum(error * mask / (energy + 1e-6 * jnp.mean(energy) + 1e-30))
 
 
-_errors = jax.jit(_sum_of_errors, static_argnums=(0, 1))
+_errors = jax.jit(_sum_of_errors, static_argnums=0)
 
 
-@partial(jax.jit, static_argnames=("decoder", "kind"))
+@partial(jax.jit, static_argnames="module")
 def _gradient(
     values: Changes,
     params: Any,
@@ -173,8 +173,7 @@ def _gradient(
     ref: jax.Array,
     mask: jax.Array,
     *,
-    decoder: Decoder,
-    kind: str,
+    module: Module,
 ) -> Changes:
     def loss(values: Changes) -> jax.Array:
         moved = dict(params)
@@ -185,6 +184,6 @@ def _gradient(
             moved[name] = _moved_norm(params[name], delta)
         for name, delta in values.biases.items():
             moved[name] = {**moved[name], "bias": _moved_bias(params[name]["bias"], delta)}
-        return _sum_of_errors(decoder, kind, moved, h, ref, mask) / jnp.maximum(jnp.sum(mask), 1)
+        return _sum_of_errors(module, moved, h, ref, mask) / jnp.maximum(jnp.sum(mask), 1)
 
     return jax.grad(loss)(values)

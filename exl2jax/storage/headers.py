@@ -10,6 +10,9 @@ from typing import NamedTuple
 MAX_HEADER = 32 * 2**20
 """Largest header that is read: a hundred thousand tensors in one file need half of it."""
 
+POINTER = b"version https://git-lfs"
+"""What a small text file begins with that stands in a clone for a large file which was not downloaded."""
+
 _DTYPES = (
     *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"),
     *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
@@ -48,7 +51,10 @@ def check_header(path: Path) -> None:
         raise FileNotFoundError(f"{path.name} is no file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        raise ValueError("it is a Git LFS pointer, not the weights: run `git lfs pull` in the model's directory")
+    start = start[:8]
     if len(start) < 8:
         raise ValueError(f"{size} bytes are too few")
     (length,) = struct.unpack("<Q", start)

@@ -1,6 +1,6 @@
 """Lazy reading of tensors from one or many safetensors files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from exl2jax.errors import ModelError
-from exl2jax.storage.atomic import read_json
 from exl2jax.storage.headers import check_header, stored_bytes
-
-LONGEST_NAME = 255
-"""Bytes of a file's name that file systems take."""
-
-INDEX_NAME = "model.safetensors.index.json"
+from exl2jax.storage.source_files import weight_files
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 """Dtypes that safetensors looks for in NumPy itself, where they are not."""
@@ -25,9 +20,12 @@ FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_d
 class TensorFiles:
     """The tensors of a directory by name; only headers are read until a tensor is asked for."""
 
-    def __init__(self, files: list[Path]) -> None:
-        """Read the headers of `files`; `ModelError` names a damaged file or a tensor that two files hold."""
-        self.files = tuple(files)
+    def __init__(self, files: Sequence[Path], notes: Sequence[str] = ()) -> None:
+        """Read the headers of `files`; `ModelError` names a damaged file or a tensor that two files hold.
+
+        `notes` say what a person should know about the choice of these files.
+        """
+        self.files, self.notes = tuple(files), tuple(notes)
         self._where: dict[str, Path] = {}
         self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path in files:
@@ -41,16 +39,9 @@ class TensorFiles:
 
     @classmethod
     def of_source(cls, directory: Path) -> "TensorFiles":
-        """The weights of a Hugging Face directory: the files its index names, or else every safetensors file."""
-        index = directory / INDEX_NAME
-        if index.exists():
-            return cls(_indexed_files(index))
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            pickled = sorted(p.name for p in directory.glob("*.bin"))
-            advice = f" (it has {pickled[0]}: convert the model to safetensors first)" if pickled else ""
-            raise ModelError(f"{directory}: no *.safetensors weights found{advice}")
-        return cls(files)
+        """The weights of a Hugging Face directory; `weight_files` says which files hold them."""
+        found = weight_files(directory)
+        return cls(found.files, found.notes)
 
     @classmethod
     def of_exl2(cls, directory: Path) -> "TensorFiles":
@@ -103,22 +94,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield handle
     except (OSError, SafetensorError, ValueError, TypeError) as e:
         raise ModelError(f"{path}: not a readable safetensors file ({e}); download it again") from e
-
-
-def _is_plain_name(name: str) -> bool:
-    """Whether a name stays in its directory, whatever the file system makes of it."""
-    plain = name == Path(name).name and name not in ("", "..") and name.isprintable()
-    return plain and len(name.encode()) <= LONGEST_NAME
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    """Files that an index names, which must lie in its own directory."""
-    record = read_json(index, ModelError, "the weight index")
-    weight_map = record.get("weight_map") if isinstance(record, dict) else None
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(n, str) and _is_plain_name(n) for n in names):
-        raise ModelError(f"{index}: weight_map must map tensors to files of the same directory")
-    missing = sorted(n for n in set(names) if not (index.parent / n).exists())
-    if missing:
-        raise ModelError(f"{index.parent / missing[0]}: named by {index.name} but missing; download it again")
-    return [index.parent / n for n in sorted(set(names))]

@@ -1,30 +1,30 @@
 """A module with its parameters as a pass works on it: whole, or a large mixture of experts piece by piece.
 
-The output of a mixture is a sum over its experts, so what a pass does to a module (run it, pull a gradient back, try
-candidates, quantize) it does to one run of experts after the other, and adds up the states. The router is part of every
-piece, the residual of the first.
+The output of a mixture is a sum over its experts. A pass therefore takes one run of experts after the other through its
+work (run it, pull a gradient back, try candidates, quantize) and adds up the states. The router is part of every piece,
+the residual of the first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from exl2jax.models import Decoder, LinearSpec, Model, ModuleSpec
+from exl2jax.models import Decoder, LinearSpec, Model, Module, ModuleSpec
 from exl2jax.models.modules import MOE_KIND
-from exl2jax.stream.forward import forward
+from exl2jax.stream.forward import Tally, forward
+from exl2jax.stream.streams import Stream, added
 
 EXPERT_BYTES = 4 << 30
 """Experts in memory together: their weights, Hessians and factors, and what they are quantized to."""
 
 
 class Piece(NamedTuple):
-    """What is worked on at a time: a module or some experts of it, its decoder, and the parameters on the device."""
+    """A module or some experts of it: its functions, its linears, and the parameters on the device."""
 
-    decoder: Decoder
+    module: Module
     spec: ModuleSpec
     params: dict[str, Any]
 
@@ -33,9 +33,13 @@ class Piece(NamedTuple):
         """Whether this is all of its module."""
         return self.spec.experts is None
 
-    def forward(self, states: np.ndarray) -> np.ndarray:
-        """Its part of the module's output on all rows `[R, T, D]`."""
-        return forward(self.decoder, self.spec.kind, self.params, states)
+    def target(self, states: Stream) -> Stream:
+        """The stream that the outputs go to: `states` itself, unless other pieces still have to read it."""
+        return states if self.whole else states.like(*states.shape)
+
+    def forward(self, states: Stream, into: Stream) -> Tally:
+        """Its part of the module's output on all rows."""
+        return forward(self.module, self.params, states, into)
 
 
 class Block(NamedTuple):
@@ -55,7 +59,7 @@ class Block(NamedTuple):
     def pieces(self, decoder: Decoder, settings: int = 1) -> Iterator[Piece]:
         """The pieces in order, each read when its turn comes; `settings` as in `cut`.
 
-        Take them through `map`, which lets go of one before it asks for the next: a loop's variable would keep it.
+        Consume with `map`, not `for`: the loop variable would keep two pieces in memory.
         """
         for spec in cut(self.spec, settings):
             yield self._piece(decoder, spec)
@@ -68,7 +72,7 @@ class Block(NamedTuple):
                 params[linear.name] = self.params[linear.name]
             else:
                 params[linear.name] = self.load(linear)
-        return Piece(decoder.of(spec), spec, jax.device_put(params))
+        return Piece(decoder.module(spec), spec, jax.device_put(params))
 
 
 def cut(spec: ModuleSpec, settings: int = 1) -> tuple[ModuleSpec, ...]:
@@ -96,16 +100,22 @@ def expert_bytes(spec: ModuleSpec, settings: int = 1) -> int:
     return (4 + 2 * settings) * weights + 8 * sum(group[0].rows ** 2 for group in groups)
 
 
-def joined[T](
-    first: tuple[np.ndarray, dict[str, T]], then: tuple[np.ndarray, dict[str, T]]
-) -> tuple[np.ndarray, dict[str, T]]:
-    """What two pieces gave: their states add up, their findings by linear stand side by side."""
-    return first[0] + then[0], first[1] | then[1]
+def joined[T](first: tuple[Stream, dict[str, T]], then: tuple[Stream, dict[str, T]]) -> tuple[Stream, dict[str, T]]:
+    """The results of two pieces: their states add up, their records by linear stand side by side."""
+    return added(first[0], then[0]), first[1] | then[1]
 
 
-def forward_block(decoder: Decoder, block: Block, states: np.ndarray) -> np.ndarray:
-    """A module's output on all rows `[R, T, D]`."""
-    return reduce(np.add, map(partial(Piece.forward, states=states), block.pieces(decoder)))
+def forward_block(decoder: Decoder, block: Block, states: Stream) -> tuple[Stream, Tally]:
+    """A module's output on all rows, in place of `states` where it comes whole, and its tally."""
+
+    def run(piece: Piece) -> tuple[Stream, Tally]:
+        out = piece.target(states)
+        return out, piece.forward(states, out)
+
+    def both(first: tuple[Stream, Tally], then: tuple[Stream, Tally]) -> tuple[Stream, Tally]:
+        return added(first[0], then[0]), first[1].joined(then[1])
+
+    return reduce(both, map(run, block.pieces(decoder)))
 
 
 class HeadBlock(NamedTuple):

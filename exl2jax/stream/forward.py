@@ -1,21 +1,49 @@
 """Hidden states through one module: the embedding, the forward pass, and the error of its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.errors import NumericalError
-from exl2jax.models import Decoder, Model, ModuleSpec
+from exl2jax.models import Decoder, Model, Module, ModuleSpec
 from exl2jax.ops import relative_frobenius
-from exl2jax.stream.chunks import full_mask, row_chunks
+from exl2jax.stream.chunks import Spans
 from exl2jax.stream.devices import on_all_devices
+from exl2jax.stream.streams import Rows, Stream, fold, read, whole
 
 type ErrorOfRows = Callable[[jax.Array, jax.Array], jax.Array]
-"""From an output and what it should be, `[B, T, D]`, the error of each row `[B]`; a function of a module, so that it is
-compiled once."""
+"""From an output and its reference, `[B, T, D]`, the error of each row `[B]`; a function of a Python module, so that it
+is compiled once."""
+
+
+class Tally(NamedTuple):
+    """Over the chunks so far: whether every state is finite, the largest state and the largest output of a linear."""
+
+    finite: Any
+    state: Any
+    linear: Any
+
+    def with_states(self, states: jax.Array) -> "Tally":
+        """With the states of a chunk."""
+        finite = self.finite & jnp.all(jnp.isfinite(states))
+        return self._replace(finite=finite, state=jnp.maximum(self.state, jnp.max(jnp.abs(states))))
+
+    def with_linears(self, outputs: Sequence[jax.Array]) -> "Tally":
+        """With the outputs of linears on a chunk."""
+        largest = [jnp.max(jnp.abs(y)) for y in outputs]
+        return self._replace(linear=jnp.max(jnp.stack([self.linear, *largest])))
+
+    def joined(self, then: "Tally") -> "Tally":
+        """Together with the tally of another piece."""
+        return Tally(self.finite & then.finite, *(jnp.maximum(a, b) for a, b in zip(self[1:], then[1:], strict=True)))
+
+
+START = Tally(np.bool_(True), np.float32(0), np.float32(0))
+"""The tally before the first chunk."""
 
 
 def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -31,35 +59,54 @@ def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
     return states if positions is None else states + positions
 
 
-def require_finite(states: np.ndarray, spec: ModuleSpec) -> None:
-    """Raise `NumericalError` where a module's full-precision output is not finite."""
-    if not np.isfinite(states).all():
-        raise NumericalError(f"{spec.key}: the full-precision output holds NaN or infinity on this calibration data")
+def require_finite(tally: Tally, spec: ModuleSpec, said: str = "full-precision") -> None:
+    """Raise `NumericalError` where a module's output is not finite; `tally` has been read."""
+    if not tally.finite:
+        raise NumericalError(f"{spec.key}: the {said} output holds NaN or infinity on this calibration data")
 
 
-def forward(decoder: Decoder, kind: str, params: Any, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Run a module over all rows; `out` may be `states` itself."""
-    out, params = np.empty_like(states) if out is None else out, on_all_devices(params)
-    for chunk in row_chunks(states):
-        chunk.put(out, forward_chunk(decoder, kind, params, chunk.take(states)))
-    return out
+def forward(module: Module, params: Any, states: Stream, into: Stream) -> Tally:
+    """Run a module over all rows; `into` may be `states` itself. The tally stays on the device."""
+    return fold(partial(_forward_chunk, module, on_all_devices(params)), START, (states,), (into,))
+
+
+@partial(jax.jit, static_argnames="module")
+def _forward_chunk(module: Module, params: Any, tally: Tally, h: jax.Array) -> tuple[Tally, tuple[jax.Array]]:
+    hidden = module.forward(params, h).hidden
+    return tally.with_states(hidden), (hidden,)
+
+
+@partial(jax.jit, static_argnames="module")
+def forward_chunk(module: Module, params: Any, h: jax.Array) -> jax.Array:
+    """A module's output on a chunk `[B, T, D]`."""
+    return module.forward(params, h).hidden
+
+
+def errors_by_row(rows: Rows, out: Stream, ref: Stream, of_rows: ErrorOfRows = relative_frobenius) -> Stream:
+    """The error `of_rows` of each row `[R]`, padding apart; its default gives the stock converter's `rfn_error`."""
+    errors = Stream.empty(rows.spans, (), resident=True)
+    fold(partial(_row_errors, of_rows), None, (out, ref, rows.mask), (errors,))
+    return errors
+
+
+def mean_of_rows(spans: Spans, parts: Sequence[Any]) -> float:
+    """The mean over rows of values by span, which have been read; padding apart."""
+    return float(np.mean(whole(spans, parts), dtype=np.float64))
 
 
 def relative_error(
     out: np.ndarray, ref: np.ndarray, mask: np.ndarray | None, of_rows: ErrorOfRows = relative_frobenius
 ) -> float:
-    """Mean over rows of the error `of_rows`, padding apart; its default gives the stock converter's `rfn_error`."""
-    mask, errors = full_mask(out, mask), []
-    for chunk in row_chunks(out):
-        arrays = (chunk.take(x) for x in (out, ref, mask))
-        errors.append(chunk.read(row_errors(of_rows, *arrays)))
-    return float(np.mean(np.concatenate(errors), dtype=np.float64))
+    """Mean over rows of the error of states in host memory `[R, T, D]`."""
+    rows = Rows.of(np.ones(out.shape[:2]) if mask is None else mask, out.shape[-1], resident=False)
+    errors = errors_by_row(rows, rows.place(out), rows.place(ref), of_rows)
+    return mean_of_rows(rows.spans, read(errors.parts()))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def forward_chunk(decoder: Decoder, kind: str, params: Any, h: jax.Array) -> jax.Array:
-    """A module's output on a chunk `[B, T, D]`."""
-    return decoder.forward(kind, params, h).hidden
+def _row_errors(
+    of_rows: ErrorOfRows, total: None, out: jax.Array, ref: jax.Array, mask: jax.Array
+) -> tuple[None, tuple[jax.Array]]:
+    return total, (row_errors(of_rows, out, ref, mask),)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -7,63 +7,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Module, ModuleSpec
 from exl2jax.ops import accumulate_hessian
-from exl2jax.stream.chunks import full_mask, row_chunks
+from exl2jax.stream.chunks import Chunk
 from exl2jax.stream.devices import on_all_devices, on_one_device
+from exl2jax.stream.forward import START, Tally
+from exl2jax.stream.streams import Rows, Stream, fold
 from exl2jax.stream.token_classes import token_factors
 
 
-class Collected(NamedTuple):
-    """Result of a pass over all rows: new states, and for each group of linears its Hessian `X^T X / R` and the number
-    of tokens that went into it.
-    """  # noqa: D205
+class Sums(NamedTuple):
+    """Sums over the rows so far: `X^T X` and the number of tokens, for each group, and the tally of the outputs."""
 
-    states: np.ndarray
     hessians: list[jax.Array]
-    tokens: list[int]
+    tokens: list[jax.Array]
+    tally: Tally
+
+
+class Collected(NamedTuple):
+    """Hessians `X^T X / R` of all groups of linears, the tokens that went into each, and the tally of the outputs."""
+
+    hessians: list[jax.Array]
+    tokens: list[jax.Array]
+    tally: Tally
 
 
 def collect(
-    decoder: Decoder,
+    module: Module,
     spec: ModuleSpec,
     params: Any,
-    states: np.ndarray,
-    mask: np.ndarray | None,
+    rows: Rows,
+    states: Stream,
+    into: Stream,
     *,
     routed_only: bool = True,
     tables: np.ndarray | None = None,
 ) -> Collected:
-    """Run a module over all rows, accumulating the Hessians of all its groups of linears.
+    """Run a module over all rows, the outputs `into` a stream, accumulating the Hessians of its groups of linears.
 
-    `mask [R, T]` is zero where a token is padding; such tokens leave no trace in the Hessians. Those of an expert come
-    from the tokens routed to it, or from all unless `routed_only`; an expert that no token reached gets the identity.
-    `tables [groups, CLASSES]` weigh the tokens of the Hessians (`exl2jax.stream.token_classes`).
+    Padding leaves no trace in the Hessians. Those of an expert come from the tokens routed to it, or from all unless
+    `routed_only`; an expert that no token reached gets the identity. `tables [groups, CLASSES]` weigh the tokens of the
+    Hessians (`exl2jax.stream.token_classes`).
     """
-    mask, (params, tables) = full_mask(states, mask), on_all_devices((params, tables))
-    out = np.empty_like(states)
-    sums = on_all_devices(_zeros(spec))
-    for chunk in row_chunks(states):
-        h, m = chunk.take(states), chunk.take(mask)
-        hidden, inputs, weights, factors = _trace_chunk(decoder, spec.kind, routed_only, params, tables, h, m)
-        sums = _add_chunk(sums, inputs, weights, factors)
-        chunk.put(out, hidden)
-    sums = on_one_device(sums)
-    tokens = [round(float(n)) for n in sums.tokens]
-    hessians = [or_identity(h / len(states), n) for h, n in zip(sums.hessians, tokens, strict=True)]
-    return Collected(out, hessians, tokens)
+    params, tables = on_all_devices((params, tables))
+    sums = on_all_devices(_zeros(tuple(group[0].rows for group in spec.groups)))
+
+    def program(sums: Sums, h: jax.Array, mask: jax.Array) -> tuple[Sums, tuple[jax.Array]]:
+        hidden, *traced = _trace_chunk(module, routed_only, params, tables, Chunk(h, mask))
+        return _add_chunk(sums, hidden, *traced), (hidden,)
+
+    sums = on_one_device(fold(program, sums, (states, rows.mask), (into,)))
+    return Collected(_means(sums.hessians, sums.tokens, np.float32(rows.mask.count)), sums.tokens, sums.tally)
 
 
-class Sums(NamedTuple):
-    """Sums over the rows so far: `X^T X` and the number of tokens, for each group."""
-
-    hessians: list[jax.Array]
-    tokens: list[jax.Array]
-
-
-def or_identity(hessian: jax.Array, tokens: int) -> jax.Array:
+def or_identity(hessian: jax.Array, tokens: jax.Array) -> jax.Array:
     """The Hessian, or the identity where no token went into it."""
-    return hessian if tokens else jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+    return jnp.where(tokens > 0, hessian, jnp.eye(hessian.shape[0], dtype=hessian.dtype))
 
 
 def group_weights(routed: jax.Array | None, groups: int, mask: jax.Array) -> list[jax.Array]:
@@ -74,33 +73,38 @@ def group_weights(routed: jax.Array | None, groups: int, mask: jax.Array) -> lis
     return [mask * routed[..., g % experts] for g in range(groups)]
 
 
-def _zeros(spec: ModuleSpec) -> Sums:
-    sizes = [group[0].rows for group in spec.groups]
-    return Sums([jnp.zeros((k, k), jnp.float32) for k in sizes], [jnp.float32(0) for _ in sizes])
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _trace_chunk(
-    decoder: Decoder,
-    kind: str,
-    routed_only: bool,
-    params: Any,
-    tables: jax.Array | None,
-    h: jax.Array,
-    mask: jax.Array,
-) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """A chunk's new hidden states, what each group of linears read, which tokens reach it and their factors."""
-    trace = decoder.forward(kind, params, h)
-    inputs = [x for stage in trace.inputs for x in stage]
-    weights = group_weights(decoder.routed(kind, params, h) if routed_only else None, len(inputs), mask)
-    return trace.hidden, inputs, weights, token_factors(weights, tables, h, mask)
+@partial(jax.jit, static_argnums=0)
+def _zeros(sizes: tuple[int, ...]) -> Sums:
+    zeros = [jnp.zeros((k, k), jnp.float32) for k in sizes]
+    return Sums(zeros, [jnp.zeros((), jnp.float32) for _ in sizes], jax.tree.map(jnp.asarray, START))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add_chunk(sums: Sums, inputs: list[jax.Array], weights: list[jax.Array], factors: list[jax.Array]) -> Sums:
-    """The sums with a chunk's added; compiled apart from the forward pass, of which XLA would repeat parts here."""
+def _means(hessians: list[jax.Array], tokens: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
+    """Hessians from sums; `rows` is data, since a division by a constant would be another one."""
+    return [or_identity(h / rows, n) for h, n in zip(hessians, tokens, strict=True)]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _trace_chunk(
+    module: Module, routed_only: bool, params: Any, tables: jax.Array | None, chunk: Chunk
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """A chunk's new hidden states, the input of each group of linears, which tokens reach it and their factors."""
+    trace = module.forward(params, chunk.states)
+    inputs = [x for stage in trace.inputs for x in stage]
+    routed = module.routed(params, chunk.states) if routed_only else None
+    weights = group_weights(routed, len(inputs), chunk.mask)
+    return trace.hidden, inputs, weights, token_factors(weights, tables, chunk.states, chunk.mask)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_chunk(
+    sums: Sums, hidden: jax.Array, inputs: list[jax.Array], weights: list[jax.Array], factors: list[jax.Array]
+) -> Sums:
+    """The sums with a chunk's added; compiled apart from the forward pass, since XLA would repeat parts of it here."""
     hessians = [
         accumulate_hessian(total, x * factor[:, :, None])
         for total, x, factor in zip(sums.hessians, inputs, factors, strict=True)
     ]
-    return Sums(hessians, [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)])
+    tokens = [total + jnp.sum(weight) for total, weight in zip(sums.tokens, weights, strict=True)]
+    return Sums(hessians, tokens, sums.tally.with_states(hidden))

@@ -1,45 +1,78 @@
 """The checkpointed scan over modules: the contract of `lax.scan`, driven from the host.
 
-`step(carry, block) -> (carry, output)` is pure; blocks stream from disk one ahead of the computation, and the carry
-(hidden states) can be persisted, so that a killed run resumes at its last checkpoint and ends in the same bytes.
+Blocks stream from disk one ahead of the computation. `step(carry, block) -> (carry, output)` consumes the carry, whose
+streams it may overwrite; a checkpoint persists it, so that a killed run resumes there and ends in the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from exl2jax.errors import Interrupted
 from exl2jax.stream.devices import as_first_process, require_agreement
 from exl2jax.stream.progress import RunControl
+from exl2jax.stream.streams import Stream
 
-type Carry = dict[str, np.ndarray]
+type Carry = dict[str, Stream]
+"""Streams of a pass by name."""
+
+type HostCarry = Mapping[str, Any]
+"""The same in host memory: arrays, or rows one by one, by name."""
+
+STATES = "row"
+"""Name of the hidden states in a carry."""
+
+REFERENCE = "ref"
+"""Name, in a carry, of the full-precision states."""
+
+GRADIENT = "gradient"
+"""Name of the gradients in the carry of the backward scan."""
+
+PERTURBED = "perturbed"
+"""Name, in the carry, of the states of the perturbed models, `[modules * k, T, D]`."""
 
 
 class Checkpoint[O](Protocol):
     """Where a scan leaves its state."""
 
-    def load(self) -> tuple[int, Carry, list[O]] | None:
+    def load(self) -> tuple[int, HostCarry, list[O]] | None:
         """Blocks done, carry and outputs of the last checkpoint, if there is one."""
 
-    def save(self, position: int, carry: Carry, outputs: list[O]) -> None:
+    def save(self, position: int, carry: HostCarry, outputs: list[O]) -> None:
         """Persist the state after `position` blocks; on return it is the one that `load` gives."""
 
 
-def scan[S, B, O](
-    step: Callable[[Carry, B], tuple[Carry, O]],
-    start: Callable[[], Carry],
+class Form[C](NamedTuple):
+    """How a carry is brought to where a pass computes on it, and back to host memory for a checkpoint."""
+
+    place: Callable[[HostCarry], C]
+    keep: Callable[[C], HostCarry]
+
+
+def streams_by(place: Callable[[np.ndarray], Stream]) -> Form[Carry]:
+    """The form of a carry of streams, each placed by `place`."""
+    return Form(
+        lambda carry: {name: place(values) for name, values in carry.items()},
+        lambda carry: {name: stream.rows() for name, stream in carry.items()},
+    )
+
+
+def scan[S, B, C, O](
+    step: Callable[[C, B], tuple[C, O]],
+    start: Callable[[], HostCarry],
     specs: Sequence[S],
     *,
+    form: Form[C],
     load: Callable[[S], B],
     describe: Callable[[S, O], str],
     checkpoint: Checkpoint[O],
     interval: float,
     stage: str,
     control: RunControl,
-) -> tuple[Carry, list[O]]:
+) -> tuple[C, list[O]]:
     """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
 
     A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), after the last block, and
@@ -48,7 +81,9 @@ def scan[S, B, O](
     """
     found = checkpoint.load()
     require_agreement(f"{stage} after {found[0] if found else 0} modules")
-    position, carry, outputs = found or (0, start(), [])
+    position, outputs = (found[0], found[2]) if found else (0, [])
+    carry = form.place(found[1] if found else start())
+    del found
     control.progress.start(stage, len(specs), position)
     saved = time.monotonic()
     for spec, block in zip(specs[position:], _ahead(load, specs[position:]), strict=True):
@@ -59,7 +94,7 @@ def scan[S, B, O](
         done = position == len(specs)
         stopping = as_first_process(control.stop.asked) and not done
         if done or stopping or as_first_process(time.monotonic() - saved >= interval):
-            checkpoint.save(position, carry, outputs)
+            checkpoint.save(position, form.keep(carry), outputs)
             saved = time.monotonic()
         if stopping:
             raise Interrupted(
@@ -78,19 +113,3 @@ def _ahead[S, B](load: Callable[[S], B], specs: Sequence[S]) -> Iterator[B]:
             block = waiting.result()
             waiting = pool.submit(load, specs[i + 1]) if i + 1 < len(specs) else None
             yield block
-
-
-GRADIENT = "gradient"
-"""Name of the gradients in the carry of the backward scan."""
-
-
-STATES = "row"
-"""Name of the hidden states in a carry."""
-
-
-REFERENCE = "ref"
-"""Name, in a carry, of the full-precision states."""
-
-
-PERTURBED = "perturbed"
-"""Name, in the carry, of the states of the perturbed models, `[modules * k, T, D]`."""

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder
-from exl2jax.stream.chunks import token_chunks
+from exl2jax.stream.chunks import token_spans
 from exl2jax.stream.devices import on_all_devices
+from exl2jax.stream.streams import Stream, fold, read, whole
 
 
 class Scores(NamedTuple):
@@ -36,19 +37,15 @@ def score(
     """
     vocab, width = params["lm_head"]["kernel"].shape[1], states.shape[-1]
     tokens, following = states.reshape(-1, width), np.roll(input_ids, -1, axis=1).reshape(-1)
-    params = on_all_devices(jax.device_put(params))
+    spans = token_spans(len(tokens), vocab)
+    program, arrays = partial(_nll, decoder, on_all_devices(jax.device_put(params))), [tokens, following]
     if reference is not None:
-        reference = on_all_devices(jax.device_put(reference[0])), reference[1].reshape(-1, width)
-    columns = np.empty((1 if reference is None else 3, len(tokens)), np.float32)
-    for chunk in token_chunks(len(tokens), vocab):
-        h, ids = chunk.take(tokens), chunk.take(following)
-        if reference is None:
-            found = (_nll(decoder, params, h, ids),)
-        else:
-            found = _compare(decoder, params, h, ids, reference[0], chunk.take(reference[1]))
-        for column, values in zip(columns, found, strict=True):
-            chunk.put(column, values)
-    scores = columns.reshape(-1, *input_ids.shape)[:, :, :-1]
+        program = partial(_compare, decoder, program.args[1], on_all_devices(jax.device_put(reference[0])))
+        arrays.append(reference[1].reshape(-1, width))
+    columns = [Stream.empty(spans, (), resident=True) for _ in range(1 if reference is None else 3)]
+    fold(program, None, [Stream.of(array, spans, resident=False) for array in arrays], columns)
+    found = [whole(spans, parts) for parts in read([column.parts() for column in columns])]
+    scores = np.stack(found).reshape(-1, *input_ids.shape)[:, :, :-1]
     return Scores(scores[0], *(scores[1:] if reference is not None else (None, None)))
 
 
@@ -75,16 +72,16 @@ def _picked(log_p: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _nll(decoder: Decoder, params: Any, h: jax.Array, ids: jax.Array) -> jax.Array:
-    return _picked(log_probabilities(decoder, params, h), ids)
+def _nll(decoder: Decoder, params: Any, total: None, h: jax.Array, ids: jax.Array) -> tuple[None, tuple[jax.Array]]:
+    return total, (_picked(log_probabilities(decoder, params, h), ids),)
 
 
 @partial(jax.jit, static_argnums=0)
 def _compare(
-    decoder: Decoder, params: Any, h: jax.Array, ids: jax.Array, ref_params: Any, ref_h: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    decoder: Decoder, params: Any, ref_params: Any, total: None, h: jax.Array, ids: jax.Array, ref_h: jax.Array
+) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
     log_p = log_probabilities(decoder, params, h)
     log_ref = log_probabilities(decoder, ref_params, ref_h)
     kl = divergence(log_ref, log_p)
     agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_ref, axis=-1)
-    return _picked(log_p, ids), kl, agree.astype(jnp.float32)
+    return total, (_picked(log_p, ids), kl, agree.astype(jnp.float32))

@@ -77,14 +77,14 @@ def step_tokens(
             hidden = reduce(jnp.add, map(partial(_other_step, h=hidden), block.pieces(decoder)))
             continue
         hidden, caches[module] = _attention_step(
-            decoder, block.spec.kind, block.params, hidden, caches[module], jnp.int32(position), turns
+            decoder.module(block.spec), block.params, hidden, caches[module], jnp.int32(position), turns
         )
         module += 1
     return hidden
 
 
-_attention_step = jax.jit(next_hidden, static_argnums=(0, 1), donate_argnums=4)
+_attention_step = jax.jit(next_hidden, static_argnames="module", donate_argnames="cache")
 
 
 def _other_step(piece: Piece, h: jax.Array) -> jax.Array:
-    return forward_chunk(piece.decoder, piece.spec.kind, piece.params, h)
+    return forward_chunk(piece.module, piece.params, h)

@@ -15,7 +15,7 @@ from exl2jax.variants import (
     scale_searches,
     transforms,
     tuning,
-)  # noqa: F401  (they register themselves)
+)
 from exl2jax.variants.method import STOCK, Method
 from exl2jax.variants.plugins import load_entry_points, load_plugin
 from exl2jax.variants.registry import KINDS, Choice, NoSettings, Variant, choose, find, names, variant

@@ -50,7 +50,7 @@ class FileSettings:
 
 @variant("candidates", "stock")
 def stock(settings: NoSettings) -> Table:
-    """ExLlamaV2's tables of 19 and 17 rows (EXL2.md section 3)."""
+    """ExLlamaV2's tables of 19 and 17 rows (docs/format.md 3)."""
     return STOCK_TABLE
 
 

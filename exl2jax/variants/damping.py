@@ -23,7 +23,7 @@ class ShareSettings:
 
 @variant("damping", "stock")
 def stock(h: jax.Array, settings: NoSettings) -> tuple[jax.Array, float]:
-    """0.12 of the mean diagonal, doubled at failure, as stock ExLlamaV2 does (EXL2.md section 2)."""
+    """0.12 of the mean diagonal, doubled at failure, as stock ExLlamaV2 does (docs/format.md 2.4)."""
     return jnp.maximum(DAMPING * jnp.mean(jnp.diagonal(h)), MIN_DAMPING), 2.0
 
 

@@ -14,7 +14,7 @@ type RowError = Callable[[jax.Array, jax.Array], jax.Array]
 
 @variant("error", "stock")
 def frobenius(settings: NoSettings) -> RowError:
-    """`||out - ref|| / ||ref||` of a module's output, stock's measure (EXL2.md section 3)."""
+    """`||out - ref|| / ||ref||` of a module's output, stock's measure (docs/format.md 2.7)."""
     return relative_frobenius
 
 

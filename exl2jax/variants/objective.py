@@ -40,7 +40,7 @@ class MinimaxSettings:
 
 @variant("objective", "stock", NormSettings)
 def stock(errors: np.ndarray, settings: NormSettings) -> np.ndarray:
-    """`sum error^norm`, the sum of errors by default (EXL2.md section 4; stock picks norms of 1.5 to 3.5)."""
+    """`sum error^norm`, the sum of errors by default (docs/format.md 4; stock picks norms of 1.5 to 3.5)."""
     return errors**settings.norm
 
 

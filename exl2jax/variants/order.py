@@ -23,7 +23,7 @@ class GroupSettings:
 
 @variant("order", "stock")
 def stock(diagonal: jax.Array, settings: NoSettings) -> jax.Array:
-    """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' act-order; EXL2.md section 2)."""
+    """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' act-order; docs/format.md 2.4)."""
     return jnp.argsort(-diagonal, stable=True)
 
 

@@ -48,7 +48,7 @@ class DescentSettings:
 
 @variant("rounding", "stock")
 def stock(walk: Ordered, search: Search, settings: NoSettings) -> Rounded:
-    """GPTQ: each row's error, over `U_ii`, is made up for by the rows after it (arXiv:2210.17323; EXL2.md 2)."""
+    """GPTQ: each row's error, over `U_ii`, goes to the rows after it (arXiv:2210.17323; docs/format.md 2.5)."""
     return _walk(walk, walk.factor.u, search)
 
 

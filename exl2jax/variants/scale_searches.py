@@ -29,7 +29,7 @@ class GridSettings:
 
 @variant("scales", "stock")
 def stock(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSettings) -> ScaleChoice:
-    """97 multipliers from 0.7 to 1.2, power 3.5, as stock ExLlamaV2 does (EXL2.md section 2)."""
+    """97 multipliers from 0.7 to 1.2, power 3.5, as stock ExLlamaV2 does (docs/format.md 2.6)."""
     return search_scales(w, bits)
 
 

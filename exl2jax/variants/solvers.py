@@ -63,7 +63,7 @@ def exact(problem: Problem, seed: int, settings: NoSettings) -> Solved:
 
 @variant("solver", "annealing")
 def annealing(problem: Problem, seed: int, settings: NoSettings) -> Solved:
-    """Stock's seeded annealing, which picks the norm between 1.5 and 3.5 by the smallest maximal error (EXL2.md 4)."""
+    """Stock's seeded annealing with the norm, 1.5 to 3.5, of the smallest maximal error (docs/format.md 4)."""
     counts = np.asarray([len(c) for c in problem.costs])
     width = int(counts.max())
     costs = np.stack([np.pad(c, (0, width - len(c))) for c in problem.costs])

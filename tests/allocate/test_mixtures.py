@@ -1,4 +1,4 @@
-"""The best mixture of widths within a matrix: against every mixture there is, and as options of a free allocation."""
+"""The best mixture of widths within a matrix: against every mixture there is, and as options of the allocation by linear."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exl2jax.allocate.by_linear import NARROWEST, free_choice
+from exl2jax.allocate.by_linear import NARROWEST, allocate_by_linear
 from exl2jax.allocate.mixtures import Mixture, _shares, best_mixtures
 from exl2jax.measure.sensitivity import MEASURED, LinearCosts, Setting
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, QParams
@@ -87,12 +87,12 @@ def test_a_mixture_is_a_setting_of_the_format(tiles: int, seed: int, exponent: f
     assert costs.cost(found.qparams) == pytest.approx(cost, rel=1e-9)
 
 
-def test_free_choice_spends_the_budget_and_proves_its_gap() -> None:
+def test_allocation_by_linear_spends_the_budget_and_proves_its_gap() -> None:
     linears = {f"l{i}": linear(6 + i % 3 * 6, seed=i, columns=64 * (1 + i % 2)) for i in range(40)}
     weights = sum(x.rows * x.columns for x in linears.values())
     before = np.inf
     for bits in (2.5, 3.0, 4.0, 6.0):
-        chosen = free_choice(linears, int(bits * weights))
+        chosen = allocate_by_linear(linears, int(bits * weights))
         spent = sum(m.total_bits for m in chosen.mixtures.values())
         cost = sum(m.cost for m in chosen.mixtures.values())
         assert list(chosen.mixtures) == list(linears)
@@ -102,11 +102,11 @@ def test_free_choice_spends_the_budget_and_proves_its_gap() -> None:
         before = cost
 
 
-def test_free_choice_at_both_ends() -> None:
+def test_allocation_by_linear_at_both_ends() -> None:
     linears = {f"l{i}": linear(8, seed=i) for i in range(3)}
     least = sum(NARROWEST.total_bits(x.rows, x.columns) for x in linears.values())
-    assert all(m.qparams.bits == (2,) for m in free_choice(linears, least).mixtures.values())
-    most = free_choice(linears, 10**9).mixtures.values()
+    assert all(m.qparams.bits == (2,) for m in allocate_by_linear(linears, least).mixtures.values())
+    most = allocate_by_linear(linears, 10**9).mixtures.values()
     assert all(m.qparams.bits == (8,) for m in most)
 
 

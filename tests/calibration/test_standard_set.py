@@ -1,4 +1,4 @@
-"""The standard set against an oracle: EXL2.md section 5 with plain lists and the bare tokenizers library."""
+"""The standard set against an oracle: docs/format.md 5.1 with plain lists and the bare tokenizers library."""
 
 import subprocess
 import sys

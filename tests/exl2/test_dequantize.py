@@ -1,40 +1,32 @@
 """`dequantize`: the same model in plain files, with the source's names and shapes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from exl2jax import ConversionConfig, convert, evaluate
+from exl2jax import ConversionConfig, evaluate
 from exl2jax.errors import NumericalError, SettingsError
 from exl2jax.evaluation import model_logits
 from exl2jax.exl2 import dequantize as module
 from exl2jax.exl2.dequantize import dequantize_model
 from exl2jax.models import HFModel, open_model
 
-
-def converted(source: Path, base: Path) -> Path:
-    config = ConversionConfig(
-        in_dir=source,
-        out_dir=base / "work",
-        compile_full=base / "exl2",
-        preset="fast",
-        bits=4.0,
-        dataset_rows=2,
-        length=48,
-        measurement_rows=2,
-        measurement_length=48,
-    )
-    convert(config)
-    return base / "exl2"
+type Conversion = Callable[[Path, str], ConversionConfig]
 
 
 @pytest.fixture(scope="module")
-def untied(tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untied(tiny_llama_untied: Path, tiny_conversion: Conversion) -> Path:
     """With biases, bfloat16 source, a head of its own."""
-    return converted(tiny_llama_untied, tmp_path_factory.mktemp("untied"))
+    return exl2_of(tiny_conversion(tiny_llama_untied, "fast"))
+
+
+def exl2_of(config: ConversionConfig) -> Path:
+    assert config.compile_full is not None
+    return config.compile_full
 
 
 def names_and_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -55,8 +47,8 @@ def test_names_shapes_and_logits(untied: Path, tiny_llama_untied: Path, tmp_path
     assert (tmp_path / "plain" / "tokenizer.json").read_bytes() == (untied / "tokenizer.json").read_bytes()
 
 
-def test_a_tied_head_gets_a_tensor(tiny_llama: Path, tmp_path: Path) -> None:
-    directory = converted(tiny_llama, tmp_path)
+def test_a_tied_head_gets_a_tensor(tiny_llama: Path, tiny_conversion: Conversion, tmp_path: Path) -> None:
+    directory = exl2_of(tiny_conversion(tiny_llama, "best"))
     dequantize_model(directory, tmp_path / "plain")
     found = names_and_shapes(tmp_path / "plain")
     assert found.pop("lm_head.weight") == found["model.embed_tokens.weight"]

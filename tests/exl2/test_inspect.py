@@ -1,33 +1,23 @@
 """`inspect`: widths, groups and scales of known tensors, and the error against a source."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from exl2jax import ConversionConfig, cli, convert, load_exl2
+from exl2jax import ConversionConfig, cli, load_exl2
 from exl2jax.errors import FormatError, SettingsError
 from exl2jax.exl2.inspect import inspect
 
 
 @pytest.fixture(scope="module")
-def converted(tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("converted")
-    config = ConversionConfig(
-        in_dir=tiny_llama_untied,
-        out_dir=base / "work",
-        compile_full=base / "exl2",
-        preset="fast",
-        bits=4.5,
-        dataset_rows=2,
-        length=48,
-        measurement_rows=2,
-        measurement_length=48,
-    )
-    convert(config)
-    return base / "exl2"
+def converted(tiny_llama_untied: Path, tiny_conversion: Callable[[Path, str], ConversionConfig]) -> Path:
+    found = tiny_conversion(tiny_llama_untied, "fast").compile_full
+    assert found is not None
+    return found
 
 
 def test_figures_follow_from_the_tensors(converted: Path, tiny_llama_untied: Path) -> None:

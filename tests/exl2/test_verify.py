@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from exl2jax.exl2.verify.directory import VerifyReport, verify
 from exl2jax.exl2.verify.groups import Table, table_faults, word_rows_fault
 from exl2jax.stock_tables import ATTENTION, HEAD, MLP
-from exl2jax.testing.exl2_damage import (
+from exl2jax.testing.tiny_model import write_tiny_llama
+from tests.exl2.exl2_damage import (
     CONFIG,
     DAMAGES,
     DOWN,
@@ -41,7 +42,7 @@ from exl2jax.testing.exl2_damage import (
     swap,
     without_shards,
 )
-from exl2jax.testing.exl2_dir import (
+from tests.exl2.exl2_dir import (
     HEAD_LAYOUT,
     HIDDEN,
     LAYERS,
@@ -53,7 +54,6 @@ from exl2jax.testing.exl2_dir import (
     edit_config,
     write_tiny_exl2,
 )
-from exl2jax.testing.tiny_model import write_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def names(report: VerifyReport) -> set[str]:
 
 
 def stored_bits(rows: int, columns: int, layout: Layout) -> int:
-    """The count of EXL2.md: codes, then per group 16 + 32 + 4 N, then 32 per row."""
+    """The count of docs/format.md 1.7: codes, then per group 16 + 32 + 4 N, then 32 per row."""
     return sum(size * bits * columns + 48 + 4 * columns for bits, size in layout) + 32 * rows
 
 

@@ -22,7 +22,6 @@ from exl2jax.testing.made_up import made_up_measurement
 from exl2jax.testing.stock_names import STOCK
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import VOCABULARY, write_tiny
-from scripts.architectures import render
 
 ROWS, LENGTH = 16, 32
 HALF_STEP = 2.0**-11
@@ -50,11 +49,6 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_architecture_is_here() -> None:
     assert {tiny.architecture for tiny in TINY.values()} | {"LlamaForCausalLM"} == set(ARCHITECTURES)
     assert set(STOCK) | {"LlamaForCausalLM"} == set(ARCHITECTURES)
-
-
-def test_the_documentation_is_current() -> None:
-    written = Path(__file__).parents[2] / "docs" / "architectures.md"
-    assert written.read_text(encoding="utf-8") == render(), "run `python -m scripts.architectures`"
 
 
 @pytest.mark.parametrize("name", TINY)

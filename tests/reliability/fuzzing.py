@@ -29,17 +29,17 @@ from safetensors.numpy import save
 from exl2jax.calibration import load_tokenizer
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
-from exl2jax.conversion.config import ConversionConfig
-from exl2jax.conversion.settings import settings_record, resumed_config
 from exl2jax.conversion.checkpoint import FileCheckpoint
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.settings import resumed_config, settings_record
 from exl2jax.conversion.work_directory import JobState, WorkDirectory
 from exl2jax.errors import Exl2JaxError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.measure.measurement import Measurement, read_measurement
 from exl2jax.models import module_specs, open_model, read_config
 from exl2jax.storage import TensorFiles, write_checked_tensors
-from exl2jax.testing.exl2_dir import write_tiny_exl2
 from exl2jax.testing.tiny_model import write_tiny_llama
+from tests.exl2.exl2_dir import write_tiny_exl2
 
 SECONDS_A_CASE = 10
 GIGABYTE = 2**30

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exl2jax import ConversionConfig, cli, convert
+from exl2jax import ConversionConfig, cli
 from exl2jax.errors import JobError
 from exl2jax.report.conversion import conversion_page, read_conversion
 from exl2jax.report.page import NumberTable, Page, Section, page_html
@@ -55,19 +55,10 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module", params=["stock", "best"])
-def work(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    settings = {"dataset_rows": 2, "length": 48, "measurement_rows": 2, "measurement_length": 48}
-    config = ConversionConfig(
-        in_dir=tiny_llama,
-        out_dir=folder / "work",
-        compile_full=folder / "exl2",
-        preset=request.param,
-        bits=4.5,
-        **settings,  # type: ignore[arg-type]
-    )
-    convert(config)
-    return folder / "work"
+def work(
+    request: pytest.FixtureRequest, tiny_llama: Path, tiny_conversion: Callable[[Path, str], ConversionConfig]
+) -> Path:
+    return tiny_conversion(tiny_llama, request.param).out_dir
 
 
 def test_a_report_is_titled_by_its_model(work: Path, tiny_llama: Path) -> None:

@@ -21,7 +21,7 @@ WIDEST_STEP = 2.0
 
 
 def quantization_faults(raw: dict[str, Any]) -> list[Fault]:
-    """Faults of the section itself: missing or ill-typed entries (EXL2.md section 1, "Directory")."""
+    """Faults of the section itself: missing or ill-typed entries (docs/format.md 1.9)."""
     section = raw.get(SECTION)
     if not isinstance(section, dict):
         return [_fault("", "is missing; without it no loader takes the directory for a quantized model")]

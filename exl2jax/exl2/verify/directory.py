@@ -1,4 +1,4 @@
-"""Verification: an EXL2 directory is read back and held against everything its format demands (EXL2.md section 1)."""
+"""Verification: an EXL2 directory is read back and held against everything its format demands (docs/format.md 1)."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

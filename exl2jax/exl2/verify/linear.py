@@ -1,4 +1,4 @@
-"""The tensors of one linear, checked against each other and against the shape it must have (EXL2.md section 1)."""
+"""The tensors of one linear, checked against each other and against the shape it must have (docs/format.md 1.1)."""
 
 import math
 from collections import Counter

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from exl2jax.testing.exl2_dir import (
+from tests.exl2.exl2_dir import (
     HIDDEN,
     LAYERS,
     LINEARS,
