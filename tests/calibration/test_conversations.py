@@ -38,7 +38,7 @@ def test_both_spellings_are_one_conversation() -> None:
 
 @pytest.mark.parametrize("value", [[], "text", [3], [{"role": "user"}], [{"role": "user", "content": ["parts"]}]])
 def test_what_is_no_conversation(value: Any) -> None:
-    with pytest.raises(CalibrationError, match="^place"):
+    with pytest.raises(CalibrationError, match=r"^place"):
         conversation(value, "place")
 
 

@@ -88,5 +88,5 @@ def test_another_package_of_that_name(package: Path) -> None:
     with pytest.raises(CalibrationError, match=r"wiki.utf8 is not that of exllamav2 0.3.2"):
         stock_texts_folder(None)
     write_wheel(package, {"c4.utf8": TEXTS["c4.utf8"]})
-    with pytest.raises(CalibrationError, match="holds no .*code.utf8"):
+    with pytest.raises(CalibrationError, match=r"holds no .*code.utf8"):
         stock_texts_folder(None)

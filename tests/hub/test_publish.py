@@ -10,8 +10,8 @@ from exl2jax.errors import FormatError, HubError, SettingsError
 from exl2jax.hub.card import write_set_card
 from exl2jax.hub.publish import plan_uploads, publish
 from exl2jax.hub.record import write_record
-from exl2jax.testing.exl2_dir import SHARDS, edit_config, write_tiny_exl2
 from exl2jax.testing.hub_server import Hub, Repo
+from tests.exl2.exl2_dir import SHARDS, edit_config, write_tiny_exl2
 from tests.hub.conftest import READ, WRITE
 from tests.hub.test_card import record
 
