@@ -74,5 +74,5 @@ HEAD: dict[int, QParams] = {
 def head_qparams(head_bits: int) -> QParams:
     """Settings of the head for `head_bits`; `SettingsError` names the choices for any other number."""
     if head_bits not in HEAD:
-        raise SettingsError(f"-hb/--head_bits is {head_bits}; it must be one of {', '.join(map(str, HEAD))}")
+        raise SettingsError(f"`head_bits` is {head_bits}; it must be one of {', '.join(map(str, HEAD))}")
     return HEAD[head_bits]

@@ -13,14 +13,19 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from exl2jax import ConversionConfig, ConversionResult, Evaluation, Exl2JaxError, convert, evaluate
 from exl2jax.calibration import load_tokenizer
 from exl2jax.exl2.verify.directory import verify
+from exl2jax.generation import Sampling, encode_prompt, generate, load_resident
 from exl2jax.report import make_progress
 from exl2jax.stream.progress import RunControl
 
 ROW_LENGTH = 512
+PROMPTS = ("The three primary colours are", "Once upon a time, a fox", "def fibonacci(n):")
+NEW_TOKENS = 24
+"""Tokens written after each prompt, before and after the conversion."""
 
 
 def heldout_rows(model: Path) -> np.ndarray:
@@ -53,6 +58,21 @@ def table(result: ConversionResult, before: Evaluation, after: Evaluation, secon
     return out
 
 
+def lines(directory: Path) -> list[str]:
+    """The first lines that a model writes after each prompt, greedily."""
+    resident, sampling = load_resident(directory), Sampling(new_tokens=NEW_TOKENS)
+    found = (generate(resident, encode_prompt(resident, prompt), sampling).text for prompt in PROMPTS)
+    return [" ".join(text.split()) for text in found]
+
+
+def generated(source: Path, converted: Path) -> Table:
+    """Each prompt with its continuation before and after."""
+    out = Table("prompt", "before", "after", title="generated, always the likeliest token", show_lines=True)
+    for row in zip(PROMPTS, lines(source), lines(converted), strict=True):
+        out.add_row(*map(Text, row))
+    return out
+
+
 def run(config: ConversionConfig, console: Console) -> int:
     """Convert, verify, evaluate, show."""
     assert config.compile_full is not None
@@ -70,6 +90,7 @@ def run(config: ConversionConfig, console: Console) -> int:
         "evaluate": time.monotonic() - verified,
     }
     Console().print(table(result, before, after, seconds))
+    Console().print(generated(config.in_dir, config.compile_full))
     return 0 if report.ok else 1
 
 

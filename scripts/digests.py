@@ -26,7 +26,7 @@ CONVERSIONS = {
     "best": ("--preset", "best", "-b", "3.2"),
     "fast": ("--preset", "fast", "-b", "4.5"),
     "stock": ("--preset", "stock", "-b", "4.0"),
-    "annealing": ("--preset", "stock", "--allocation", "annealing", "-b", "4.0"),
+    "annealing": ("--preset", "stock", "--variant", "solver=annealing", "-b", "4.0"),
     "one-scale": ("--preset", "best", "--variant", "scales=stock", "-b", "5.0"),
 }
 DEMO = ("--preset", "best", "-b", "4.0")

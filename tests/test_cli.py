@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 import exl2jax.cli.convert as command
 from exl2jax import ConversionConfig, ConversionResult, cli
-from exl2jax.calibration import CalibrationConfig, load_tokenizer
+from exl2jax.calibration import load_tokenizer
 from exl2jax.cli.shared import SAME_BYTES, deliver, set_up
-from exl2jax.conversion.settings import asked_record
+from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.work_directory import JobState, WorkDirectory
 from exl2jax.errors import Interrupted, ModelError
 from exl2jax.stream.progress import RunControl
@@ -112,13 +112,15 @@ def test_numbers_may_stand_right_after_a_short_flag(asked: list[ConversionConfig
     assert [config.bits for config in asked] == [4.5, 4.5]
 
 
-SOURCE = CalibrationConfig(source="rows.parquet", columns=("text", "title"), cal_dir=Path("sets"), noise_rows=2)
+SOURCE = {"cal_dataset": "rows.parquet", "cal_columns": ("text", "title"), "cal_noise_rows": 2}
 
 
-@pytest.mark.parametrize("source", [None, "rows.safetensors", SOURCE], ids=["built-in", "named", "described"])
+@pytest.mark.parametrize(
+    "source", [{}, {"cal_dataset": "rows.safetensors"}, SOURCE], ids=["built-in", "named", "described"]
+)
 @pytest.mark.parametrize("preset", ["stock", Recipe(name="mine", pricing="fisher", propagation=0.25)], ids=["a", "b"])
 def test_a_job_is_resumed_by_its_directory_alone(
-    tmp_path: Path, asked: list[ConversionConfig], source: str | CalibrationConfig | None, preset: str | Recipe
+    tmp_path: Path, asked: list[ConversionConfig], source: dict[str, Any], preset: str | Recipe
 ) -> None:
     """What was asked when it was begun stands in the job file; flags given now come on top of it."""
     begun = ConversionConfig(
@@ -127,14 +129,16 @@ def test_a_job_is_resumed_by_its_directory_alone(
         compile_full=tmp_path / "full",
         bits=3.5,
         head_bits=8,
-        cal_dataset=source,
+        cal_dir=tmp_path / "sets",
         measurement_rows=4,
         shard_size=512,
         preset=preset,
+        variants=("scales=stock", "propagation=0.25"),
         checkpoint_interval=0,
+        **source,
     )
     begun.out_dir.mkdir()
-    WorkDirectory(begun.out_dir).save(JobState(inputs={}, settings=asked_record(begun), stage="quantize"))
+    WorkDirectory(begun.out_dir).save(JobState(inputs={}, settings=settings_record(begun), stage="quantize"))
     alone = ["convert", "-o", str(begun.out_dir)]
     assert cli.main(alone) == 0
     assert cli.main([*alone, "-b", "4.125", "-nr", "-cf", "elsewhere"]) == 0
@@ -142,7 +146,7 @@ def test_a_job_is_resumed_by_its_directory_alone(
     same, changed, other = asked
     assert same == begun
     assert changed == replace(begun, bits=4.125, no_resume=True, compile_full=Path("elsewhere"))
-    assert other == replace(begun, cal_dataset=CalibrationConfig(source="wiki.txt", split="validation"))
+    assert other == replace(begun, cal_dataset="wiki.txt", cal_split="validation")
 
 
 @pytest.mark.parametrize(
@@ -153,13 +157,16 @@ def test_a_job_is_resumed_by_its_directory_alone(
         (["convert", "-i", "model", "-o", "work", "-b", "many"], "--bits"),
         (["convert", "-i", "model", "-o", "work", "--frobnicate"], "--frobnicate"),
         (["frobnicate"], "frobnicate"),
-        (["convert", "-i", "model", "-o", "work", "-b", "9"], "-b/--bits is 9.0"),
-        (["convert", "-i", "model", "-o", "work", "-b", "1.5"], "-b/--bits is 1.5"),
-        (["convert", "-i", "model", "-o", "work", "-hb", "7"], "-hb/--head_bits is 7"),
-        (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-cf", "full"], "-om/--output_measurement"),
-        (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-m", "old.json"], "-om/--output_measurement"),
-        (["convert", "-i", "model", "-o", "model"], "-o/--out_dir"),
-        (["convert", "-i", "model", "-o", "work", "-cf", "work"], "-cf/--compile_full"),
+        (["convert", "-i", "model", "-o", "work", "-b", "9"], "-b is 9.0"),
+        (["convert", "-i", "model", "-o", "work", "--bits", "1.5"], "--bits is 1.5"),
+        (["convert", "-i", "model", "-o", "work", "-hb", "7"], "-hb is 7"),
+        (["convert", "-i", "model", "-o", "work", "-om", "m.json", "-cf", "full"], "-om stops"),
+        (
+            ["convert", "-i", "model", "-o", "work", "-om", "m.json", "-m", "old.json"],
+            "-om makes a measurement; -m already is one",
+        ),
+        (["convert", "-i", "model", "-o", "model"], "-o is"),
+        (["convert", "-i", "model", "-o", "work", "-cf", "work"], "-cf and -o must"),
         (["eval", "model", "--text", "a", "--tokens", "b"], "--text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -254,7 +261,7 @@ def test_drop_in_script_has_the_flags_of_the_command() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: -b/--bits is 99.0")
+    assert done.stderr.startswith("error: -b is 99.0")
 
 
 def test_a_table_that_goes_to_no_terminal_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,9 +321,9 @@ def test_calibrate_builds_shows_and_does_not_convert(
         "calibrate",
         "-i",
         str(tiny_llama),
-        "-r",
+        "-mr",
         "30",
-        "-l",
+        "-ml",
         "32",
         "--seed",
         "4",

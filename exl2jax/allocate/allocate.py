@@ -79,7 +79,9 @@ def reachable_budget(within: tuple[float, float], specs: Sequence[ModuleSpec], b
     weights = sum(spec.weights for spec in specs)
     budget = int(weights * bits)
     if budget < round(low * weights):
-        raise MeasurementError(f"-b {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise -b")
+        raise MeasurementError(
+            f"`bits` {bits}: these candidates reach {low:.4f} to {high:.4f} bits per weight; raise `bits`"
+        )
     return budget
 
 
@@ -141,7 +143,7 @@ def _priced_rows(measurement: Measurement, specs: Sequence[ModuleSpec], table: T
             if all(set(row[name].bits) <= set(priced.widths) for name, priced in linears)
         )
         if not found[slot.key]:
-            raise MeasurementError(f"{slot.key}: no row of the candidate table keeps to --pin and --exclude-bits")
+            raise MeasurementError(f"{slot.key}: no row of the candidate table keeps to `pins` and `exclude_bits`")
     return Measurement(modules=found)
 
 

@@ -27,11 +27,11 @@ class Limits:
         for pin in pins:
             pattern, _, bits = pin.rpartition("=")
             if not pattern or not bits.strip().isdigit() or int(bits) not in FORMAT_BITS:
-                raise SettingsError(f"--pin {pin!r} must be PATTERN=BITS with bits among {FORMAT_BITS}")
+                raise SettingsError(f"`pins` {pin!r} must be PATTERN=BITS with bits among {FORMAT_BITS}")
             found.append((pattern.strip(), int(bits)))
         unknown = [bits for bits in excluded if bits not in FORMAT_BITS]
         if unknown or set(excluded) >= set(FORMAT_BITS):
-            raise SettingsError(f"--exclude-bits {list(excluded)}: must leave some of {FORMAT_BITS} and name no others")
+            raise SettingsError(f"`exclude_bits` {list(excluded)}: must leave some of {FORMAT_BITS} and name no others")
         return cls(pins=tuple(found), excluded=tuple(sorted(set(excluded))))
 
     def widths(self, key: str) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class Limits:
         keys = [linear.key for spec in specs for linear in spec.linears]
         for pattern, bits in self.pins:
             if not any(fnmatchcase(key, pattern) for key in keys):
-                raise SettingsError(f"--pin {pattern}={bits}: no linear is named so; one is {keys[0]}")
+                raise SettingsError(f"`pins` {pattern}={bits}: no linear is named so; one is {keys[0]}")
 
     def apply(self, measurement: Measurement, specs: Sequence[ModuleSpec]) -> Measurement:
         """The measurement with what the limits leave of it; `SettingsError` where that is nothing."""
@@ -59,7 +59,7 @@ class Limits:
         empty = [key for key, found in left.items() if not found]
         if empty:
             raise SettingsError(
-                f"{empty[0]}: none of stock's candidates keeps to --pin and --exclude-bits; pin a whole module to a "
+                f"{empty[0]}: none of stock's candidates keeps to `pins` and `exclude_bits`; pin a whole module to a "
                 "width of its own (4, 6 or 8), or take a preset that allocates by linear (best, fast)"
             )
         return replace(measurement, modules=left)

@@ -5,11 +5,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+from exl2jax.calibration.columns import CHAT_NAMES
 from exl2jax.errors import CalibrationError
+
+type Render = Callable[[Any, str], str]
+"""The text of a conversation; the second argument names its place in messages."""
 
 BLOCK = 1 << 20
 """Bytes read at once."""
@@ -40,20 +44,31 @@ def _blocks(path: Path, *, between_words: bool) -> Iterator[str]:
         yield rest
 
 
-def json_lines(path: Path, fields: Sequence[str]) -> Iterator[str]:
-    """The texts of a JSON Lines file: each line a string, or an object whose `fields` are joined by spaces."""
+def json_lines(path: Path, fields: Sequence[str], render: Render | None = None) -> Iterator[str]:
+    """The texts of a JSON Lines file: each line a string, or an object whose `fields` are joined by spaces.
+
+    A null is left out, like an empty cell of a table. `render` makes a text of a conversation.
+    """
     number = 0
     for block in _blocks(path, between_words=False):
         # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
         for line in block.removesuffix("\n").split("\n"):
             number += 1
-            if line.strip():
-                yield text_field(parsed_json(line, f"{path}, line {number}"), fields, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            if line.strip() and (text := text_field(parsed_json(line, where), fields, where, render)):
+                yield text
 
 
-def json_file(path: Path, fields: Sequence[str]) -> Iterator[str]:
-    """The texts of one JSON document: a list of strings or objects, or an object of such lists by field."""
-    value = parsed_json("".join(text_blocks(path)), str(path))
+def json_file(path: Path, fields: Sequence[str], render: Render | None = None) -> Iterator[str]:
+    """The texts of one JSON document: a list of strings or objects, or an object of such lists by field.
+
+    A file of JSON lines is read as such, whatever its name.
+    """
+    text = "".join(text_blocks(path))
+    if _is_lines(text):
+        yield from json_lines(path, fields, render)
+        return
+    value = parsed_json(text, str(path))
     if isinstance(value, dict):
         value = _records_of(value, fields, path)
     if not isinstance(value, list):
@@ -61,7 +76,20 @@ def json_file(path: Path, fields: Sequence[str]) -> Iterator[str]:
             f"{path}: holds {_kind(value)}; a list of strings or of objects with a text field is needed"
         )
     for index, entry in enumerate(value):
-        yield text_field(entry, fields, f"{path}, entry {index}")
+        if text := text_field(entry, fields, f"{path}, entry {index}", render):
+            yield text
+
+
+def _is_lines(text: str) -> bool:
+    """Whether a text is no JSON document as a whole, but its first line is one."""
+    first, _, rest = text.lstrip().partition("\n")
+    if not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _records_of(value: dict[str, Any], fields: Sequence[str], path: Path) -> list[Any]:
@@ -75,21 +103,30 @@ def _records_of(value: dict[str, Any], fields: Sequence[str], path: Path) -> lis
     return [dict(zip(names, entry, strict=True)) for entry in zip(*(c for c in columns if c is not None), strict=True)]
 
 
-def text_field(value: Any, fields: Sequence[str], where: str) -> str:
-    """The text of one record: a string, or an object's fields (default `text`) joined by spaces."""
-    if isinstance(value, str) and not fields:
-        return value
+def text_field(value: Any, fields: Sequence[str], where: str, render: Render | None = None) -> str:
+    """The text of one record: a string, or an object's fields joined by spaces; empty for a null.
+
+    Without `fields` it is the field `text`, or the conversation of an object that has none.
+    """
+    if value is None or (isinstance(value, str) and not fields):
+        return value or ""
     if not isinstance(value, dict):
         raise CalibrationError(f"{where}: holds {_kind(value)}; an object with a text field is needed")
-    names = tuple(fields) or (DEFAULT_FIELD,)
+    chats = [name for name in CHAT_NAMES if name in value] if DEFAULT_FIELD not in value else []
+    names = tuple(fields) or tuple(chats[:1]) or (DEFAULT_FIELD,)
     missing = [name for name in names if name not in value]
     if missing:
         held = ", ".join(map(repr, value)) or "none"
-        raise CalibrationError(f"{where}: no field {missing[0]!r} (it has {held}); choose one with --cal-column")
-    wrong = [name for name in names if not isinstance(value[name], str)]
-    if wrong:
-        raise CalibrationError(f"{where}: field {wrong[0]!r} holds {_kind(value[wrong[0]])}, not text; choose another")
-    return " ".join(value[name] for name in names)
+        raise CalibrationError(f"{where}: no field {missing[0]!r} (it has {held}); choose one with `cal_columns`")
+    return " ".join(text for name in names if (text := _field_text(value[name], name, where, render)))
+
+
+def _field_text(value: Any, name: str, where: str, render: Render | None) -> str:
+    if isinstance(value, list) and render is not None:
+        return render(value, f"{where}, field {name!r}")
+    if value is not None and not isinstance(value, str):
+        raise CalibrationError(f"{where}: field {name!r} holds {_kind(value)}, not text; choose another")
+    return value or ""
 
 
 def parsed_json(text: str, where: str) -> Any:

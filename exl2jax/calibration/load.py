@@ -1,17 +1,20 @@
 """The one way in: from what the user asked for to checked calibration rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from exl2jax.calibration import composition as domains
+from exl2jax.calibration.chat import ChatTemplate, conversation
 from exl2jax.calibration.documents import json_file, json_lines, text_blocks
 from exl2jax.calibration.examples import example_rows
 from exl2jax.calibration.named import named_rows
 from exl2jax.calibration.packing import pack_texts
-from exl2jax.calibration.parquet import parquet_texts
+from exl2jax.calibration.parquet import chosen_columns, parquet_texts
 from exl2jax.calibration.ready import read_ready
 from exl2jax.calibration.records import (
     EXAMPLES,
@@ -27,12 +30,16 @@ from exl2jax.calibration.self_sampling import self_rows
 from exl2jax.calibration.source import Source, parse_source
 from exl2jax.calibration.standard import random_ids, standard_rows
 from exl2jax.calibration.stdlib import code_fillers, technical_fillers
+from exl2jax.calibration.stock_texts import stock_texts_folder
 from exl2jax.calibration.texts import directory_texts, package_texts
 from exl2jax.calibration.tokenizer import Tokenizer
 from exl2jax.errors import CalibrationError, SettingsError
 
 DEFAULT_ROWS, DEFAULT_MEASURE_ROWS, DEFAULT_LENGTH = 100, 16, 2048
 """What the stock converter takes where nothing is said and the source has no size of its own."""
+
+WITHOUT_FILE = ("standard", "exllamav2", "self", "random", "named")
+"""Kinds of sources that name no file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +52,13 @@ class _Request:
     sampler: Sampler | None
     length: int | None
     noise_rows: int
+    chat: Callable[[], ChatTemplate] | None
+
+    def render(self, value: Any, where: str) -> str:
+        """The text of a conversation by the model's chat template."""
+        if self.chat is None:
+            raise CalibrationError(f"{where}: holds a conversation, and there is no model whose chat template would do")
+        return self.chat().render(conversation(value, where))
 
     @property
     def encoder(self) -> Tokenizer:
@@ -98,12 +112,14 @@ def load_rows(
     sampler: Sampler | None = None,
     context: int | None = None,
     architecture: str = "",
+    chat: Callable[[], ChatTemplate] | None = None,
 ) -> CalibrationRows:
     """Build the calibration rows that a configuration asks for, and check them.
 
     `vocab_size` is the number of rows of the model's embedding, `context` the longest row the model can take (None: do
     not check), `sampler` writes rows from the model itself for the source `self` and for `fill_with_self`. `tokenizer`
-    may be None for sources of token ids. The same arguments give the same bytes in every process.
+    may be None for sources of token ids; `chat` gives the model's chat template, for conversations. The same
+    arguments give the same bytes in every process.
 
     Raises `SettingsError` for settings that make no sense and `CalibrationError` for sources that do not serve.
     """
@@ -115,6 +131,7 @@ def load_rows(
         sampler=sampler,
         length=config.length,
         noise_rows=noise,
+        chat=None if chat is None else cache(chat),
     )
     _check_context(config.length, context)
     if isinstance(config.source, str | Path):
@@ -156,14 +173,15 @@ def _from_examples(request: _Request, examples: Examples, context: int | None) -
 def _from_sources(request: _Request, sources: Sequence[Source], context: int | None) -> Built:
     """Blocks of one source or of a mixture."""
     for source in sources:
-        if source.kind not in ("standard", "self", "random", "named") and not Path(source.name).is_file():
+        if source.kind not in WITHOUT_FILE and not Path(source.name).is_file():
             raise CalibrationError(f"{source.name}: no such calibration file; check the path")
     if request.length is None and any(source.kind != "ready" for source in sources):
         request = replace(request, length=min(DEFAULT_LENGTH, context or DEFAULT_LENGTH))
     blocks: list[RowBlock | _SelfRows] = []
     notes: list[str] = []
     for source, rows in _planned(sources, request.config):
-        more, said = _standard(request, source, rows) if source.kind == "standard" else _other(request, source, rows)
+        build = _standard if source.kind in ("standard", "exllamav2") else _other
+        more, said = build(request, source, rows)
         blocks += more
         notes += said
     lengths = sorted(
@@ -197,8 +215,9 @@ def _planned(sources: Sequence[Source], config: CalibrationConfig) -> Iterator[t
 def _standard(request: _Request, source: Source, rows: int | None) -> Built:
     """The standard set; what its texts cannot fill is written by the model if asked for, else left out and said."""
     config, length = request.config, request.tokens_per_row
-    texts = directory_texts(Path(source.name)) if source.name else package_texts()
-    fillers = {} if source.name else {domains.CODE: code_fillers, domains.TECHNICAL: technical_fillers}
+    own = source.kind == "standard" and not source.name
+    texts = package_texts() if own else directory_texts(_texts_folder(source, config))
+    fillers = {domains.CODE: code_fillers, domains.TECHNICAL: technical_fillers} if own else {}
     composition = domains.standard_composition(config.measure, rows)
     built = standard_rows(
         texts,
@@ -212,7 +231,8 @@ def _standard(request: _Request, source: Source, rows: int | None) -> Built:
     )
     blocks: list[RowBlock | _SelfRows] = list(built.blocks)
     notes = list(built.notes)
-    if built.missing and config.fill_with_self:
+    fill = config.fill_with_self if config.fill_with_self is not None else own and request.sampler is not None
+    if built.missing and fill:
         only = [domain for domain, missing in built.missing.items() for _ in range(missing)]
         only = [domains.MULTILINGUAL if domain == domains.SHUFFLED else domain for domain in only]
         blocks.append(_SelfRows(request=request, rows=len(only), only=only))
@@ -227,6 +247,10 @@ def _standard(request: _Request, source: Source, rows: int | None) -> Built:
     if not any(block.domain in domains.TEXT_DOMAINS for block in built.blocks):
         raise CalibrationError(f"standard set: {texts.origin} fill no row of {length} tokens; ask for shorter rows")
     return blocks, notes
+
+
+def _texts_folder(source: Source, config: CalibrationConfig) -> Path:
+    return stock_texts_folder(config.cal_dir) if source.kind == "exllamav2" else Path(source.name)
 
 
 def _other(request: _Request, source: Source, rows: int | None) -> Built:
@@ -251,9 +275,10 @@ def _other(request: _Request, source: Source, rows: int | None) -> Built:
             cal_dir=config.cal_dir,
         )
         return [RowBlock(domain=source.name, ids=ids)], []
-    texts = _file_texts(source, config.columns)
+    texts = _file_texts(request, source, config.columns)
     block = pack_texts(texts, request.encoder, domain=source.kind, where=source.name, rows=wanted, length=length)
-    return [block], []
+    note = chosen_columns(Path(source.name), config.columns).note if source.kind == "parquet" else ""
+    return [block], [note] if note else []
 
 
 def _known_ids(request: _Request) -> int:
@@ -262,14 +287,13 @@ def _known_ids(request: _Request) -> int:
     return min(request.vocab_size, request.tokenizer.vocab_size)
 
 
-def _file_texts(source: Source, columns: Sequence[str]) -> Iterator[str]:
+def _file_texts(request: _Request, source: Source, columns: Sequence[str]) -> Iterator[str]:
     """The texts of a file, in order."""
     path = Path(source.name)
-    if source.kind == "parquet":
-        return parquet_texts(path, columns)
-    if source.kind == "jsonl":
-        return json_lines(path, columns)
-    return json_file(path, columns) if source.kind == "json" else text_blocks(path)
+    if source.kind == "text":
+        return text_blocks(path)
+    read = {"parquet": parquet_texts, "jsonl": json_lines, "json": json_file}[source.kind]
+    return read(path, columns, request.render)
 
 
 def _in_vocabulary(block: RowBlock, request: _Request, name: str) -> RowBlock:

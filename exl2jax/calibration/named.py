@@ -173,7 +173,7 @@ def _local(cal_dir: Path, name: str, candidates: tuple[str, ...]) -> Path:
 
 def _load(name: str, load: Callable[[Any], Any]) -> Any:
     """Load a set through the optional `datasets` library."""
-    advice = "or download the set's files and give their folder with --cal-dir"
+    advice = "or download the set's files and give their folder as `cal_dir`"
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:

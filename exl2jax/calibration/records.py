@@ -28,14 +28,15 @@ STANDARD, EXAMPLES = "standard", "examples"
 class CalibrationConfig:
     """Which calibration rows to build.
 
-    `source` is `standard`, `standard:DIR`, a file, a named set, `self`, `random`, a mixture `A:60,B:40`, or data given
-    from Python (`Examples`). `rows=None` takes what the source calls for: the composition of the standard set (19 rows
-    to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes the length of ready
-    rows, else 2048 tokens.
+    `source` is `standard`, `exllamav2`, `standard:DIR`, a file, a named set, `self`, `random`, a mixture `A:60,B:40`,
+    or data given from Python (`Examples`). `rows=None` takes what the source calls for: the composition of the
+    standard set (19 rows to measure, 115 to quantize), every row of ready rows, else 16 and 100. `length=None` takes
+    the length of ready rows, else 2048 tokens.
 
     `columns` picks columns of Parquet or fields of JSON. `cal_dir` is a folder with local copies of the named sets,
     `split` their split. `noise_rows` rows of `NOISE_ID` are added to a standard set (None: as many as the model's
-    architecture asks for). `fill_with_self` makes the model write the rows that the standard text cannot fill.
+    architecture asks for). `fill_with_self` makes the model write the rows that the texts of a standard set
+    cannot fill (None: those of the built-in set).
     `batch_size` and `pad_token_id` are Optimum's.
     """
 
@@ -48,7 +49,7 @@ class CalibrationConfig:
     cal_dir: Path | None = None
     split: str = "train"
     noise_rows: int | None = None
-    fill_with_self: bool = False
+    fill_with_self: bool | None = None
     batch_size: int = 1
     pad_token_id: int | None = None
 

@@ -10,9 +10,9 @@ from exl2jax.errors import SettingsError
 
 NAMED_SETS = ("wikitext2", "c4", "c4-new")
 REFUSED_SETS = ("ptb", "ptb-new")
-SELF, RANDOM = "self", "random"
+SELF, RANDOM, STOCK = "self", "random", "exllamav2"
 
-type Kind = Literal["standard", "self", "random", "named", "parquet", "text", "jsonl", "json", "ready"]
+type Kind = Literal["standard", "exllamav2", "self", "random", "named", "parquet", "text", "jsonl", "json", "ready"]
 
 _SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
@@ -25,7 +25,8 @@ _SUFFIXES: dict[str, Kind] = {
     ".safetensors": "ready",
     ".npz": "ready",
 }
-KNOWN = f"standard, standard:DIR, {', '.join(NAMED_SETS)}, self, random, or a file ending in {', '.join(_SUFFIXES)}"
+_NAMED = ", ".join(("standard", STOCK, "standard:DIR", *NAMED_SETS, SELF, RANDOM))
+KNOWN = f"{_NAMED}, or a file ending in {', '.join(_SUFFIXES)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Source:
 
 
 def parse_source(text: str) -> tuple[Source, ...]:
-    """The sources of a `--cal-dataset` setting: one, or several separated by commas, each with `:COUNT`.
+    """The sources of the setting `cal_dataset`: one, or several separated by commas, each with `:COUNT`.
 
     A path that exists is taken whole, commas and all. Raises `SettingsError` for unknown names and missing counts.
     """
@@ -71,6 +72,8 @@ def _single(part: str) -> Source:
         return Source(kind="standard")
     if part.startswith(f"{STANDARD}:") and part != f"{STANDARD}:":
         return Source(kind="standard", name=part.removeprefix(f"{STANDARD}:"))
+    if part == STOCK:
+        return Source(kind="exllamav2")
     if part in (SELF, RANDOM):
         return Source(kind="self" if part == SELF else "random")
     if part in NAMED_SETS:

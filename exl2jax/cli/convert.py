@@ -1,80 +1,51 @@
 """`exl2jax convert`: the stock converter's flags, and ours."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from exl2jax.calibration import CalibrationConfig
-from exl2jax.calibration.records import STANDARD
-from exl2jax.calibration.source import KNOWN
-from exl2jax.cli.options import (
-    CalColumns,
-    CalDir,
-    CalFill,
-    CalSplit,
-    Candidates,
-    ExcludeBits,
-    Json,
-    Pins,
-    Plugins,
-    Variants,
-)
-from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up, settings_file
+from exl2jax.cli.options import Json, Plugins
+from exl2jax.cli.settings import ALL, SettingsFile, conversion_config, takes_settings
+from exl2jax.cli.shared import Invocation, deliver, invocation, load_variants, set_up
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.convert import convert
-from exl2jax.conversion.settings import resumed_config
-from exl2jax.conversion.work_directory import WorkDirectory
+from exl2jax.conversion.operations import pass_operations
+from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.sizes import Size, SizeOutcome, convert_sizes, parse_bytes, set_operations, with_target
+from exl2jax.errors import SettingsError
+from exl2jax.hub.finish import CardWishes, finish_set, finish_size
+from exl2jax.hub.tables import sizes_table
+from exl2jax.models import read_config
 from exl2jax.report import conversion_table, make_progress
+from exl2jax.report.clock import JobClock
 from exl2jax.stream.devices import join_processes
-from exl2jax.stream.progress import RunControl, StopFlag
-from exl2jax.variants.recipe import DEFAULT_PRESET
+from exl2jax.stream.progress import RunControl
 
-CALIBRATION = {"cal_column", "cal_dir", "cal_split", "cal_fill"}
-"""Parameters that say more about the calibration source."""
+LISTED = ("bits", "head_bits")
+"""Settings of which this command takes several values."""
+
+Bits = Annotated[
+    str | None, typer.Option("-b", "--bits", help="Target bits per weight [4.125]; several sizes as 2.5,3.0,4.25.")
+]
+HeadBits = Annotated[
+    str | None,
+    typer.Option("-hb", "--head_bits", help="Bits of the head: 2, 3, 4, 5, 6 or 8 [6]; one for each size as 6,6,8."),
+]
+FileSize = Annotated[
+    str | None,
+    typer.Option("--size", help="Largest size of the weight files in place of bits: 5.5GB; several as 4GB,5.5GB."),
+]
 
 
+@takes_settings([s for s in ALL if s.name not in LISTED], required=("out_dir",))
 def convert_command(
     context: typer.Context,
-    out_dir: Annotated[Path, typer.Option("-o", "--out_dir", help="Work directory; an existing job in it is resumed.")],
-    in_dir: Annotated[
-        Path | None, typer.Option("-i", "--in_dir", help="Source model directory; may be left out to resume.")
-    ] = None,
-    no_resume: Annotated[bool, typer.Option("-nr", "--no_resume", help="Start over, clearing the job.")] = False,
-    compile_full: Annotated[
-        Path | None, typer.Option("-cf", "--compile_full", help="Directory for the complete EXL2 model.")
-    ] = None,
-    cal_dataset: Annotated[
-        str | None, typer.Option("-c", "--cal_dataset", help=f"Calibration source: {KNOWN}; mixed as A:60,B:40.")
-    ] = None,
-    cal_column: CalColumns = None,
-    cal_dir: CalDir = None,
-    cal_split: CalSplit = "train",
-    cal_fill: CalFill = False,
-    bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
-    shard_size: Annotated[
-        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
-    ] = 8192,
-    rope_scale: Annotated[float | None, typer.Option("-rs", "--rope_scale", help="Rotary position scale.")] = None,
-    rope_alpha: Annotated[float | None, typer.Option("-ra", "--rope_alpha", help="Rotary NTK alpha.")] = None,
-    head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head: 2, 3, 4, 5, 6 or 8.")] = 6,
-    output_measurement: Annotated[
-        Path | None, typer.Option("-om", "--output_measurement", help="Only measure, and write the file here.")
-    ] = None,
-    measurement: Annotated[
-        Path | None, typer.Option("-m", "--measurement", help="Use this measurement file, ours or stock's.")
-    ] = None,
-    dataset_rows: Annotated[
-        int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows [115 built-in, else 100].")
-    ] = None,
-    measurement_rows: Annotated[
-        int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows [19 built-in, else 16].")
-    ] = None,
-    length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a calibration row [2048].")] = None,
-    measurement_length: Annotated[
-        int | None, typer.Option("-ml", "--measurement_length", help="Tokens of a measurement row [2048].")
-    ] = None,
+    settings: dict[str, Any],
+    bits: Bits = None,
+    head_bits: HeadBits = None,
+    size: FileSize = None,
     status_output: Annotated[
         bool, typer.Option("-so", "--status_output", help="Add machine-readable status lines.")
     ] = False,
@@ -84,94 +55,99 @@ def convert_command(
             "-hsol", "--hidden_state_offload_layers", help="Accepted for stock scripts; states stay in host memory."
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
-    preset: Annotated[
-        str, typer.Option("--preset", help="best, fast, or stock, which reproduces ExLlamaV2's own algorithm.")
-    ] = DEFAULT_PRESET,
-    with_accuracies: Annotated[
-        bool, typer.Option("--with-accuracies", help="Measure stock's accuracies too, for stock's tools to read.")
-    ] = False,
-    allocation: Annotated[str, typer.Option("--allocation", help="Solver of stock: exact or annealing.")] = "exact",
-    candidates: Candidates = None,
-    moe_calibration: Annotated[
-        str, typer.Option("--moe-calibration", help="Tokens to calibrate experts on: routed, or all.")
-    ] = "routed",
-    checkpoint_interval: Annotated[
-        float, typer.Option("--checkpoint-interval", help="Least seconds between checkpoints; 0: every module.")
-    ] = 180,
-    devices: Annotated[
-        int | None, typer.Option("--devices", help="Devices to spread rows and linears over [all].")
+    evaluate: Annotated[
+        bool | None,
+        typer.Option("--evaluate/--no-evaluate", help="Measure quality for the card [several sizes: yes, one: no]."),
     ] = None,
-    device_memory: Annotated[
-        float | None,
-        typer.Option("--device-memory", help="GB of a device for hidden states [half of what is free]."),
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Write a model card into the directory of -cf.")
+    ] = True,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="ORG/NAME of the source, for the card.")
     ] = None,
-    variant: Variants = None,
+    quantized_by: Annotated[str | None, typer.Option("--quantized-by", help="Your name, for the card.")] = None,
     plugin: Plugins = None,
-    pin: Pins = None,
-    exclude_bits: ExcludeBits = None,
-    settings: Annotated[
-        Path | None,
-        typer.Option("--settings", callback=settings_file, is_eager=True, help="TOML file with flags by name."),
-    ] = None,
+    settings_file: SettingsFile = None,
     as_json: Json = False,
 ) -> int:
     """Convert a model to EXL2; the flags are those of stock ExLlamaV2's convert.py."""
-    del hidden_state_offload_layers, settings
+    del hidden_state_offload_layers, settings_file
+    called = invocation(context)
     load_variants(plugin)
     console = Console(stderr=True)
-    set_up(console)
+    set_up(console, called.spelling)
     join_processes()
-    asked = {
-        "in_dir": in_dir,
-        "no_resume": no_resume,
-        "compile_full": compile_full,
-        "cal_dataset": _source(cal_dataset, cal_column, cal_dir, cal_split, cal_fill),
-        "bits": bits,
-        "shard_size": shard_size,
-        "rope_scale": rope_scale,
-        "rope_alpha": rope_alpha,
-        "head_bits": head_bits,
-        "output_measurement": output_measurement,
-        "measurement": measurement,
-        "dataset_rows": dataset_rows,
-        "measurement_rows": measurement_rows,
-        "length": length,
-        "measurement_length": measurement_length,
-        "seed": seed,
-        "preset": recipe_asked(preset, variant, candidates),
-        "with_accuracies": with_accuracies,
-        "pins": tuple(pin or ()),
-        "exclude_bits": tuple(exclude_bits or ()),
-        "allocation": allocation,
-        "checkpoint_interval": checkpoint_interval,
-        "moe_calibration": moe_calibration,
-        "devices": devices,
-        "device_memory": device_memory,
-    }
-    config = ConversionConfig(out_dir=out_dir, **asked) if in_dir else _resumed(context, out_dir, asked)
-    control = RunControl(progress=make_progress(console, status=status_output), stop=context.obj or StopFlag())
+    sizes = _sizes(bits, head_bits, size)
+    single = sizes[0] if len(sizes) == 1 and sizes[0].bits is not None else None
+    config = conversion_config(settings | _given(bits, head_bits, single or sizes[0]))
+    wishes = CardWishes(card=card, evaluate=evaluate, base_model=base_model, quantized_by=quantized_by)
+    progress = make_progress(console, status=status_output)
+    work = pass_operations(config, read_config(config.in_dir)[0]) if single else set_operations(config, sizes)
+    control = RunControl(progress=JobClock(progress, work), stop=called.stop)
+    if single is None:
+        return _several(config, sizes, wishes, control, called, as_json)
+    config = with_target(config)
     result = convert(config, control)
+    finish_size(config, result, wishes)
+    result = called.spelled(result, "warnings")
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0
 
 
-def _source(
-    name: str | None, columns: list[str] | None, cal_dir: Path | None, split: str, fill: bool
-) -> str | CalibrationConfig | None:
-    """The calibration source: its name alone, where nothing more is said about it."""
-    if not (columns or cal_dir or fill or split != "train"):
-        return name
-    return CalibrationConfig(
-        source=name or STANDARD, columns=tuple(columns or ()), cal_dir=cal_dir, split=split, fill_with_self=fill
-    )
+def _several(
+    config: ConversionConfig,
+    sizes: list[Size],
+    wishes: CardWishes,
+    control: RunControl,
+    called: Invocation,
+    as_json: bool,
+) -> int:
+    """Make a set; exit code 1 where a size was refused."""
+    if config.output_measurement is not None:
+        raise SettingsError("`output_measurement` makes no size; leave it out, or give one size")
+
+    def finished(config: ConversionConfig, result: ConversionResult) -> None:
+        finish_size(config, result, replace(wishes, evaluate=False))  # figures come together, at the end
+
+    outcomes = convert_sizes(config, sizes, control, finished)
+    figures = finish_set(config, outcomes, wishes)
+    records = [_record(each, called) for each in outcomes]
+    deliver(as_json, {"sizes": records}, lambda: sizes_table(outcomes, figures))
+    return 1 if any(each.refused for each in outcomes) else 0
 
 
-def _resumed(context: typer.Context, out_dir: Path, asked: dict[str, Any]) -> ConversionConfig:
-    """The settings of the job in a work directory, and over them the flags that were given now."""
-    record = WorkDirectory(out_dir).settings()
-    flags = {n for n in context.params if (s := context.get_parameter_source(n)) and s.name != "DEFAULT"}
-    renamed = {"pin": "pins", "variant": "preset", "candidates": "preset"}
-    flags |= {renamed[n] for n in flags & set(renamed)}
-    given = {n: v for n, v in asked.items() if n in flags or (n == "cal_dataset" and flags & CALIBRATION)}
-    return resumed_config(out_dir, record, given)
+def _record(outcome: SizeOutcome, called: Invocation) -> dict[str, Any]:
+    if outcome.result is None:
+        return {"asked": outcome.size.asked, "refused": called.spelling(outcome.refused)}
+    return {"asked": outcome.size.asked, **called.spelled(outcome.result, "warnings").to_json()}
+
+
+def _sizes(bits: str | None, head_bits: str | None, size: str | None) -> list[Size]:
+    """The sizes that flags ask for; one at the default bits where they say nothing."""
+    if bits is not None and size is not None:
+        raise SettingsError("`bits` and --size are one choice; give one of them")
+    texts = (size or bits or "4.125").split(",")
+    heads = [_number(int, "head_bits", text) for text in (head_bits or "6").split(",")]
+    if len(heads) not in (1, len(texts)):
+        raise SettingsError(f"`head_bits` has {len(heads)} values for {len(texts)} sizes; give one, or one for each")
+    heads = heads * len(texts) if len(heads) == 1 else heads
+    if size is not None:
+        return [Size(head_bits=h, most_bytes=parse_bytes(text)) for text, h in zip(texts, heads, strict=True)]
+    return [Size(head_bits=h, bits=_number(float, "bits", text)) for text, h in zip(texts, heads, strict=True)]
+
+
+def _given(bits: str | None, head_bits: str | None, size: Size) -> dict[str, Any]:
+    """The settings that were given, as one conversion takes them."""
+    given: dict[str, Any] = {}
+    if bits is not None:
+        given["bits"] = size.bits
+    if head_bits is not None:
+        given["head_bits"] = size.head_bits
+    return given
+
+
+def _number(kind: type, name: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as e:
+        raise SettingsError(f"`{name}` is {text!r}; it must be a number, or several with commas between") from e

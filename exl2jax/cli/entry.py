@@ -6,22 +6,26 @@ stdout carries the result only.
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from exl2jax.cli.calibrate import calibrate_command
 from exl2jax.cli.convert import convert_command
 from exl2jax.cli.dequantize import dequantize_command
+from exl2jax.cli.doctor import doctor_command
 from exl2jax.cli.evaluate import eval_command
 from exl2jax.cli.generate import generate_command
 from exl2jax.cli.inspect import inspect_command
 from exl2jax.cli.plan import plan_command
+from exl2jax.cli.publish import publish_command
 from exl2jax.cli.report import report_command
-from exl2jax.cli.shared import say
+from exl2jax.cli.shared import Invocation, say
+from exl2jax.cli.spelling import Spelling
 from exl2jax.cli.sweep import sweep_command
 from exl2jax.cli.verify import verify_command
 from exl2jax.errors import Exl2JaxError, Interrupted
@@ -38,14 +42,15 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect_command,
     "dequantize": dequantize_command,
     "report": report_command,
+    "publish": publish_command,
     "sweep": sweep_command,
+    "doctor": doctor_command,
 }
 """Every command by its name; each returns its exit code."""
 
 INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -60,16 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopFlag()
     caught: list[int] = []
     restore = _install_handlers(stop, caught)
+    group = get_command(app)
+    spelling = _spelling(group, sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, standalone_mode=False, obj=stop)
+        code = group(arguments, standalone_mode=False, obj=Invocation(stop=stop, spelling=spelling))
         if code == INTERRUPTED:  # Typer turns the second signal's KeyboardInterrupt into its exit code, without a word
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except Interrupted as e:
-        say(str(e))
+        say(spelling(str(e)))
         return 128 + caught[0] if caught else e.exit_code
     except Exl2JaxError as e:
-        say(f"error: {e}")
+        say(f"error: {spelling(str(e))}")
         return e.exit_code
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted; run the same command to resume from the last checkpoint")
@@ -81,6 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         restore()
+
+
+def _spelling(group: Any, arguments: Sequence[str]) -> Spelling:
+    """The flags of the command that the arguments call, by the names of its parameters."""
+    called = next((group.commands[word] for word in arguments if word in COMMANDS), None)
+    options = [p for p in called.params if p.param_type_name == "option"] if called else []
+    return Spelling({p.name: p.opts for p in options}, arguments)
 
 
 @app.callback(invoke_without_command=True)

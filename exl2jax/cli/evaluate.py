@@ -50,9 +50,9 @@ def eval_command(
         return 0
     source = tokens or text or HELDOUT
     cut = length or (FILE_LENGTH if text else HELDOUT_LENGTH)
-    found = dict(evaluate_many(directories, load_eval_rows(source, directories[0], cut, rows), against))
-    records = [{"directory": str(path), **asdict(e)} for path, e in found.items()]
+    evaluations = dict(evaluate_many(directories, load_eval_rows(source, directories[0], cut, rows), against))
+    records = [{"directory": str(path), **asdict(e)} for path, e in evaluations.items()]
     single = len(records) == 1
     record = records[0] if single else {"evaluations": records}
-    deliver(as_json, record, lambda: evaluation_table([(str(path), e) for path, e in found.items()]))
+    deliver(as_json, record, lambda: evaluation_table([(str(path), e) for path, e in evaluations.items()]))
     return 0

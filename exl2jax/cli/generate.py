@@ -13,7 +13,7 @@ from rich.text import Text
 
 from exl2jax.calibration.chat import encode_chat, read_chat_template
 from exl2jax.cli.options import Json
-from exl2jax.cli.shared import deliver, say, set_up
+from exl2jax.cli.shared import deliver, invocation, say, set_up
 from exl2jax.errors import SettingsError
 from exl2jax.generation import Generation, ResidentModel, Sampling, encode_prompt, generate, load_resident
 from exl2jax.hub import source_directory
@@ -29,7 +29,7 @@ def generate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk with the model by its chat template: one message a line, from stdin.")
     ] = False,
-    max_new: Annotated[int, typer.Option("--max-new", help="Most tokens to write.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--max-new", help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this share only.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
@@ -43,10 +43,10 @@ def generate_command(
         raise SettingsError("give --prompt TEXT, or --chat to talk line by line")
     if chat and (against is not None or as_json):
         raise SettingsError("--chat shows one model as it writes; leave --against and --json out")
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, new_tokens=max_new)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, new_tokens=new_tokens)
     set_up(Console(stderr=True))
     directory, against = source_directory(directory), against and source_directory(against)
-    stop = context.obj or StopFlag()
+    stop = invocation(context).stop
     if chat:
         return _converse(directory, sampling, stop)
     assert prompt is not None  # one of the two was given

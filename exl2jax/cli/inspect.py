@@ -19,6 +19,6 @@ def inspect_command(
     as_json: Json = False,
 ) -> int:
     """Widths, groups, scales and, with --against, the error of every linear."""
-    found = inspect(directory, tensor, against)
-    deliver(as_json, {"linears": [asdict(x) for x in found]}, lambda: inspection_table(found))
+    linears = inspect(directory, tensor, against)
+    deliver(as_json, {"linears": [asdict(x) for x in linears]}, lambda: inspection_table(linears))
     return 0

@@ -1,104 +1,85 @@
-"""`exl2jax plan`: what a conversion will take and give, before anything is computed."""
+"""`exl2jax plan`: what a conversion takes and gives, before anything is computed."""
 
 import tempfile
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
 
-from exl2jax.cli.options import Candidates, ExcludeBits, Json, Pins, Plugins, Variants
-from exl2jax.cli.shared import deliver, load_variants, recipe_asked, set_up
+from exl2jax.cli.options import Json, Plugins
+from exl2jax.cli.settings import SettingsFile, conversion_config, takes_settings
+from exl2jax.cli.shared import deliver, invocation, load_variants, set_up
 from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.preflight import preflight
-from exl2jax.estimate import DEVICES, DeviceEstimate, Passes, device_estimate, find_device
+from exl2jax.conversion.operations import machine_speed, passes_of
+from exl2jax.conversion.preflight import Preflight, preflight
+from exl2jax.errors import SettingsError
+from exl2jax.estimate import DEVICES, Device, DeviceEstimate, device_estimate, find_device
 from exl2jax.estimate.devices import CPU
-from exl2jax.hub import source_directory
-from exl2jax.models.config import read_config
+from exl2jax.models import read_config
 from exl2jax.report import device_table, plan_table
 from exl2jax.stream.progress import RunControl
-from exl2jax.variants.recipe import DEFAULT_PRESET, Recipe, find_recipe
 
 KNOWN_DEVICES = ", ".join((*DEVICES, CPU))
 
 
+@takes_settings()
 def plan_command(
-    in_dir: Annotated[Path, typer.Argument(help="Source model: a directory, or ORG/NAME[@REVISION] of the Hub.")],
-    bits: Annotated[float, typer.Option("-b", "--bits", help="Target bits per weight.")] = 4.125,
-    head_bits: Annotated[int, typer.Option("-hb", "--head_bits", help="Bits of the head.")] = 6,
-    out_dir: Annotated[Path | None, typer.Option("-o", "--out_dir", help="Where the work directory would be.")] = None,
-    compile_full: Annotated[
-        Path | None, typer.Option("-cf", "--compile_full", help="Where the complete EXL2 model would be.")
+    context: typer.Context,
+    settings: dict[str, Any],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Source model, as -i names it."),
     ] = None,
-    cal_dataset: Annotated[str | None, typer.Option("-c", "--cal_dataset", help="Calibration source.")] = None,
-    dataset_rows: Annotated[int | None, typer.Option("-r", "--dataset_rows", help="Calibration rows.")] = None,
-    measurement_rows: Annotated[int | None, typer.Option("-mr", "--measurement_rows", help="Measurement rows.")] = None,
-    length: Annotated[int | None, typer.Option("-l", "--length", help="Tokens of a row.")] = None,
-    measurement: Annotated[
-        Path | None, typer.Option("-m", "--measurement", help="Allocate by this measurement: the size is then exact.")
-    ] = None,
-    shard_size: Annotated[
-        float, typer.Option("-ss", "--shard_size", help="Largest shard in MB; 0 for one file.")
-    ] = 8192,
-    preset: Annotated[str, typer.Option("--preset", help="best, fast or stock.")] = DEFAULT_PRESET,
-    candidates: Candidates = None,
-    variant: Variants = None,
     plugin: Plugins = None,
-    pin: Pins = None,
-    exclude_bits: ExcludeBits = None,
     device: Annotated[
         str | None,
         typer.Option("--device", help=f"Count memory and time on a device too: {KNOWN_DEVICES}."),
     ] = None,
+    settings_file: SettingsFile = None,
     as_json: Json = False,
 ) -> int:
     """Range of bits, size, disk, memory and calibration of a conversion; exit 1 when it would be refused."""
+    del settings_file
+    if model is not None:
+        if "in_dir" in settings:
+            raise SettingsError("the source model is named twice, by `in_dir` and alone; give one")
+        settings = {**settings, "in_dir": model}
+    called = invocation(context)
     load_variants(plugin)
-    set_up(Console(stderr=True))
-    recipe, in_dir, estimate = recipe_asked(preset, variant, candidates), source_directory(in_dir), None
-    if device is not None:
-        asked = {"rows": dataset_rows, "measurement_rows": measurement_rows, "length": length}
-        estimate = _on_device(in_dir, find_recipe(recipe) if isinstance(recipe, str) else recipe, device, asked)
-        if not any(in_dir.glob("*.safetensors")):
-            deliver(as_json, {"device": estimate.to_json()}, lambda: device_table(estimate))
-            return 0 if estimate.fits else 1
+    set_up(Console(stderr=True), called.spelling)
     with tempfile.TemporaryDirectory() as nowhere:
-        config = ConversionConfig(
-            in_dir=in_dir,
-            out_dir=out_dir or Path(nowhere) / "work",
-            compile_full=compile_full or Path(nowhere) / "exl2",
-            cal_dataset=cal_dataset,
-            bits=bits,
-            head_bits=head_bits,
-            dataset_rows=dataset_rows,
-            measurement_rows=measurement_rows,
-            length=length,
-            measurement_length=length,
-            measurement=measurement,
-            shard_size=shard_size,
-            preset=recipe,
-            pins=tuple(pin or ()),
-            exclude_bits=tuple(exclude_bits or ()),
-        )
-        context = Context.open(config, RunControl())
-        built = PassRows(config, context.model, context.tokenizer, context.work, context.control)
-        passes = ("quantize",) if measurement else ("measure", "quantize")
-        plan = preflight(context, {name: built.build(measure=name == "measure") for name in passes})
-    if estimate is None:
+        config = _with_places(conversion_config(settings, Path(nowhere) / "work"), Path(nowhere) / "exl2")
+        counted = None if device is None else _on_device(config, find_device(device))
+        if counted is not None and not any(config.in_dir.glob("*.safetensors")):
+            deliver(as_json, {"device": counted.to_json()}, lambda: device_table(counted))
+            return 0 if counted.fits else 1
+        plan = called.spelled(_plan(config), "warnings", "refused")
+    if counted is None:
         deliver(as_json, plan.to_json(), lambda: plan_table(plan))
     else:
-        record = plan.to_json() | {"device": estimate.to_json()}
-        deliver(as_json, record, lambda: Group(plan_table(plan), device_table(estimate)))
+        record = plan.to_json() | {"device": counted.to_json()}
+        deliver(as_json, record, lambda: Group(plan_table(plan), device_table(counted)))
     return 1 if plan.refused else 0
 
 
-def _on_device(in_dir: Path, recipe: Recipe, device: str, asked: Mapping[str, int | None]) -> DeviceEstimate:
-    """The conversion counted on a device, with the rows that are asked for, else those of the built-in set."""
-    known = find_device(device)
-    config, _, _ = read_config(in_dir)
-    given = {name: value for name, value in asked.items() if value is not None}
-    passes = Passes(**{"length": min(Passes().length, config.max_position)} | given)
-    return device_estimate(config, recipe, passes, known)
+def _with_places(config: ConversionConfig, target: Path) -> ConversionConfig:
+    """The conversion with `target` for its result where none is named."""
+    named = config.output_measurement or config.compile_full
+    return config if named else replace(config, compile_full=target)
+
+
+def _plan(config: ConversionConfig) -> Preflight:
+    opened = Context.open(config, RunControl())
+    rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control, sampling=False)
+    passes = ("quantize",) if config.measurement else ("measure", "quantize")
+    return preflight(opened, {name: rows.build(measure=name == "measure") for name in passes}, machine_speed())
+
+
+def _on_device(config: ConversionConfig, device: Device) -> DeviceEstimate:
+    """The conversion counted on a device, from the model's configuration alone."""
+    model, _, _ = read_config(config.in_dir)
+    return device_estimate(model, config.recipe, passes_of(config, model), device)

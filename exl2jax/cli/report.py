@@ -24,11 +24,11 @@ def report_command(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Write report.html, one file to look at or to send, and its plots as PNG and SVG."""
+    """Write report.html, one file that needs no other, and its plots as PNG and SVG."""
     target = out or directory
     sweep = (directory / TABLE_NAME).exists()
     page = sweep_page(directory) if sweep else conversion_page(read_conversion(directory, measurement))
-    make_directory(target, "--out")
+    make_directory(target, "`out`")
     write_page(page, target / "report.html")
     write_plots(page.plots, target / "plots")
     record = {"report": str(target / "report.html"), "plots": [plot.name for plot in page.plots]}

@@ -1,11 +1,11 @@
-"""What the commands share: how results are delivered, messages said and the process set up."""
+"""Parts that the commands share: the invocation, the set-up of the process, messages and results."""
 
 import json
 import logging
 import os
 import sys
-import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import jax
 import typer
 from rich.console import Console
 
-from exl2jax.errors import SettingsError
+from exl2jax.cli.spelling import Spelling
+from exl2jax.stream.progress import StopFlag
 from exl2jax.variants import load_entry_points, load_plugin
-from exl2jax.variants.recipe import Recipe, recipe_from
 
 CACHE_MEGABYTES = 1024
 LOG_WIDTH = 160
@@ -25,20 +25,54 @@ SAME_BYTES = "--xla_gpu_deterministic_ops"
 """XLA's flag for the same result in each run: otherwise it times algorithms on a GPU and takes the fastest."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invocation:
+    """One call of the command: the flag that asks it to stop, and how its command line spells settings."""
+
+    stop: StopFlag
+    spelling: Spelling
+
+    def spelled[R](self, record: R, *texts: str) -> R:
+        """A record with the settings in its tuples of texts spelled as flags."""
+        changes = {name: tuple(map(self.spelling, getattr(record, name))) for name in texts}
+        return replace(record, **changes)  # type: ignore[type-var]
+
+
+def invocation(context: typer.Context) -> Invocation:
+    """The invocation that a command runs in."""
+    return context.obj or Invocation(stop=StopFlag(), spelling=Spelling({}, ()))
+
+
 def deliver(as_json: bool, record: dict[str, Any], table: Callable[[], Any]) -> None:
     """Print the result: one JSON object, or a table for people."""
     if as_json:
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:
         console = Console()
-        # A pipe or a log has no width of its own, and cut figures are none.
+        # A pipe or a log has no width of its own, and a figure that is cut off is of no use.
         (console if console.is_terminal else Console(width=LOG_WIDTH)).print(table())
 
 
-def set_up(console: Console) -> None:
-    """Logging to stderr, and unless the environment names them the compilation cache and the same bytes on a GPU."""
+class _SpelledFormatter(logging.Formatter):
+    """The message alone, with settings spelled as flags."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        """Spell by `spelling`."""
+        super().__init__("%(message)s")
+        self._spelling = spelling
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line for stderr."""
+        return self._spelling(super().format(record))
+
+
+def set_up(console: Console, spelling: Spelling | None = None) -> None:
+    """Set up logging to stderr, the compilation cache, and deterministic algorithms on a GPU.
+
+    A cache directory or an XLA flag that the environment names stays as it is.
+    """
     handler = logging.StreamHandler(console.file)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_SpelledFormatter(spelling or Spelling({}, ())))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("exl2jax").setLevel(logging.INFO)
     flags = os.environ.get("XLA_FLAGS", "")
@@ -53,45 +87,12 @@ def set_up(console: Console) -> None:
 
 
 def say(message: str) -> None:
-    """A line for the person, on stderr."""
+    """Write a line to stderr."""
     sys.stderr.write(message + "\n")
 
 
 def load_variants(plugins: list[Path] | None) -> None:
-    """Register the variants of installed packages and of the files that were named."""
+    """Register the variants of installed packages and of the given files."""
     load_entry_points()
     for path in plugins or ():
         load_plugin(path)
-
-
-def settings_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a TOML file for flags that are not given: keys are the long flags, `-` or `_` alike."""
-    if path is None:
-        return None
-    try:
-        record = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise SettingsError(f"--settings {path}: cannot be read ({e})") from e
-    named = {
-        name.lstrip("-").replace("-", "_"): parameter.name
-        for parameter in context.command.params
-        for name in parameter.opts
-        if name.startswith("--")
-    }
-    values = {key.replace("-", "_"): value for key, value in record.items()}
-    unknown = sorted(set(values) - set(named))
-    if unknown:
-        raise SettingsError(f"--settings {path}: there is no flag --{unknown[0]}; see --help")
-    context.default_map = {named[key]: value for key, value in values.items()}
-    return path
-
-
-def recipe_asked(preset: str, variants: list[str] | None, candidates: str | None) -> str | Recipe:
-    """The preset's name, or the recipe that it makes with variants."""
-    pairs = [(kind, name) for kind, _, name in (text.partition("=") for text in variants or ())]
-    pairs += [("candidates", candidates)] if candidates else []
-    kinds = [kind for kind, _ in pairs]
-    twice = [kind for kind in kinds if kinds.count(kind) > 1]
-    if twice:
-        raise SettingsError(f"two variants of one kind, {twice[0]}; give one")
-    return recipe_from({"preset": preset, **dict(pairs)}, preset) if pairs else preset

@@ -1,12 +1,14 @@
-"""Calibration rows for a model, which sets vocabulary, context and noise rows and may be the author itself."""
+"""Calibration rows for a model: its vocabulary and context bound them, and it may write some of them itself."""
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from exl2jax.calibration import CalibrationConfig, CalibrationRows, Tokenizer, load_rows
+from exl2jax.calibration import CalibrationConfig, CalibrationRows, Sampler, Tokenizer, load_rows
+from exl2jax.calibration.chat import read_chat_template
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.models import HFModel, Model, ModelConfig
@@ -19,18 +21,29 @@ log = logging.getLogger(__name__)
 
 
 class PassRows:
-    """The calibration rows of a conversion's passes, built once each and left in its work directory."""
+    """The calibration rows of a conversion's passes, built once each and written to its work directory."""
 
     def __init__(
-        self, config: ConversionConfig, model: HFModel, tokenizer: Tokenizer, work: WorkDirectory, control: RunControl
+        self,
+        config: ConversionConfig,
+        model: HFModel,
+        tokenizer: Tokenizer,
+        work: WorkDirectory,
+        control: RunControl,
+        *,
+        sampling: bool = True,
     ) -> None:
-        """Remember what the rows are made from; nothing is read yet."""
+        """Keep the sources of the rows; nothing is read yet.
+
+        Without `sampling`, rows that the model would write hold their prompts only: enough to count with.
+        """
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._work, self._control = work, control
+        self._sampling = sampling
         self._built: dict[bool, CalibrationRows] = {}
 
     def build(self, *, measure: bool) -> CalibrationRows:
-        """The rows of a pass. Before the first pass this is asked for both, so that bad input stops the job early."""
+        """The rows of a pass. A job builds those of both passes first, so that bad input stops it early."""
         if measure not in self._built:
             rows = build_rows(
                 self._config.calibration(measure=measure),
@@ -38,7 +51,9 @@ class PassRows:
                 self._tokenizer,
                 lambda: self._model,
                 self._control,
-                memory=(self._work.self_rows, self._identity()),
+                memory=(self._work.self_rows, self._identity()) if self._sampling else None,
+                sampler=None if self._sampling else _prompts_only,
+                model_dir=self._config.in_dir,
             )
             for note in rows.notes:
                 log.warning("calibration: %s", note)
@@ -46,14 +61,14 @@ class PassRows:
         return self._built[measure]
 
     def write(self, *, measure: bool) -> CalibrationRows:
-        """The rows of a pass, left in `cal_data.safetensors`; those of the measurement also under their own name."""
+        """Write the rows of a pass to `cal_data.safetensors`; those of the measurement also under their own name."""
         rows = self.build(measure=measure)
         for path in (self._work.cal_data, *([self._work.measure_cal_data] if measure else [])):
             write_tensors(path, rows.tensors(), {"pass": "measure" if measure else "quantize", "sha256": rows.sha256})
         return rows
 
     def _identity(self) -> str:
-        """What the model's own text depends on besides the prompts."""
+        """The identity of the model, which its own text depends on besides the prompts."""
         model, config = self._model, self._config
         return fingerprint(
             {
@@ -66,18 +81,21 @@ class PassRows:
 
 
 def build_rows(
-    wanted: CalibrationConfig,
+    source: CalibrationConfig,
     config: ModelConfig,
     tokenizer: Tokenizer,
     opened: Callable[[], Model],
     control: RunControl,
     *,
     memory: tuple[Path, str] | None = None,
+    model_dir: Path | None = None,
+    sampler: Sampler | None = None,
 ) -> CalibrationRows:
-    """The rows of a configuration for a model; `opened` gives the model itself, and is called only for text of its own.
+    """The calibration rows of a source for a model.
 
-    `memory` is a folder to keep that text in and what stands for the model there (`remembered`). Raises what
-    `load_rows` and `model_sampler` raise.
+    `opened` returns the model itself; it is called only where the model writes text. `memory` is a folder to keep that
+    text in, with the identity of the model (`remembered`). `model_dir` has the chat template for conversations, and
+    `sampler` serves in place of the model's own. Raises the errors of `load_rows` and `model_sampler`.
     """
 
     def sample(prompts: Sequence[Sequence[int]], n_rows: int, length: int, seed: int) -> np.ndarray:
@@ -85,10 +103,20 @@ def build_rows(
         return model_sampler(opened(), vocab, control)(prompts, n_rows, length, seed)
 
     return load_rows(
-        wanted,
+        source,
         tokenizer,
         vocab_size=config.vocab_size,
         context=config.max_position,
         architecture=config.architecture,
-        sampler=sample if memory is None else remembered(sample, *memory),
+        chat=None if model_dir is None else partial(read_chat_template, model_dir),
+        sampler=sampler or (sample if memory is None else remembered(sample, *memory)),
     )
+
+
+def _prompts_only(prompts: Sequence[Sequence[int]], n_rows: int, length: int, seed: int) -> np.ndarray:
+    """Rows of the shape that a sampler gives, without running the model."""
+    del seed
+    ids = np.zeros((n_rows, length), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return ids

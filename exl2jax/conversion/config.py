@@ -1,162 +1,274 @@
-"""What the user asked for: one frozen record with the stock converter's settings and defaults."""
+"""The settings of a conversion, one frozen record: each is declared here and nowhere else."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exl2jax.allocate.limits import Limits
 from exl2jax.calibration import CalibrationConfig, Examples
+from exl2jax.calibration.source import KNOWN
+from exl2jax.conversion.declaration import Decides, check_all, declare
 from exl2jax.errors import SettingsError
 from exl2jax.qparams import FORMAT_BITS
-from exl2jax.stock_tables import head_qparams
+from exl2jax.stock_tables import HEAD
 from exl2jax.variants import Choice, choose
-from exl2jax.variants.recipe import DEFAULT_PRESET, Recipe, find_recipe
+from exl2jax.variants.recipe import DEFAULT_PRESET, PRESETS, Recipe, find_recipe, parse_choices
 
 DEFAULT_SOLVER = "exact"
-MOE_CALIBRATIONS = ("routed", "all")
+MEASUREMENT, QUANTIZATION, OUTPUT, RUN = Decides
+PRESET_NAMES = f"{', '.join(PRESETS)} (stock: ExLlamaV2's own algorithm)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionConfig:
-    """Settings of a conversion; names and defaults are those of the stock flags.
+    """Settings of a conversion; names and defaults are those of the stock converter where it has the setting.
 
-    `cal_dataset` is the name of a source, texts or token rows themselves, or a `CalibrationConfig` with everything
-    that can be said about a source (its rows, length, seed and pass stay unsaid: they are settings here); None takes
-    the built-in set. `dataset_rows` and `measurement_rows` of None take what the source calls
-    for (115 and 19 rows of the built-in set, 100 and 16 of others), and so do lengths of None (that of ready rows, else
-    2048 tokens, at most the model's context). `preset` is a recipe or the name of one (`best`, `fast`, `stock`);
-    `with_accuracies` measures stock's accuracies whatever the recipe; `allocation` is the solver of the stock recipe,
-    `exact` or `annealing`; `moe_calibration` says which tokens an expert is calibrated on: those `routed` to it, or
-    `all`; `pins` (`PATTERN=BITS` over the keys of linears) and `exclude_bits` limit the widths to choose from;
-    `checkpoint_interval` is in seconds, 0 checkpoints after every module; `devices` is how many to use, all for None;
-    `device_memory` is how many GB of a device the hidden states may take, None for a share of its free memory.
-    Raises `SettingsError` on contradictions.
+    Every field documents itself in its declaration. `cal_dataset` also takes texts or token rows themselves, and
+    `preset` also takes a `Recipe`. Raises `SettingsError` for values out of range and for contradictions.
     """
 
-    in_dir: Path
-    out_dir: Path
-    compile_full: Path | None = None
-    cal_dataset: str | Path | Examples | CalibrationConfig | None = None
-    bits: float = 4.125
-    shard_size: float = 8192
-    rope_scale: float | None = None
-    rope_alpha: float | None = None
-    head_bits: int = 6
-    output_measurement: Path | None = None
-    measurement: Path | None = None
-    dataset_rows: int | None = None
-    measurement_rows: int | None = None
-    length: int | None = None
-    measurement_length: int | None = None
-    no_resume: bool = False
-    seed: int = 0
-    preset: str | Recipe = DEFAULT_PRESET
-    with_accuracies: bool = False
-    allocation: str = DEFAULT_SOLVER
-    pins: tuple[str, ...] = ()
-    exclude_bits: tuple[int, ...] = ()
-    checkpoint_interval: float = 180.0
-    moe_calibration: str = "routed"
-    devices: int | None = None
-    device_memory: float | None = None
+    out_dir: Path = field(
+        metadata=declare("Work directory; an existing job in it is resumed.", RUN, short="o", recorded=False)
+    )
+    in_dir: Path = field(
+        metadata=declare(
+            "Source model: a directory, or ORG/NAME[@REVISION]; not needed to resume.",
+            MEASUREMENT,
+            short="i",
+            by_content=True,
+        )
+    )
+    no_resume: bool = field(
+        default=False, metadata=declare("Start over, clearing the job.", RUN, short="nr", recorded=False)
+    )
+    compile_full: Path | None = field(
+        default=None, metadata=declare("Directory for the complete EXL2 model.", OUTPUT, short="cf")
+    )
+    cal_dataset: str | Path | Examples | None = field(
+        default=None,
+        metadata=declare(
+            f"Calibration source: {KNOWN}; mixed as A:60,B:40.",
+            MEASUREMENT,
+            short="c",
+            unset="standard",
+            by_content=True,
+        ),
+    )
+    cal_columns: tuple[str, ...] = field(
+        default=(), metadata=declare("Column of Parquet, field of JSON.", MEASUREMENT, long="cal-column")
+    )
+    cal_dir: Path | None = field(
+        default=None, metadata=declare("Folder with local copies of the named sets.", MEASUREMENT, long="cal-dir")
+    )
+    cal_split: str = field(
+        default="train",
+        metadata=declare(
+            "Split of the named sets: train or validation.",
+            MEASUREMENT,
+            long="cal-split",
+            choices=("train", "validation"),
+        ),
+    )
+    cal_noise_rows: int | None = field(
+        default=None,
+        metadata=declare(
+            "Rows of noise in embedding space, beside the standard set.",
+            MEASUREMENT,
+            long="cal-noise-rows",
+            unset="by the architecture",
+            low=0,
+        ),
+    )
+    cal_fill: bool | None = field(
+        default=None,
+        metadata=declare(
+            "Let the model write the rows that the texts of a standard set cannot fill.",
+            MEASUREMENT,
+            long="cal-fill",
+            unset="for the built-in set",
+        ),
+    )
+    bits: float = field(
+        default=4.125,
+        metadata=declare("Target bits per weight.", QUANTIZATION, short="b", low=FORMAT_BITS[0], high=FORMAT_BITS[-1]),
+    )
+    head_bits: int = field(
+        default=6,
+        metadata=declare("Bits of the head: 2, 3, 4, 5, 6 or 8.", QUANTIZATION, short="hb", choices=tuple(HEAD)),
+    )
+    shard_size: float = field(
+        default=8192, metadata=declare("Largest shard in MB; 0 for one file.", OUTPUT, short="ss", low=0)
+    )
+    rope_scale: float | None = field(
+        default=None,
+        metadata=declare("Rotary position scale.", MEASUREMENT, short="rs", unset="the model's", above=0),
+    )
+    rope_alpha: float | None = field(
+        default=None, metadata=declare("Rotary NTK alpha.", MEASUREMENT, short="ra", unset="the model's", above=0)
+    )
+    output_measurement: Path | None = field(
+        default=None, metadata=declare("Only measure, and write the file here.", OUTPUT, short="om")
+    )
+    measurement: Path | None = field(
+        default=None,
+        metadata=declare("Use this measurement file, ours or stock's.", QUANTIZATION, short="m", by_content=True),
+    )
+    dataset_rows: int | None = field(
+        default=None,
+        metadata=declare("Calibration rows.", QUANTIZATION, short="r", unset="115 built-in, else 100", low=1),
+    )
+    measurement_rows: int | None = field(
+        default=None,
+        metadata=declare("Measurement rows.", MEASUREMENT, short="mr", unset="19 built-in, else 16", low=1),
+    )
+    length: int | None = field(
+        default=None,
+        metadata=declare("Tokens of a calibration row.", QUANTIZATION, short="l", unset="2048", low=2),
+    )
+    measurement_length: int | None = field(
+        default=None,
+        metadata=declare("Tokens of a measurement row.", MEASUREMENT, short="ml", unset="2048", low=2),
+    )
+    seed: int = field(default=0, metadata=declare("Seed of every random choice.", MEASUREMENT, low=0))
+    preset: str | Recipe = field(
+        default=DEFAULT_PRESET,
+        metadata=declare(f"The algorithm: {PRESET_NAMES}.", MEASUREMENT, by_content=True),
+    )
+    variants: tuple[str, ...] = field(
+        default=(),
+        metadata=declare(
+            "A choice in place of the preset's: FIELD=VALUE of the recipe, or KIND=NAME or "
+            "KIND=NAME:SETTING=VALUE,... of a registered variant.",
+            MEASUREMENT,
+            long="variant",
+            by_content=True,
+        ),
+    )
+    pins: tuple[str, ...] = field(
+        default=(),
+        metadata=declare("PATTERN=BITS: one width for the linears named so.", QUANTIZATION, long="pin"),
+    )
+    exclude_bits: tuple[int, ...] = field(
+        default=(), metadata=declare("A width that nothing may have.", QUANTIZATION, long="exclude-bits")
+    )
+    moe_calibration: str = field(
+        default="routed",
+        metadata=declare(
+            "Tokens to calibrate an expert on: routed, or all.",
+            MEASUREMENT,
+            long="moe-calibration",
+            choices=("routed", "all"),
+        ),
+    )
+    checkpoint_interval: float = field(
+        default=180,
+        metadata=declare("Least seconds between checkpoints; 0: every module.", RUN, long="checkpoint-interval", low=0),
+    )
+    devices: int | None = field(
+        default=None,
+        metadata=declare("Devices to spread rows and linears over.", RUN, unset="all", low=1, recorded=False),
+    )
+
+    device_memory: float | None = field(
+        default=None,
+        metadata=declare(
+            "GB of a device for hidden states.",
+            RUN,
+            long="device-memory",
+            unset="half of what is free",
+            low=0,
+            recorded=False,
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without reading a file."""
-        low, high = FORMAT_BITS[0], FORMAT_BITS[-1]
-        if not low <= self.bits <= high:
-            raise SettingsError(f"-b/--bits is {self.bits}; it must lie between {low} and {high}")
-        head_qparams(self.head_bits)
+        check_all(self)
         _ = self.limits
-        self._check_allocation()
-        if self.recipe.tuning is not None and self.dataset_rows is not None and self.dataset_rows < 2:
-            raise SettingsError(f"-r/--dataset_rows is {self.dataset_rows}; tuning holds rows out and needs at least 2")
+        self._check_source()
+        self._check_recipe()
         if self.output_measurement is not None and self.compile_full is not None:
-            raise SettingsError("-om/--output_measurement stops before there is anything for -cf/--compile_full")
+            raise SettingsError("`output_measurement` stops before there is anything for `compile_full`")
         if self.output_measurement is not None and self.measurement is not None:
-            raise SettingsError("-om/--output_measurement makes a measurement; -m/--measurement already is one")
-        if self.moe_calibration not in MOE_CALIBRATIONS:
-            choices = ", ".join(MOE_CALIBRATIONS)
-            raise SettingsError(f"--moe-calibration is {self.moe_calibration!r}; it must be one of {choices}")
-        for flag, value in (("-rs/--rope_scale", self.rope_scale), ("-ra/--rope_alpha", self.rope_alpha)):
-            if value is not None and not 0 < value < float("inf"):
-                raise SettingsError(f"{flag} is {value}; it must be positive")
-        for flag, value in (("-l/--length", self.length), ("-ml/--measurement_length", self.measurement_length)):
-            if value is not None and value < 2:
-                raise SettingsError(f"{flag} is {value}; a row needs at least 2 tokens")
-        if self.shard_size < 0 or self.checkpoint_interval < 0:
-            raise SettingsError("-ss/--shard_size and --checkpoint-interval must not be negative")
-        if self.device_memory is not None and not self.device_memory >= 0:
-            raise SettingsError(f"--device-memory is {self.device_memory}; it must not be negative")
+            raise SettingsError("`output_measurement` makes a measurement; `measurement` already is one")
         self._check_directories()
-        for measure in (True, False):
-            self.calibration(measure=measure)
 
     @property
     def recipe(self) -> Recipe:
-        """The algorithm's choices: those that the preset's name stands for, or the recipe given in its place."""
+        """The algorithm's choices: the preset, or the recipe given in its place, with `variants` laid over it."""
         recipe = find_recipe(self.preset) if isinstance(self.preset, str) else self.preset
-        return replace(recipe, accuracies=True) if self.with_accuracies else recipe
+        return recipe.with_choices(parse_choices(self.variants)) if self.variants else recipe
 
     @property
     def solver(self) -> Choice:
-        """The solver that the recipe or `allocation` names."""
-        return self.recipe.chosen("solver") or choose("solver", self.allocation)
-
-    def _check_allocation(self) -> None:
-        """Refuse a solver with what it cannot do, and choices that the measurement has made already."""
-        if self.recipe.chosen("solver") is not None and self.allocation != DEFAULT_SOLVER:
-            raise SettingsError("--allocation and the variant solver are one choice; give one of them")
-        if self.recipe.objective is not None and self.solver.name == "annealing":
-            raise SettingsError("--allocation annealing picks an objective of its own; take exact with an objective")
-        # By a measurement that holds accuracies only, rows are chosen whatever the recipe.
-        free = self.recipe.pricing != "accuracy" and self.recipe.table is None and self.measurement is None
-        if free and self.solver.name != DEFAULT_SOLVER:
-            raise SettingsError(
-                f"--allocation {self.solver.name} chooses among rows of candidates, which {self.recipe.name} has none "
-                "of; take --preset stock or --candidates stock"
-            )
-        if self.measurement is not None and self.recipe.pricing == "accuracy" and self.recipe.table is not None:
-            raise SettingsError("-m/--measurement holds its own candidates; leave --candidates out, or measure anew")
+        """The solver of the row-wise allocation."""
+        return self.recipe.chosen("solver") or choose("solver", DEFAULT_SOLVER)
 
     @property
     def limits(self) -> Limits:
-        """What `pins` and `exclude_bits` say."""
+        """The limits on widths that `pins` and `exclude_bits` set."""
         return Limits.parse(self.pins, self.exclude_bits)
-
-    def _check_directories(self) -> None:
-        source = self.in_dir.resolve()
-        for flag, path in (("-o/--out_dir", self.out_dir), ("-cf/--compile_full", self.compile_full)):
-            if path is not None and path.resolve() == source:
-                raise SettingsError(f"{flag} is the source model's own directory; choose another")
-        if self.compile_full is not None and self.compile_full.resolve() == self.out_dir.resolve():
-            raise SettingsError("-cf/--compile_full and -o/--out_dir must be different directories")
 
     @property
     def routed_only(self) -> bool:
         """Whether experts are calibrated on the tokens routed to them only."""
         return self.moe_calibration == "routed"
 
+    @property
+    def cal_name(self) -> str:
+        """The name of the calibration source, with every choice about it that differs from the default."""
+        return self.calibration(measure=False).name
+
     def calibration(self, *, measure: bool) -> CalibrationConfig:
         """The calibration rows of a pass."""
-        return replace(
-            self._source(),
+        plain = CalibrationConfig()
+        return CalibrationConfig(
+            source=plain.source if self.cal_dataset is None else self.cal_dataset,
             rows=self.measurement_rows if measure else self.dataset_rows,
             length=self.measurement_length if measure else self.length,
             seed=self.seed,
             measure=measure,
+            columns=self.cal_columns,
+            cal_dir=self.cal_dir,
+            split=self.cal_split,
+            noise_rows=self.cal_noise_rows,
+            fill_with_self=self.cal_fill,
         )
 
-    @property
-    def cal_name(self) -> str:
-        """What the job file and messages call the calibration source."""
-        return self._source().name
-
-    def _source(self) -> CalibrationConfig:
-        given = self.cal_dataset
-        if not isinstance(given, CalibrationConfig):
-            return CalibrationConfig() if given is None else CalibrationConfig(source=given)
-        if given.rows is not None or given.length is not None or given.seed or given.measure:
+    def _check_source(self) -> None:
+        """Refuse a calibration source that is a record of settings."""
+        if isinstance(self.cal_dataset, CalibrationConfig):
             raise SettingsError(
-                "cal_dataset: its rows, length, seed and measure are not for it to say; set dataset_rows, "
-                "measurement_rows, length, measurement_length and seed of the ConversionConfig"
+                "`cal_dataset` is the source alone; give the rest as `cal_columns`, `cal_dir`, `cal_split`, "
+                "`cal_noise_rows`, `cal_fill`, `dataset_rows`, `length` and `seed`"
             )
-        return given
+
+    def _check_recipe(self) -> None:
+        """Refuse a recipe that does not fit the other settings."""
+        recipe, solver = self.recipe, self.solver
+        if recipe.tuning is not None and self.dataset_rows is not None and self.dataset_rows < 2:
+            raise SettingsError(f"`dataset_rows` is {self.dataset_rows}; tuning holds rows out and needs at least 2")
+        if recipe.objective is not None and solver.name == "annealing":
+            raise SettingsError("`variants`: annealing picks an objective of its own; take the solver exact with one")
+        # By a measurement that holds accuracies only, rows are chosen whatever the recipe.
+        by_linear = recipe.pricing != "accuracy" and recipe.table is None and self.measurement is None
+        if by_linear and solver.name != DEFAULT_SOLVER:
+            raise SettingsError(
+                f"`variants`: the solver {solver.name} chooses among rows of candidates, and {recipe.name} has none; "
+                "take `preset` stock or candidates=stock"
+            )
+        if self.measurement is not None and recipe.pricing == "accuracy" and recipe.table is not None:
+            raise SettingsError("`measurement` holds its own candidates; leave the variant candidates out, or measure")
+
+    def _check_directories(self) -> None:
+        """Refuse directories that would overwrite each other."""
+        source = self.in_dir.resolve()
+        directories: Sequence[tuple[str, Path | None]] = (
+            ("out_dir", self.out_dir),
+            ("compile_full", self.compile_full),
+        )
+        for name, path in directories:
+            if path is not None and path.resolve() == source:
+                raise SettingsError(f"`{name}` is the source model's own directory; choose another")
+        if self.compile_full is not None and self.compile_full.resolve() == self.out_dir.resolve():
+            raise SettingsError("`compile_full` and `out_dir` must be different directories")

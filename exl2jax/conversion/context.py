@@ -1,36 +1,23 @@
-"""What the stages of one conversion share, and what decides the bytes of its result."""
+"""The context of a conversion: everything that its stages share."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from exl2jax.calibration import Tokenizer, load_tokenizer
+from exl2jax.conversion.checkpoint import FileCheckpoint
 from exl2jax.conversion.config import ConversionConfig
-from exl2jax.conversion.work_directory import FileCheckpoint, WorkDirectory
+from exl2jax.conversion.inputs import job_inputs
+from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.errors import SettingsError
 from exl2jax.models import Decoder, HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.models.transform import transformed
 from exl2jax.qparams import require_quantizable_rows
-from exl2jax.storage.digests import digest, fingerprint
-from exl2jax.storage.hub_cache import cached_source
+from exl2jax.storage.digests import fingerprint
 from exl2jax.stream.blocks import Block, HeadBlock
 from exl2jax.stream.progress import RunControl
 from exl2jax.stream.scan import Carry, Form, HostCarry, scan
 from exl2jax.variants.recipe import Recipe
-from exl2jax.version import VERSION
-
-MEASURING = (
-    "cal_name",
-    "rope_scale",
-    "rope_alpha",
-    "measurement_rows",
-    "measurement_length",
-    "seed",
-    "moe_calibration",
-)
-QUANTIZING = ("bits", "head_bits", "dataset_rows", "length", "allocation", "pins", "exclude_bits")
-"""Settings that decide the measurement, and those that decide the quantization after it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +48,7 @@ class Context:
             tokenizer=tokenizer,
             work=WorkDirectory(config.out_dir),
             control=control,
-            inputs=_inputs(config, model, tokenizer),
+            inputs=job_inputs(config, model, tokenizer),
         )
 
     def load(self, spec: ModuleSpec | LinearSpec) -> Block | HeadBlock:
@@ -108,21 +95,3 @@ def _open_source(config: ConversionConfig) -> HFModel:
     require_quantizable_rows(model.config.hidden_size, f"{config.in_dir}: lm_head")
     model.check_headers()
     return transformed(model, config.recipe.transform)
-
-
-def _inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides the bytes of the result."""
-    chosen = MEASURING if config.output_measurement else MEASURING + QUANTIZING
-    inputs: dict[str, Any] = {
-        "package version": VERSION,
-        "model config": model.config_digest,
-        "model weights": model.weights_digest(),
-        "tokenizer": tokenizer.fingerprint,
-        **{name: getattr(config, name) for name in chosen},
-        "preset": asdict(config.recipe),
-    }
-    if (source := cached_source(config.in_dir)) is not None:
-        inputs["source"] = source
-    if config.measurement is not None:
-        inputs["measurement file"] = digest(config.measurement)
-    return json.loads(json.dumps(inputs))  # as a job file gives them back: tuples are lists

@@ -29,7 +29,7 @@ from exl2jax.conversion.passes import (
 from exl2jax.conversion.preflight import require_space
 from exl2jax.conversion.refusals import early_notes, early_refusals
 from exl2jax.conversion.result import ConversionResult
-from exl2jax.conversion.settings import asked_record
+from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.conversion.summary import quantization_config, strategy_record, summarize
 from exl2jax.conversion.work_directory import JobState
@@ -57,7 +57,7 @@ MEASURING_PASSES = {
 
 
 def convert(config: ConversionConfig, control: RunControl | None = None) -> ConversionResult:
-    """Convert a Hugging Face model to EXL2, or go on with the conversion that `config.out_dir` holds.
+    """Convert a Hugging Face model to EXL2, or resume the conversion in `config.out_dir`.
 
     Raises the errors of `exl2jax.errors`; `Interrupted` when `control.stop` was asked, with everything saved.
     """
@@ -82,7 +82,7 @@ class _Conversion:
         self.config = context.config
         self.work = context.work
         self.rows = PassRows(context.config, context.model, context.tokenizer, context.work, context.control)
-        self.saved = JobState(inputs=context.inputs, settings=asked_record(context.config), stage="")
+        self.saved = JobState(inputs=context.inputs, settings=settings_record(context.config), stage="")
 
     def run(self) -> ConversionResult:
         """Every stage that is not done yet."""
@@ -93,6 +93,7 @@ class _Conversion:
         for (name, stage), after in zip(stages.items(), following, strict=True):
             if state.stage == name:
                 state = self._timed(state, name, stage).advanced(after)
+                self._save(state)  # a resume after a failure at what follows repeats nothing
         if self.config.output_measurement is not None:
             return self._deliver_measurement(state)
         return self._finish(state)
@@ -116,18 +117,18 @@ class _Conversion:
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
         """Run a stage and add its seconds, those of interrupted runs included."""
-        begun = time.monotonic()
+        start = time.monotonic()
         before = state.records.get("seconds", {})
 
         def timed(state: JobState) -> JobState:
-            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - begun, 3)}
+            spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - start, 3)}
             return replace(state, records={**state.records, "seconds": spent})
 
         self._save(state)
         try:
             state = timed(stage(state))
         except BaseException:
-            with suppress(StorageError):  # what stopped the stage is the news
+            with suppress(StorageError):  # the error that stopped the stage matters more
                 self._save(timed(self.saved))
             raise
         left = self.work.left_by(name)
@@ -144,9 +145,9 @@ class _Conversion:
         return state.records.get("sha256", {})
 
     def _require_unchanged(self, path: Path, state: JobState) -> None:
-        """Refuse to go on with a stage's result that is not the one the stage left."""
+        """Refuse to go on with a result that changed since its stage wrote it."""
         if self._digests(state).get(path.name) != digest(path):
-            advice = "start over with -nr, or take it with -m into another -o"
+            advice = "start over with `no_resume`, or take it as `measurement` into another `out_dir`"
             raise JobError(f"{path}: changed since this job wrote it; {advice}")
 
     def _with_rows(
@@ -177,7 +178,7 @@ class _Conversion:
         return {key: weight**power for key, weight in weights.items()}
 
     def _allocate(self) -> tuple[Strategy, Measurement]:
-        """The allocation, and the measurement it rests on."""
+        """The allocation, with its measurement."""
         measurement = limited_measurement(self.context, self.config.measurement or self.work.measurement)
         strategy = choose_strategy(self.context, measurement, usable_pricing(self.context, measurement))
         figure = "sum of errors" if strategy.pricing == "accuracy" else "expected KL"
@@ -188,7 +189,7 @@ class _Conversion:
         target = self.config.output_measurement
         assert target is not None  # run() checked
         target = target / "measurement.json" if target.is_dir() else target
-        make_directory(target.parent, "-om/--output_measurement")
+        make_directory(target.parent, "`output_measurement`")
         read_measurement(self.work.measurement, self.context.specs).write(target, self.context.specs)
         return ConversionResult(
             output=str(target),
@@ -201,7 +202,7 @@ class _Conversion:
     def _finish(self, state: JobState) -> ConversionResult:
         target = self.config.compile_full or self.work.path
         self._require_unchanged(self.work.reports, state)
-        begun = time.monotonic()
+        start = time.monotonic()
         reports = read_reports(self.context)
         shards = compile_model(
             self.context.model,
@@ -214,7 +215,7 @@ class _Conversion:
         if self.config.compile_full is not None:
             section = quantization_config(self.config, state)
             copy_source_files(self.context.model, target, section, tokenizer=self.context.tokenizer.written)
-        seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - begun, 3)}
+        seconds = {**state.records.get("seconds", {}), "compile": round(time.monotonic() - start, 3)}
         state = state.advanced("finished", seconds=seconds)
         result = summarize(self.context, state, target, shards, reports)
         self.work.save(state.advanced("finished", summary=result.to_json()))
@@ -228,7 +229,10 @@ class _Conversion:
         record = rows.record()
         record["notes"] = [*record["notes"], *(f"{name} pass {line}" for line in shortage)]
         if name in known and known[name]["sha256"] != rows.sha256:
-            raise JobError(f"{self.work.job_file}: the calibration data changed since the {name} pass began; use -nr")
+            raise JobError(
+                f"{self.work.job_file}: the calibration data changed since the {name} pass began; "
+                "start over with `no_resume`"
+            )
         state = replace(state, records={**state.records, "calibration": {**known, name: record}})
         self._save(state)
         return state

@@ -109,7 +109,9 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
-        raise JobError(f"{context.work.module_inputs}: the result of the forward pass is gone; start over with -nr")
+        raise JobError(
+            f"{context.work.module_inputs}: the result of the forward pass is gone; start over with `no_resume`"
+        )
     specs, single = context.specs[::-1], _rows(context, picked, single=True)
 
     def start() -> HostCarry:
@@ -250,7 +252,7 @@ def read_reports(context: Context, count: int | None = None) -> list[ModuleRepor
     try:
         return [ModuleReport.from_json(record) for record in records[:count]]
     except (TypeError, KeyError) as e:
-        raise JobError(f"{path}: not a quantization report ({e}); start over with -nr") from e
+        raise JobError(f"{path}: not a quantization report ({e}); start over with `no_resume`") from e
 
 
 def _error_range(found: Mapping[str, Sequence[Candidate]]) -> str:
@@ -316,7 +318,7 @@ def _costs_codec(context: Context, fisher_rows: int) -> Codec[dict[str, LinearCo
     def read(count: int) -> list[dict[str, LinearCosts]]:
         found = read_measurement(path, specs, partial=count).sensitivity
         if found is None:
-            raise JobError(f"{path}: not the measurement that was begun here; start over with -nr")
+            raise JobError(f"{path}: not the measurement that was begun here; start over with `no_resume`")
         return [{x.key: found.linears[x.key] for x in spec.linears} for spec in specs[:count]]
 
     return Codec(write, read)

@@ -11,6 +11,7 @@ from exl2jax.allocate.allocate import feasible_bpw, reach, reachable_budget
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
 from exl2jax.conversion.refusals import early_notes, early_refusals
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
@@ -48,15 +49,16 @@ class Preflight:
     memory: int
     memory_present: int
     calibration_tokens: Mapping[str, int]
+    durations: Mapping[str, Duration]
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `--json`."""
+        """The record as a JSON object."""
         return asdict(self)
 
 
-def preflight(context: Context, rows: Mapping[str, CalibrationRows]) -> Preflight:
+def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Speed | None = None) -> Preflight:
     """Check a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
 
     A measurement that the job names is read, and bits are allocated by it.
@@ -80,6 +82,7 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows]) -> Prefligh
         memory=memory,
         memory_present=present,
         calibration_tokens=tokens,
+        durations={} if speed is None else durations(pass_operations(context.config, context.model.config), speed),
         refused=tuple(str(e) for e in (*early_refusals(context), *refused, *_disk_refusals(context, disk, free))),
         warnings=(*early_notes(context), *short, *(tight if memory > present else [])),
     )
@@ -107,12 +110,13 @@ def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl
     pricing = usable_pricing(context, measurement)
     within = feasible_bpw(measurement, specs, pricing, table)
     try:
-        return within, _exact_size(context, choose_strategy(context, measurement, pricing)), []
+        return within, exact_size(context, choose_strategy(context, measurement, pricing)), []
     except MeasurementError as e:
         return within, None, [e]
 
 
-def _exact_size(context: Context, strategy: Strategy) -> int:
+def exact_size(context: Context, strategy: Strategy) -> int:
+    """Bytes of the weight files that an allocation gives, headers included."""
     chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
     chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
     return compiled_size(context.model, chosen, shard_mb=context.config.shard_size)
@@ -125,7 +129,7 @@ def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]
     return [
         StorageError(
             f"{context.config.out_dir}: {disk / 1e6:.0f} MB of disk are needed, {free / 1e6:.0f} MB are free; "
-            f"free {missing / 1e6:.0f} MB more or choose another -o"
+            f"free {missing / 1e6:.0f} MB more or choose another `out_dir`"
         )
     ]
 

@@ -43,13 +43,13 @@ def _check_places(context: Context) -> None:
     """Refuse a place for the result that no directory can be made at."""
     config = context.config
     measurement = None if config.output_measurement is None else config.output_measurement.parent
-    for flag, path in (("-cf/--compile_full", config.compile_full), ("-om/--output_measurement", measurement)):
+    for name, path in (("compile_full", config.compile_full), ("output_measurement", measurement)):
         if path is None:
             continue
         there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise StorageError(
-                f"{path}: {flag} is not a writable directory ({there} is in the way); choose another or fix its "
+                f"{path}: `{name}` is not a writable directory ({there} is in the way); choose another or fix its "
                 "permissions"
             )
 
@@ -74,7 +74,7 @@ def _check_shards(context: Context) -> None:
     largest = largest_tensor(context.model, _widest(context))
     if largest.nbytes > config.shard_size * MEGABYTE:
         raise SettingsError(
-            f"-ss/--shard_size is {config.shard_size:g} MB; {largest.name} can take "
+            f"`shard_size` is {config.shard_size:g} MB; {largest.name} can take "
             f"{largest.nbytes / MEGABYTE:.2f} MB; raise it, or set it to 0 for one file"
         )
 

@@ -1,4 +1,4 @@
-"""What a conversion returns: the summary that is shown, printed as JSON and kept in the job file."""
+"""The result of a conversion: a summary for the table, for JSON and for the job file."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ FAILED_PERPLEXITY = 1000.0
 class ConversionResult:
     """Summary of a finished run. Sizes in bytes, times in seconds, perplexities on the calibration rows.
 
-    `output` is the compiled directory, or the measurement file of a run with `-om`, which leaves the rest None.
+    `output` is the compiled directory, or the measurement file of a run that only measures, where the rest is None.
     """
 
     output: str
@@ -34,12 +34,12 @@ class ConversionResult:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `--json` and of the job file."""
+        """The result as a JSON object."""
         return asdict(self)
 
 
 def perplexity_warnings(perplexity: float) -> tuple[str, ...]:
-    """What stock documents about the final check: over 30 is poor, over 1000 has failed."""
+    """Warnings by the limits that stock documents for the final check: over 30 is poor, over 1000 has failed."""
     if perplexity > FAILED_PERPLEXITY:
         figure = shown(perplexity, 1)
         return (f"calibration perplexity {figure} is above 1000: the quantization has FAILED, do not use it",)

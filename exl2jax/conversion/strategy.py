@@ -1,4 +1,4 @@
-"""From a measurement to the setting of every linear, by what a job asks for and what the measurement holds."""
+"""From a measurement to the setting of every linear."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def limited_measurement(context: Context, path: Path) -> Measurement:
-    """A measurement file with the settings left out that pins and excluded widths forbid."""
+    """A measurement file without the settings that pins and excluded widths forbid."""
     return context.config.limits.apply(read_measurement(path, context.specs), context.specs)
 
 
@@ -33,9 +33,9 @@ def choose_strategy(context: Context, measurement: Measurement, pricing: Pricing
 
 
 def usable_pricing(context: Context, measurement: Measurement) -> Pricing:
-    """What the recipe asks for, or the other where the measurement does not have it."""
-    wanted = context.recipe.pricing
-    if wanted != "accuracy" and measurement.sensitivity is None:
+    """The pricing of the recipe, or the other kind where the measurement has no data for it."""
+    pricing = context.recipe.pricing
+    if pricing != "accuracy" and measurement.sensitivity is None:
         log.warning("allocation: %s", WEAKER)
         return "accuracy"
-    return "fisher" if wanted == "accuracy" and not measurement.modules else wanted
+    return "fisher" if pricing == "accuracy" and not measurement.modules else pricing

@@ -25,7 +25,7 @@ WEAKER = (
 )
 
 OTHER_METHOD = (
-    "the measurement was made with other variants ({made}) than the linears are quantized with ({own}): "
+    "the measurement was made with other variants ({measured}) than the linears are quantized with ({own}): "
     "errors may differ from those that bits were allocated by"
 )
 
@@ -42,7 +42,7 @@ def summarize(
     weaker = [WEAKER] if strategy["pricing"] == "accuracy" and context.recipe.pricing != "accuracy" else []
     measured_by, own = strategy["measured_by"], context.recipe.measured_by
     differs = measured_by != own and not weaker
-    other = [OTHER_METHOD.format(made=measured_by or "stock's", own=own or "stock's")] if differs else []
+    other = [OTHER_METHOD.format(measured=measured_by or "stock's", own=own or "stock's")] if differs else []
     bpw, rows = sum(r.bits for r in modules) / weights, by_rows(strategy["pricing"], context.recipe.table)
     unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
     found = [*early_notes(context), *([unspent] if unspent else [])]
@@ -68,7 +68,7 @@ def summarize(
 
 
 def strategy_record(strategy: Strategy, measured_by: str) -> dict[str, Any]:
-    """What was chosen and how, as the job keeps it."""
+    """The allocation as the job keeps it."""
     return {
         "pricing": strategy.pricing,
         "measured_by": measured_by,

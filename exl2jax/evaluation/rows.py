@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from exl2jax.calibration import Tokenizer, load_tokenizer
+from exl2jax.calibration.chat import conversation, read_chat_template
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.errors import CalibrationError
 from exl2jax.storage import TensorFiles
@@ -46,7 +47,7 @@ class EvalRows:
         if rows is None or rows >= len(self.ids):
             return self
         if rows < 1:
-            raise CalibrationError(f"-r/--rows is {rows}; at least one row is needed")
+            raise CalibrationError(f"`rows` is {rows}; at least one row is needed")
         by_domain = [self.of_domain(name) for name in self.domain_names] or [list(range(len(self.ids)))]
         turns = [(turn, d, i) for d, indices in enumerate(by_domain) for turn, i in enumerate(indices)]
         kept = sorted(i for _, _, i in sorted(turns)[:rows])
@@ -72,8 +73,13 @@ def load_eval_rows(source: str | Path, model_dir: Path, length: int, rows: int |
         return EvalRows(ids=read_token_rows(path)).first(rows)
     if path.suffix == ".parquet":
         tokenizer = load_tokenizer(model_dir)
-        return EvalRows(ids=_cut([tokenizer.encode(t) for t in parquet_texts(path, ())], length, path)).first(rows)
+        texts = parquet_texts(path, (), lambda value, where: _conversation_text(model_dir, value, where))
+        return EvalRows(ids=_cut([tokenizer.encode(text) for text in texts], length, path)).first(rows)
     return EvalRows(ids=text_rows(path, model_dir, length)).first(rows)
+
+
+def _conversation_text(model_dir: Path, value: object, where: str) -> str:
+    return read_chat_template(model_dir).render(conversation(value, where))
 
 
 def heldout_rows(tokenizer: Tokenizer, length: int) -> EvalRows:
@@ -85,7 +91,7 @@ def heldout_rows(tokenizer: Tokenizer, length: int) -> EvalRows:
         ids.append(tokens[: count * length].reshape(count, length))
         domains += [name] * count
     if not domains:
-        raise CalibrationError(f"the built-in text has no {length} tokens in a row; take a smaller -l/--length")
+        raise CalibrationError(f"the built-in text has no {length} tokens in a row; take a smaller `length`")
     return EvalRows(ids=np.concatenate(ids), domains=tuple(domains))
 
 
@@ -116,5 +122,5 @@ def _cut(texts: Iterable[Sequence[int] | np.ndarray], length: int, path: Path) -
     ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
     rows = len(ids) // length
     if rows == 0:
-        raise CalibrationError(f"{path}: {len(ids)} tokens, a row needs {length}; give more text or a smaller --length")
+        raise CalibrationError(f"{path}: {len(ids)} tokens, a row needs {length}; give more text or a smaller `length`")
     return ids[: rows * length].reshape(rows, length)

@@ -138,9 +138,9 @@ def _plain(model: HFModel, names: Iterable[str]) -> Iterator[tuple[str, np.ndarr
 def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:
     path = tensor_file(out_tensor, key)
     if not path.exists():
-        raise JobError(f"{path}: the quantized tensors of {key} are missing; start over with -nr")
+        raise JobError(f"{path}: the quantized tensors of {key} are missing; start over with `no_resume`")
     try:
         tensors, _ = read_checked_tensors(path)
     except StorageError as e:
-        raise JobError(f"{e}; start over with -nr") from e
+        raise JobError(f"{e}; start over with `no_resume`") from e
     yield from tensors.items()

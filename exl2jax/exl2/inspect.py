@@ -41,7 +41,7 @@ def inspect(directory: Path, tensor: str | None = None, source: Path | None = No
     model = load_exl2(directory)
     original = None if source is None else open_model(source)
     if original is not None and not isinstance(original, HFModel):
-        raise SettingsError(f"{source}: --against must be the original model, this is an EXL2 directory too")
+        raise SettingsError(f"{source}: `against` must be the original model, this is an EXL2 directory too")
     original = None if original is None else transformed_for(model, original)
     linears = [x for spec in module_specs(model.config) for x in spec.linears] + [head_spec(model.config)]
     name = (tensor or "").removesuffix(".weight").removesuffix(".q_weight")

@@ -1,4 +1,4 @@
-"""A model directory opened for writing text: its weights in memory as far as they fit, its tokenizer, its end tokens."""
+"""A model directory opened for writing text: weights in memory as far as they fit, tokenizer, end tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,13 +22,13 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         if not 0 <= self.temperature < float("inf"):
-            raise SettingsError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
+            raise SettingsError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            raise SettingsError(f"--top-p is {self.top_p}; it must lie above 0 and be at most 1")
+            raise SettingsError(f"`top_p` is {self.top_p}; it must lie above 0 and be at most 1")
         if self.seed < 0:
-            raise SettingsError(f"--seed is {self.seed}; it must be at least 0")
+            raise SettingsError(f"`seed` is {self.seed}; it must be at least 0")
         if self.new_tokens < 1:
-            raise SettingsError(f"--max-new is {self.new_tokens}; it must be at least 1")
+            raise SettingsError(f"`new_tokens` is {self.new_tokens}; it must be at least 1")
 
     @property
     def greedy(self) -> bool:

@@ -1,4 +1,4 @@
-"""Running one cell: convert with the shared measurement, evaluator the result, and put everything into one row."""
+"""Run one cell: convert with the shared measurement, evaluate the result, put everything into one row."""
 
 import json
 import platform
@@ -35,7 +35,7 @@ class Evaluator:
     """The evaluation rows of a model and the full-precision model's pass over them, made when first needed."""
 
     def __init__(self, cell: Cell) -> None:
-        """Nothing is read yet."""
+        """Keep the cell; nothing is read yet."""
         self._cell = cell
         self._ready: tuple[EvalRows, Reference] | None = None
 
@@ -49,7 +49,7 @@ class Evaluator:
 
 
 def measure(cell: Cell, folder: Path, control: RunControl) -> Path:
-    """The measurement that the cell shares with others, made in `folder` unless it is there already."""
+    """The measurement that the cell shares with others; it is made in `folder` unless it is there already."""
     target = folder / MEASUREMENT_NAME
     make_directory(folder, "the folder of measurements")
     with FileLock(folder / ".lock"):  # cells that run side by side wait for the one that measures
@@ -58,7 +58,7 @@ def measure(cell: Cell, folder: Path, control: RunControl) -> Path:
                 settings = cell.config(folder / "work", output_measurement=target, preset=cell.recipe.measuring)
                 convert(settings, control)
             shutil.rmtree(folder / "work", ignore_errors=True)
-            write_json(folder / COST_NAME, asdict(cost))  # last of all: it says that the measurement is whole
+            write_json(folder / COST_NAME, asdict(cost))  # last: its presence says that the measurement is complete
     return target
 
 
@@ -70,7 +70,7 @@ def run_cell(
         row = _run(cell, measurement, folder, evaluator, control)
     except Interrupted:
         raise
-    except Exception as e:  # whatever it was, the other cells go on
+    except Exception as e:  # the other cells go on after any failure
         return failed_row(cell, e, folder)
     if not keep:
         shutil.rmtree(folder / MODEL_NAME, ignore_errors=True)
@@ -96,7 +96,7 @@ def row_of(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 def failed_row(cell: Cell, error: BaseException, folder: Path) -> dict[str, Any]:
     """Leave and return the row of a cell that could not be finished."""
-    row = {**_asked(cell), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+    row = {**_identity(cell), "status": "failed", "error": f"{type(error).__name__}: {error}"}
     make_directory(folder, "the folder of a cell")
     write_json(folder / ROW_NAME, row)
     return row
@@ -109,22 +109,22 @@ def _run(cell: Cell, measurement: Path, folder: Path, evaluator: Evaluator, cont
         result = convert(cell.config(work, measurement=measurement, compile_full=model), control)
     rows, reference = evaluator.ready()
     with metered() as evaluating:
-        found = evaluate_one(model, rows, reference)
+        evaluation = evaluate_one(model, rows, reference)
     job = read_json(WorkDirectory(work).job_file, JobError, "the job file")
     remove(WorkDirectory(work).out_tensor)
     measuring = Cost(**read_json(measurement.parent / COST_NAME, JobError, "the cost of a measurement"))
     costs = {"measure": measuring, "quantize": converting, "evaluate": evaluating}
     return {
-        **_asked(cell),
+        **_identity(cell),
         "status": "ok",
         **_fingerprints(job["inputs"], result, measurement, rows),
         **_reached(cell, result),
-        **_judged(found, reference),
+        **_evaluated(evaluation, reference),
         **{f"{what}_{stage}": cost[what] for stage, c in costs.items() for cost in [asdict(c)] for what in cost},
     }
 
 
-def _asked(cell: Cell) -> dict[str, Any]:
+def _identity(cell: Cell) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "cell": cell.name,
@@ -170,7 +170,7 @@ def _reached(cell: Cell, result: ConversionResult) -> dict[str, Any]:
     }
 
 
-def _judged(found: Evaluation, reference: Reference) -> dict[str, Any]:
+def _evaluated(evaluation: Evaluation, reference: Reference) -> dict[str, Any]:
     names = (
         "perplexity",
         "perplexity_se",
@@ -183,9 +183,9 @@ def _judged(found: Evaluation, reference: Reference) -> dict[str, Any]:
     )
     domain = ("perplexity", "kl_divergence", "tokens")
     return {
-        **{name: getattr(found, name) for name in names},
+        **{name: getattr(evaluation, name) for name in names},
         "perplexity_full": reference.perplexity,
-        "domains": [{"domain": d, **{n: getattr(f, n) for n in domain}} for d, f in found.domains.items()],
-        "depth_error": [{"module": key, "error": error} for key, error in found.depth.items()],
-        "tokens_per_second": found.tokens_per_second,
+        "domains": [{"domain": d, **{n: getattr(f, n) for n in domain}} for d, f in evaluation.domains.items()],
+        "depth_error": [{"module": key, "error": error} for key, error in evaluation.depth.items()],
+        "tokens_per_second": evaluation.tokens_per_second,
     }

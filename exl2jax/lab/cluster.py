@@ -16,7 +16,7 @@ from exl2jax.lab.sweep import Runner, cell_folder, measure, measurement_folder, 
 from exl2jax.storage import make_directory, write_json
 from exl2jax.stream.progress import RunControl
 
-MISSING = "--ray needs Ray, which is not installed; get it with: pip install 'exl2jax[ray]'"
+MISSING = "Ray is not installed; get it with: pip install 'exl2jax[ray]'"
 POLL_SECONDS = 1.0
 
 

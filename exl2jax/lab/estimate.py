@@ -1,16 +1,11 @@
-"""What a plan would take: size of every result from the shapes, time from operation counts and this machine's speed."""
+"""Estimates of a plan: sizes from the shapes, times from operation counts and this machine's speed."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from exl2jax.estimate import Passes, Work, conversion_work
-from exl2jax.estimate.devices import CORE
+from exl2jax.conversion.operations import machine_speed, pass_operations
 from exl2jax.lab.cell import finished_row
 from exl2jax.lab.plan import Cell, SweepPlan
 from exl2jax.lab.results import STAGES
@@ -18,10 +13,6 @@ from exl2jax.lab.sweep import cell_folder
 from exl2jax.models import Model, head_spec, module_specs, open_model
 from exl2jax.models.modules import embedding_shapes
 from exl2jax.stock_tables import head_qparams
-
-PROBE = 1024
-SLOWER = CORE["products"] / CORE["elementwise"]
-"""How many operations of a product one core does in the time of an element-wise one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,23 +35,23 @@ def estimate(plan: SweepPlan, out: Path) -> list[Estimate]:
     models = {cell.model: open_model(Path(cell.model)) for cell in cells}
     rows = {cell.name: finished_row(cell, cell_folder(out, cell)) for cell in cells}
     raw = {cell.name: _operations(cell, models[cell.model]) for cell in cells}
-    speed = _observed_speed(cells, rows, raw) or _machine_speed()
+    speed = _observed_speed(cells, rows, raw) or machine_speed().operations
     measured: set[str] = set()
-    found = []
+    estimates = []
     for cell in cells:
         work = raw[cell.name]
         stages = [s for s in STAGES if s != "measure" or cell.measurement not in measured]
         measured.add(cell.measurement)
         done = rows[cell.name] is not None
         seconds = 0.0 if done else sum(work[s] for s in stages) / speed
-        found.append(Estimate(cell=cell.name, size=_size(cell, models[cell.model]), seconds=seconds, finished=done))
-    return found
+        estimates.append(Estimate(cell=cell.name, size=_size(cell, models[cell.model]), seconds=seconds, finished=done))
+    return estimates
 
 
 def _size(cell: Cell, model: Model) -> int:
     weights = sum(spec.weights for spec in module_specs(model.config))
     head = head_spec(model.config)
-    head_bits = head_qparams(cell.settings.get("head_bits", 6)).total_bits(head.rows, head.columns)
+    head_bits = head_qparams(cell.config(Path("unused")).head_bits).total_bits(head.rows, head.columns)
     width = {"F32": 4, "F16": 2, "BF16": 2}
     names = embedding_shapes(model.config)
     plain = sum(_count(shape) * width.get(model.files.dtype(name), 2) for name, shape in names.items())
@@ -75,29 +66,15 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _operations(cell: Cell, model: Model) -> dict[str, float]:
-    """Floating-point operations by stage, element-wise ones weighted by how slowly they go."""
-    head, plan = head_spec(model.config), cell.evaluation
-    passes = _passes(cell)
-    counted = {name: _weighted(work) for name, work in conversion_work(model.config, cell.recipe, passes).items()}
-    judged = (plan.rows or 24) * plan.length
+    """Floating-point operations by stage."""
+    work = pass_operations(cell.config(Path("unused")), model.config)
     weights = sum(spec.weights for spec in module_specs(model.config))
+    evaluated = (cell.evaluation.rows or 24) * cell.evaluation.length
     return {
-        "measure": sum(operations for name, operations in counted.items() if name != "quantize"),
-        "quantize": counted["quantize"],
-        "evaluate": judged * (2 * weights + 4 * head.weights),
+        "measure": sum(amount for name, amount in work.items() if name != "quantize"),
+        "quantize": work["quantize"],
+        "evaluate": evaluated * (2 * weights + 4 * head_spec(model.config).weights),
     }
-
-
-def _weighted(work: Work) -> float:
-    return work.products + SLOWER * work.elementwise
-
-
-def _passes(cell: Cell) -> Passes:
-    """The rows of a cell; its quantization's length serves both passes where they differ."""
-    known = {name: cell.settings.get(name) for name in ("measurement_rows", "length")} | {
-        "rows": cell.settings.get("dataset_rows")
-    }
-    return Passes(**{name: value for name, value in known.items() if value is not None})
 
 
 def _observed_speed(
@@ -108,14 +85,3 @@ def _observed_speed(
     seconds = sum(row[f"seconds_{s}"] for row, _ in done if row for s in ("quantize", "evaluate"))
     work = sum(operations[s] for _, operations in done for s in ("quantize", "evaluate"))
     return work / seconds if seconds else None
-
-
-def _machine_speed() -> float:
-    """Operations per second of a matrix product."""
-    x = jnp.ones((PROBE, PROBE), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    begun = time.monotonic()
-    for _ in range(3):
-        product(x, x).block_until_ready()
-    return 3 * 2 * PROBE**3 / (time.monotonic() - begun)

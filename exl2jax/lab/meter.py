@@ -1,4 +1,4 @@
-"""What a stage costs: seconds, CPU seconds of the process and its threads, and peak memory."""
+"""The cost of a stage: seconds, CPU seconds of the process and its threads, and peak memory."""
 
 import time
 from collections.abc import Iterator
@@ -22,20 +22,20 @@ class Cost:
 
 @contextmanager
 def metered() -> Iterator[Cost]:
-    """Meter what happens inside."""
+    """Meter the block of the `with` statement."""
     cost = Cost()
     resettable = _reset_peak()
-    begun, cpu = time.monotonic(), time.process_time()
+    start, cpu = time.monotonic(), time.process_time()
     try:
         yield cost
     finally:
-        cost.seconds = round(time.monotonic() - begun, 3)
+        cost.seconds = round(time.monotonic() - start, 3)
         cost.cpu_seconds = round(time.process_time() - cpu, 3)
         cost.peak_memory = _peak() if resettable else psutil.Process().memory_info().rss
 
 
 def _reset_peak() -> bool:
-    """Linux keeps the highest resident size and takes it back on request; elsewhere the size at the end must do."""
+    """Reset the highest resident size that Linux keeps; False elsewhere, where the size at the end serves."""
     try:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:

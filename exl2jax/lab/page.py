@@ -36,11 +36,11 @@ def sweep_page(folder: Path) -> Page:
         name = Path(model).name if len(models) > 1 else ""
         sections += _model_sections(own, folder, f" ({name})" if name else "", f"{name}-" if name else "")
     failures = [f"{r['cell']} failed: {r['error']}" for r in rows if r["status"] != "ok"]
-    noted: dict[str, list[str]] = {}
+    cells_by_warning: dict[str, list[str]] = {}
     for row in done:
         for text in row["warnings"] or []:
-            noted.setdefault(text, []).append(row["cell"])
-    warnings = [f"{text} ({len(cells)} of {len(rows)} cells)" for text, cells in noted.items()]
+            cells_by_warning.setdefault(text, []).append(row["cell"])
+    warnings = [f"{text} ({len(cells)} of {len(rows)} cells)" for text, cells in cells_by_warning.items()]
     variants = len({row["variant"] for row in rows})
     targets, seeds = len({row["bits"] for row in rows}), len({row["seed"] for row in rows})
     return Page(
@@ -66,8 +66,8 @@ def _model_sections(rows: Sequence[Row], folder: Path, title: str, prefix: str) 
     inside = [
         plot
         for name, row in first.items()
-        if (found := _conversion(folder, row)) is not None
-        for plot in conversion_plots(found, f"{prefix}{name}-", f": {name} at {middle:g} bits{title}")
+        if (conversion := _conversion(folder, row)) is not None
+        for plot in conversion_plots(conversion, f"{prefix}{name}-", f": {name} at {middle:g} bits{title}")
     ]
     kl = "KL divergence, nats"
     quality = (
@@ -84,11 +84,11 @@ def _model_sections(rows: Sequence[Row], folder: Path, title: str, prefix: str) 
 
 
 def _conversion(folder: Path, row: Row) -> Conversion | None:
-    """What the cell's own work directory says, where it is still there."""
+    """The conversion in the cell's own work directory, None where that is gone."""
     work = folder / "cells" / row["cell"] / "work"
     shared = sorted((folder / "measurements").glob(f"*/{MEASUREMENT_NAME}"))
-    wanted = row["sha256_measurement"]
-    measurement = next((path for path in shared if digest(path) == wanted), None)
+    sha256 = row["sha256_measurement"]
+    measurement = next((path for path in shared if digest(path) == sha256), None)
     try:
         return read_conversion(work, measurement)
     except Exl2JaxError:
@@ -96,10 +96,10 @@ def _conversion(folder: Path, row: Row) -> Conversion | None:
 
 
 def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    members: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["variant"], []).append(row)
-    return found
+        members.setdefault(row["variant"], []).append(row)
+    return members
 
 
 def _cell_table(rows: Sequence[Row]) -> NumberTable:
@@ -108,12 +108,12 @@ def _cell_table(rows: Sequence[Row]) -> NumberTable:
 
 
 def _cells(row: Row) -> list[str]:
-    asked = [row["variant"], f"{row['bits']:g}", str(row["seed"])]
+    identity = [row["variant"], f"{row['bits']:g}", str(row["seed"])]
     if row["status"] != "ok":
-        return [*asked, *[""] * 8, "failed"]
+        return [*identity, *[""] * 8, "failed"]
     minutes = sum(row[f"seconds_{stage}"] or 0 for stage in STAGES) / 60
     return [
-        *asked,
+        *identity,
         f"{row['bpw']:.3f}",
         f"{row['size'] / MEGABYTE:.1f}",
         f"{shown(row['perplexity'], 3)}",
@@ -163,7 +163,7 @@ def _draw_spread(
 
 
 def _frontier(rows: Sequence[Row], name: str, title: str) -> Plot:
-    """Every cell by size and KL divergence, and the ones that nothing smaller betters."""
+    """Every cell by size and KL divergence, and those for which no smaller cell is better."""
     ordered = sorted(rows, key=lambda row: (row["size"], row["kl_divergence"]))
     front, least = [], float("inf")
     for row in ordered:

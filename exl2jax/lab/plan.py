@@ -1,10 +1,10 @@
-"""Plans: which models, targets, variants and seeds a sweep covers, read from a TOML file that mirrors the flags.
+"""Plans: the models, targets, variants and seeds of a sweep, read from a TOML file.
 
 models = ["demo/model"]
 targets = [3.0, 4.0, 5.0]
 seeds = [0, 1]
 
-[settings]               # names of convert's flags
+[settings]               # settings of a conversion, by their names
 dataset_rows = 12
 length = 512
 
@@ -28,24 +28,24 @@ from pathlib import Path
 from typing import Any
 
 from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.declaration import Decides, Setting, settings_of
 from exl2jax.errors import SettingsError
 from exl2jax.evaluation.rows import HELDOUT
 from exl2jax.storage.digests import fingerprint
 from exl2jax.variants.recipe import Recipe, recipe_from
 
-SETTINGS = (
-    *("cal_dataset", "head_bits", "dataset_rows", "measurement_rows", "length", "measurement_length"),
-    *("rope_scale", "rope_alpha", "allocation", "shard_size", "pins", "exclude_bits"),
+OWN = (
+    *("in_dir", "bits", "seed", "preset", "variants"),
+    *("out_dir", "compile_full", "measurement", "output_measurement", "no_resume"),
 )
-"""Settings of a conversion that a plan can give; the others are the plan's own business."""
+"""Settings that the sweep itself decides: by the plan's other entries, and by its folder."""
 
-MEASURING = ("cal_dataset", "measurement_rows", "measurement_length", "rope_scale", "rope_alpha")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationPlan:
-    """What every result is judged on: `heldout` or a file, at most `rows` rows of `length` tokens."""
+    """The evaluation of every result: `heldout` or a file, at most `rows` rows of `length` tokens."""
 
     source: str = HELDOUT
     rows: int | None = None
@@ -54,7 +54,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What a cell takes of a cluster's node."""
+    """The part of a cluster's node that a cell takes."""
 
     cpus: float = 1
     gpus: float = 0
@@ -86,7 +86,8 @@ class Cell:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the cell's figures, as JSON."""
-        return {**asdict(self), "settings": dict(self.settings)}
+        deciding = {s.name for s in plan_settings() if s.declared.decides != Decides.RUN}
+        return {**asdict(self), "settings": {name: self.settings[name] for name in self.settings if name in deciding}}
 
     @property
     def name(self) -> str:
@@ -96,7 +97,8 @@ class Cell:
     @property
     def measurement(self) -> str:
         """Name of the measurement the cell uses: that of all cells that measure the same."""
-        chosen = {name: self.settings.get(name) for name in MEASURING}
+        deciding = [s.name for s in plan_settings() if s.declared.decides == Decides.MEASUREMENT]
+        chosen = {name: self.settings[name] for name in deciding if name in self.settings}
         record = {"model": self.model, "seed": self.seed, "recipe": asdict(self.recipe.measuring), **chosen}
         return f"{self.recipe.pricing}-s{self.seed}-{fingerprint(record)[:8]}"
 
@@ -109,9 +111,7 @@ class Cell:
             "seed": self.seed,
             "preset": self.recipe,
         }
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()
-        }
+        settings = {s.name: s.decode(self.settings[s.name]) for s in plan_settings() if s.name in self.settings}
         return ConversionConfig(**(given | settings | more))
 
 
@@ -147,14 +147,19 @@ class SweepPlan:
         )
 
 
-def read_plan(path: Path) -> SweepPlan:
-    """Read a plan; `SettingsError` names the file and the entry that is wrong, before anything runs."""
+def plan_settings(record: type = ConversionConfig) -> tuple[Setting, ...]:
+    """The settings of a conversion that a plan can give."""
+    return tuple(setting for setting in settings_of(record) if setting.name not in OWN)
+
+
+def read_plan(path: Path, settings: Mapping[str, Any] | None = None) -> SweepPlan:
+    """Read a plan, with `settings` in place of its own; `SettingsError` names the file and the wrong entry."""
     try:
         record = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise SettingsError(f"{path}: the plan cannot be read ({e})") from e
     try:
-        plan = _plan(record)
+        plan = _with_settings(_plan(record), settings or {})
         for cell in plan.cells():
             cell.config(Path("unused-work-directory"))
     except (SettingsError, TypeError, ValueError) as e:
@@ -165,7 +170,7 @@ def read_plan(path: Path) -> SweepPlan:
 def _plan(record: dict[str, Any]) -> SweepPlan:
     _require_known(record, [f.name for f in fields(SweepPlan)], "the plan")
     settings = _table(record, "settings")
-    _require_known(settings, SETTINGS, "[settings]")
+    _require_known(settings, [s.name for s in plan_settings()], "[settings]")
     variants = _table(record, "variants") or {"best": {}}
     return SweepPlan(
         models=tuple(_strings(record, "models")),
@@ -182,16 +187,24 @@ def _plan(record: dict[str, Any]) -> SweepPlan:
 def _variant(name: str, entry: Any) -> VariantPlan:
     if not _NAME.fullmatch(name) or not isinstance(entry, dict):
         raise SettingsError(f"[variants.{name}] must be a table under a name of letters, digits and _.+-")
-    settings = {key: value for key, value in entry.items() if key in SETTINGS}
+    known = {s.name for s in plan_settings()}
+    settings = {key: value for key, value in entry.items() if key in known}
     choices = {key: value for key, value in entry.items() if key not in settings}
     return VariantPlan(name=name, recipe=recipe_from(choices, name), settings=settings)
 
 
+def _with_settings(plan: SweepPlan, given: Mapping[str, Any]) -> SweepPlan:
+    """The plan with settings that stand over its own and over those of its variants."""
+    settings = {s.name: s.encode(given[s.name]) for s in plan_settings() if s.name in given}
+    variants = tuple(replace(v, settings={**v.settings, **settings}) for v in plan.variants)
+    return replace(plan, settings={**plan.settings, **settings}, variants=variants)
+
+
 def _table(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = record.get(key, {})
-    if not isinstance(found, dict):
-        raise SettingsError(f"[{key}] must be a table, got {found!r:.60}")
-    return found
+    table = record.get(key, {})
+    if not isinstance(table, dict):
+        raise SettingsError(f"[{key}] must be a table, got {table!r:.60}")
+    return table
 
 
 def _require_known(record: Mapping[str, Any], known: Any, where: str) -> None:
@@ -201,17 +214,17 @@ def _require_known(record: Mapping[str, Any], known: Any, where: str) -> None:
 
 
 def _strings(record: Mapping[str, Any], key: str) -> Iterator[str]:
-    found = record.get(key)
-    if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
-        raise SettingsError(f"{key} must be a list of strings, got {found!r:.60}")
-    yield from dict.fromkeys(found)
+    texts = record.get(key)
+    if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
+        raise SettingsError(f"{key} must be a list of strings, got {texts!r:.60}")
+    yield from dict.fromkeys(texts)
 
 
 def _numbers(record: Mapping[str, Any], key: str, default: list[Any] | None = None) -> Iterator[float]:
-    found = record.get(key, default)
-    if not isinstance(found, list) or not found or not all(type(x) in (int, float) for x in found):
-        raise SettingsError(f"{key} must be a list of numbers, got {found!r:.60}")
-    yield from dict.fromkeys(found)
+    numbers = record.get(key, default)
+    if not isinstance(numbers, list) or not numbers or not all(type(x) in (int, float) for x in numbers):
+        raise SettingsError(f"{key} must be a list of numbers, got {numbers!r:.60}")
+    yield from dict.fromkeys(numbers)
 
 
 def settings_json(cell: Cell) -> str:
@@ -220,9 +233,9 @@ def settings_json(cell: Cell) -> str:
 
 
 def without_variants(plan: SweepPlan, kept: tuple[str, ...]) -> SweepPlan:
-    """The plan with some of its variants only."""
+    """The plan with only the variants named in `kept`."""
     names = [v.name for v in plan.variants]
     unknown = [name for name in kept if name not in names]
     if unknown:
-        raise SettingsError(f"--only: the plan has no variant {unknown[0]!r}; there are {', '.join(names)}")
+        raise SettingsError(f"`only`: the plan has no variant {unknown[0]!r}; there are {', '.join(names)}")
     return replace(plan, variants=tuple(v for v in plan.variants if v.name in kept))

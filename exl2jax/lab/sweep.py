@@ -1,4 +1,4 @@
-"""Running a plan: shared measurements, cells one after the other, one table; what is finished is not run again."""
+"""Run a plan: measurements shared by cells, cells one after the other, one table; finished cells are skipped."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ type Runner = Callable[[SweepPlan, Sequence[Cell], Path, RunControl], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepResult:
-    """Rows of a sweep in the plan's order, where its table is, and how many cells were there already."""
+    """Rows of a sweep in the plan's order, the path of its table, and the number of cells finished before."""
 
     rows: tuple[dict[str, Any], ...]
     table: Path
@@ -45,12 +45,12 @@ def run_sweep(
     A failed cell is a row that says why, and is tried again next time. Raises `Interrupted` when `control.stop` was
     asked, with the table of what is done; the same call resumes. `JobError` when another sweep runs in `out`.
     """
-    make_directory(out, "--out")
+    make_directory(out, "`out`")
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as e:
-        raise JobError(f"{out}: another sweep is running here; wait or choose another --out") from e
+        raise JobError(f"{out}: another sweep is running here; wait or choose another `out`") from e
     with lock:
         cells = plan.cells()
         known = {cell.name: row for cell in cells if (row := finished_row(cell, cell_folder(out, cell)))}
@@ -89,10 +89,10 @@ def one_cell(plan: SweepPlan, cell: Cell, out: Path, evaluator: Evaluator, contr
 
 
 def cell_folder(out: Path, cell: Cell) -> Path:
-    """Where a cell's work directory, model and row are."""
+    """The folder of a cell's work directory, model and row."""
     return out / "cells" / cell.name
 
 
 def measurement_folder(out: Path, cell: Cell) -> Path:
-    """Where the measurement of a cell is."""
+    """The folder of the measurement of a cell."""
     return out / "measurements" / cell.measurement

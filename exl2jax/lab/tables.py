@@ -11,14 +11,14 @@ from exl2jax.lab.estimate import Estimate
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The figures of every cell that most people look for first."""
+    """The main figures of every cell."""
     table = Table(title="Sweep", box=box.SIMPLE)
     for name in ("variant", "bits", "seed", "bpw", "MB", "perplexity", "±", "KL", "top-1"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for row in rows:
-        asked = (row["variant"], f"{row['bits']:g}", str(row["seed"]))
+        identity = (row["variant"], f"{row['bits']:g}", str(row["seed"]))
         if row["status"] != "ok":
-            table.add_row(*asked, f"failed: {row['error']}", style="red")
+            table.add_row(*identity, f"failed: {row['error']}", style="red")
             continue
         size = f"{row['size'] / 1e6:.1f}"
         spread = "" if row["perplexity_se"] is None else f"{shown(row['perplexity_se'], 2)}"
@@ -28,12 +28,12 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['kl_divergence']:.4f}",
             f"{row['top1_agreement']:.3f}",
         )
-        table.add_row(*asked, f"{row['bpw']:.3f}", size, *figures)
+        table.add_row(*identity, f"{row['bpw']:.3f}", size, *figures)
     return table
 
 
 def estimate_table(cells: Sequence[Estimate]) -> Table:
-    """What a plan would take."""
+    """Size and time of every cell of a plan."""
     table = Table(title="Plan", box=box.SIMPLE)
     for name in ("cell", "MB", "minutes"):
         table.add_column(name, justify="left" if name == "cell" else "right")

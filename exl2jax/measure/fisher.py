@@ -80,7 +80,7 @@ class BackwardStep:
         felt = read(fold(pull, (), (states, self.rows.mask, gradient), (out,)))
         if not all(row.finite for row in felt):
             raise NumericalError(
-                f"{piece.spec.key}: the gradients hold NaN or infinity; use --preset stock, which needs none"
+                f"{piece.spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none"
             )
         wide = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *felt)
         return out, self._columns(piece.spec, wide.squares, wide.tokens)

@@ -63,7 +63,7 @@ class ModelConfig:
         return (heads, self.head_dim) if self.head_norm == "layer" else (self.head_dim,)
 
     def with_rope(self, scale: float | None, alpha: float | None) -> "ModelConfig":
-        """The same model with stock's `-rs` and `-ra` on top of its own rotary settings."""
+        """The same model with stock's rotary scale and alpha on top of its own rotary settings."""
 
         def scaled(rope: RopeConfig | None) -> RopeConfig | None:
             return None if rope is None else replace(rope, scale=scale or 1.0, alpha=alpha or 1.0)

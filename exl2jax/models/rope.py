@@ -30,7 +30,7 @@ class RopeConfig:
     """Rotary settings: `theta` the base, `kind` the scaling type, `options` its published parameters.
 
     `partial` is the share of a head that turns, `long` and `short` the divisors of LongRoPE, one for each frequency.
-    `scale` divides positions and `alpha` stretches the base (stock's `-rs` and `-ra`), on top of the model's own.
+    `scale` divides positions and `alpha` stretches the base (stock's settings), on top of the model's own.
     """
 
     theta: float = 10000.0

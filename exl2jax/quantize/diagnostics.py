@@ -79,7 +79,7 @@ def starved_experts(spec: ModuleSpec, tokens: Sequence[int]) -> list[str]:
     share = sum(routed) / len(routed)
     return [
         f"{spec.key}: expert {expert} saw {count} calibration tokens, under a tenth of an even share of {share:.0f}; "
-        "use more calibration rows, or --moe-calibration all"
+        "use more calibration rows, or `moe_calibration` all"
         for expert, count in enumerate(routed)
         if count < STARVED * share
     ]

@@ -1,4 +1,4 @@
-"""What a person sees: progress while a run goes on, tables when it is over."""
+"""Output for people: progress while a run goes on, tables and pages when it is over."""
 
 from exl2jax.report.progress import StatusProgress, make_progress
 from exl2jax.report.tables import (

@@ -25,7 +25,7 @@ type Curve = tuple[list[float], list[float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What a work directory knows of its conversion; settings by module and linear, errors and curves by module."""
+    """A finished conversion from its work directory: settings by module and linear, errors and curves by module."""
 
     title: str
     summary: Mapping[str, Any]
@@ -35,12 +35,13 @@ class Conversion:
 
 
 def read_conversion(path: Path, measurement: Path | None = None) -> Conversion:
-    """Read a work directory; `measurement` where it was made elsewhere. `JobError` when nothing is finished in it."""
+    """Read a work directory, and a `measurement` made elsewhere. `JobError` when its conversion is not finished."""
     work = WorkDirectory(path)
     job = read_json(work.job_file, JobError, "the job file")
     records = job.get("records", {}) if isinstance(job, dict) else {}
     strategy = records.get("strategy")
-    if not isinstance(strategy, dict) or "summary" not in records:
+    settings = job.get("settings") if isinstance(job, dict) else None
+    if not isinstance(strategy, dict) or not isinstance(settings, dict) or "summary" not in records:
         raise JobError(f"{path}: the conversion is not finished; run it to its end, then ask for the report")
     qparams = {
         key: {name: QParams.from_json(q, f"{work.job_file}: {key}.{name}") for name, q in linears.items()}
@@ -49,7 +50,7 @@ def read_conversion(path: Path, measurement: Path | None = None) -> Conversion:
     source = measurement or work.measurement
     curves, unit = _curves(source, strategy["pricing"]) if source.exists() else ({}, "")
     return Conversion(
-        title=Path(job.get("in_dir", "model")).name,
+        title=Path(settings["in_dir"]).name,
         summary=records["summary"],
         qparams=qparams,
         curves=curves,
@@ -57,46 +58,46 @@ def read_conversion(path: Path, measurement: Path | None = None) -> Conversion:
     )
 
 
-def conversion_page(found: Conversion) -> Page:
+def conversion_page(conversion: Conversion) -> Page:
     """The page of one conversion."""
-    s = found.summary
+    s = conversion.summary
     facts = [
         ("preset", str(s["preset"])),
-        ("bits per weight", f"{s['bpw']:.4f} (asked {s['bits']:g})"),
+        ("bits per weight", f"{s['bpw']:.4f} (target {s['bits']:g})"),
         ("size", f"{s['size'] / 1e6:.1f} MB of {s['source_size'] / 1e6:.1f} MB"),
         ("calibration perplexity", f"{shown(s['perplexity'], 4)} (full precision {shown(s['perplexity_full'], 4)})"),
     ]
     table = NumberTable(identity="facts", caption="Result", header=("", ""), rows=facts)
     return Page(
-        title=f"{found.title} at {s['bits']:g} bits",
-        text="One conversion: what was chosen, what it costs, and where the error grows.",
+        title=f"{conversion.title} at {s['bits']:g} bits",
+        text="One conversion: the chosen bits, their cost, and the growth of the error through the depth.",
         warnings=tuple(s.get("warnings", ())),
         sections=(
             Section(title="Result", tables=(table,)),
-            Section(title="Bits and errors", plots=conversion_plots(found)),
+            Section(title="Bits and errors", plots=conversion_plots(conversion)),
             Section(title="Time", plots=(time_plot({"": s.get("seconds") or {}}),)),
         ),
     )
 
 
-def conversion_plots(found: Conversion, prefix: str = "", title: str = "") -> tuple[Plot, ...]:
+def conversion_plots(conversion: Conversion, prefix: str = "", title: str = "") -> tuple[Plot, ...]:
     """Bits per block and projection, error against bits with the chosen points, error through the depth."""
-    plots = [bits_plot(found, prefix, title)]
-    if found.curves:
-        plots.append(curves_plot(found, prefix, title))
-    errors = found.summary.get("stream_error") or found.summary.get("rfn_error") or {}
-    kind = "of the stream" if found.summary.get("stream_error") else "of each module alone (rfn_error)"
+    plots = [bits_plot(conversion, prefix, title)]
+    if conversion.curves:
+        plots.append(curves_plot(conversion, prefix, title))
+    errors = conversion.summary.get("stream_error") or conversion.summary.get("rfn_error") or {}
+    kind = "of the stream" if conversion.summary.get("stream_error") else "of each module alone (rfn_error)"
     if errors:
         plots.append(depth_plot({"error": errors}, f"{prefix}depth", f"Error {kind} through the depth{title}"))
     return tuple(plots)
 
 
-def bits_plot(found: Conversion, prefix: str = "", title: str = "") -> Plot:
+def bits_plot(conversion: Conversion, prefix: str = "", title: str = "") -> Plot:
     """A map of the mean code width of every linear."""
-    layers = sorted({_layer(key) for key in found.qparams})
-    names = list(dict.fromkeys(name for linears in found.qparams.values() for name in linears))
+    layers = sorted({_layer(key) for key in conversion.qparams})
+    names = list(dict.fromkeys(name for linears in conversion.qparams.values() for name in linears))
     grid = np.full((len(names), len(layers)), np.nan)
-    for key, linears in found.qparams.items():
+    for key, linears in conversion.qparams.items():
         for name, qparams in linears.items():
             grid[names.index(name), layers.index(_layer(key))] = code_bits(qparams)
 
@@ -120,27 +121,32 @@ def bits_plot(found: Conversion, prefix: str = "", title: str = "") -> Plot:
     )
 
 
-def curves_plot(found: Conversion, prefix: str = "", title: str = "") -> Plot:
+def curves_plot(conversion: Conversion, prefix: str = "", title: str = "") -> Plot:
     """A curve per block and the point that was chosen on it."""
-    chosen = {key: _chosen(found, key) for key in found.curves}
+    chosen = {key: _chosen(conversion, key) for key in conversion.curves}
 
     def draw(axes: Axes, theme: Theme) -> None:
         import matplotlib as mpl
 
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(found.curves)))
-        for (key, (xs, ys)), colour in zip(found.curves.items(), colours, strict=True):
+        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(conversion.curves)))
+        for (key, (xs, ys)), colour in zip(conversion.curves.items(), colours, strict=True):
             axes.plot(xs, ys, linewidth=0.8, color=colour, alpha=0.7)
             axes.plot(*chosen[key], marker="o", markersize=3.5, color=colour, markeredgecolor=theme.ink)
-        label(axes, "bits of a code, mean", found.curve_unit, log=True)
+        label(axes, "bits of a code, mean", conversion.curve_unit, log=True)
 
     rows = [
-        [key, f"{x:.3f}", f"{y:.3e}", "; ".join(f"{b:.2f}: {e:.2e}" for b, e in zip(*found.curves[key], strict=True))]
+        [
+            key,
+            f"{x:.3f}",
+            f"{y:.3e}",
+            "; ".join(f"{b:.2f}: {e:.2e}" for b, e in zip(*conversion.curves[key], strict=True)),
+        ]
         for key, (x, y) in chosen.items()
     ]
     return Plot(
         name=f"{prefix}curves",
         title=f"Error against bits of each block, chosen points marked{title}",
-        alt=f"{len(found.curves)} falling curves, one per block, dark for the first and light for the last; "
+        alt=f"{len(conversion.curves)} falling curves, one per block, dark for the first and light for the last; "
         f"the chosen points lie between {min(x for x, _ in chosen.values()):.2f} and "
         f"{max(x for x, _ in chosen.values()):.2f} bits.",
         draw=draw,
@@ -208,10 +214,10 @@ def _mean_bits(linears: Mapping[str, QParams]) -> float:
     return sum(map(code_bits, linears.values())) / len(linears)
 
 
-def _chosen(found: Conversion, key: str) -> tuple[float, float]:
-    """The chosen width of a block, and its error read off the curve between the measured points."""
-    xs, ys = found.curves[key]
-    bits = _mean_bits(found.qparams[key])
+def _chosen(conversion: Conversion, key: str) -> tuple[float, float]:
+    """The chosen width of a block, and its error by the curve between the measured points."""
+    xs, ys = conversion.curves[key]
+    bits = _mean_bits(conversion.qparams[key])
     return bits, float(np.exp(np.interp(bits, xs, np.log(np.maximum(ys, 1e-12)))))
 
 
@@ -219,8 +225,8 @@ def _curves(path: Path, pricing: str) -> tuple[dict[str, Curve], str]:
     """Curves of a measurement: stock's candidates, or the summed costs of a block's linears at single widths."""
     record = read_json(path, MeasurementError, "the measurement file")
     if pricing == "accuracy":
-        rows = {key: found for key, found in record.get("measurement", {}).items() if found}
-        return {key: _candidate_curve(key, found) for key, found in rows.items()}, "relative error of the block"
+        rows = {key: row for key, row in record.get("measurement", {}).items() if row}
+        return {key: _candidate_curve(key, row) for key, row in rows.items()}, "relative error of the block"
     costs: dict[str, dict[int, float]] = {}
     for key, linear in record.get("sensitivity", {}).get("linears", {}).items():
         for bits in (bits for bits, size in MEASURED if size == 128):
@@ -230,10 +236,10 @@ def _curves(path: Path, pricing: str) -> tuple[dict[str, Curve], str]:
     return curves, "expected KL, nats per token"
 
 
-def _candidate_curve(key: str, found: list[dict[str, Any]]) -> Curve:
-    """The lowest error at each width, and so a falling curve."""
+def _candidate_curve(key: str, candidates: list[dict[str, Any]]) -> Curve:
+    """The lowest error up to each width: a falling curve."""
     points = []
-    for candidate in found:
+    for candidate in candidates:
         settings = {n: QParams.from_json(q, f"{key}.{n}") for n, q in candidate.items() if isinstance(q, dict)}
         points.append((_mean_bits(settings), 1 - candidate["accuracy"]))
     points.sort()

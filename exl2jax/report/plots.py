@@ -1,4 +1,4 @@
-"""Plots with what a page needs beside the picture: a title, alternative text, and the numbers as a table."""
+"""Plots with a title, alternative text, and their numbers as a table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from exl2jax.storage import make_directory, write_bytes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999933")
-"""Told apart by people who do not see all colours, and readable on white and on black (Okabe and Ito)."""
+"""Colours that colour-blind readers tell apart, readable on white and on black (Okabe and Ito)."""
 
 SIZE = (4.8, 3.2)
-"""Inches; at the width of a phone the text is still of nine pixels."""
+"""Inches; text is nine pixels high at the width of a phone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ def lines(
 
 
 def label(axes: Axes, x: str, y: str, *, log: bool = False) -> None:
-    """Names of the axes, a grid, and a logarithmic height if asked for."""
+    """Name the axes, draw a grid, and take a logarithmic height with `log`."""
     axes.set(xlabel=x, ylabel=y)
     if log:
         axes.set_yscale("log")

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from exl2jax.report.clock import clock
 from exl2jax.stream.progress import Progress as ProgressReceiver
 
 
@@ -72,18 +73,18 @@ class LineProgress:
         self._done += 1
         each = (time.monotonic() - self._begun) / (self._done - self._first)
         left = each * (self._total - self._done)
-        self._say(f"{self._stage} {self._done}/{self._total}, {_clock(left)} left: {message}")
+        self._say(f"{self._stage} {self._done}/{self._total}, {clock(left)} left: {message}")
 
     def finish(self) -> None:
         """End a stage."""
-        self._say(f"{self._stage}: done in {_clock(time.monotonic() - self._begun)}")
+        self._say(f"{self._stage}: done in {clock(time.monotonic() - self._begun)}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class StatusProgress:
-    """Adds the stock converter's machine-readable status lines (`-so`) to another progress."""
+    """Adds the stock converter's machine-readable status lines to another progress."""
 
     def __init__(self, inner: ProgressReceiver, console: Console) -> None:
         """Pass everything on to `inner`, status lines to `console`."""
@@ -107,7 +108,7 @@ class StatusProgress:
         self._inner.finish()
 
     def _status(self) -> None:
-        stage = "Quantizing" if self._stage == "quantize" else "Measuring"
+        stage = "Quantizing" if self._stage.endswith("quantize") else "Measuring"
         record = {"stage": stage, "completion": round(self._done / self._total, 4)}
         self._console.print(f"[STATUS]{json.dumps(record)}[/STATUS]", highlight=False, markup=False, soft_wrap=True)
 
@@ -116,9 +117,3 @@ def make_progress(console: Console, *, status: bool) -> ProgressReceiver:
     """A bar where `console` is a terminal, lines elsewhere; with `status`, stock's status lines too."""
     progress = BarProgress(console) if console.is_terminal else LineProgress(console)
     return StatusProgress(progress, console) if status else progress
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -21,7 +21,7 @@ MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 def conversion_table(result: ConversionResult) -> Table:
-    """What a conversion made."""
+    """The summary of a conversion."""
     table = _two_columns("Conversion")
     table.add_row("result", result.output)
     table.add_row("preset", result.preset)
@@ -61,12 +61,12 @@ def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
 
 
 def folded(warnings: Sequence[str]) -> list[str]:
-    """For people: the first warning of a kind, and how many others say the same of other tensors with other numbers."""
+    """The first warning of each kind, with the number of others that differ only in tensor and figures."""
     kinds: dict[str, list[str]] = {}
     for text in warnings:
         kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", text.rpartition(": ")[2]), []).append(text)
     return [
-        f"{first} (and {len(others)} more of this kind: --json lists them)" if others else first
+        f"{first} (and {len(others)} more of this kind, all in the JSON output)" if others else first
         for first, *others in kinds.values()
     ]
 
@@ -109,13 +109,18 @@ def inspection_table(linears: Sequence[LinearInspection]) -> Table:
 
 
 def plan_table(plan: Preflight) -> Table:
-    """What a conversion will take and give."""
+    """The plan of a conversion: sizes, resources, warnings and refusals."""
     table = _two_columns("Plan")
     table.add_row("bits per weight", f"{plan.low_bpw:.4f} to {plan.high_bpw:.4f} can be reached, asked {plan.bits:g}")
     size = f"{plan.output_size / MEGABYTE:.1f} MB (source {plan.source_size / MEGABYTE:.1f} MB)"
     table.add_row("output", size if plan.output_exact else f"at most {size}")
     table.add_row("disk", f"{plan.disk / MEGABYTE:.1f} MB needed, {plan.disk_free / MEGABYTE:.1f} MB free")
     table.add_row("memory", f"about {plan.memory / MEGABYTE:.0f} MB, {plan.memory_present / MEGABYTE:.0f} MB present")
+    for name, time in plan.durations.items():
+        said = (
+            f"about {time.seconds:.0f} s, between {time.least:.0f} and {time.most:.0f} s on this machine as it is now"
+        )
+        table.add_row(f"time, {name}", said)
     for name, tokens in plan.calibration_tokens.items():
         table.add_row(f"calibration, {name} pass", f"{tokens} tokens")
     _add_warnings(table, plan.warnings)
@@ -146,7 +151,7 @@ def device_table(found: DeviceEstimate) -> Table:
 
 
 def verify_table(report: VerifyReport) -> Table:
-    """Every fault of an EXL2 directory, or that there is none."""
+    """Every fault of an EXL2 directory, or its figures where there is none."""
     if report.ok:
         table = _two_columns("Verified: no fault")
         table.add_row("linears", str(report.linears))
@@ -160,7 +165,7 @@ def verify_table(report: VerifyReport) -> Table:
 
 
 def calibration_table(summary: CalibrationSummary) -> Table:
-    """What calibration rows hold."""
+    """The content of calibration rows."""
     table = _two_columns("Calibration")
     table.add_row("source", summary.source)
     table.add_row("rows", f"{summary.rows} of {summary.length} tokens, {summary.tokens} tokens in all")

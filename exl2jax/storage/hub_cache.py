@@ -1,4 +1,4 @@
-"""Which repository and commit a directory of the Hub's cache holds, by its place: `models--ORG--NAME/snapshots/COMMIT`."""
+"""The repository and commit that a directory of the Hub's cache holds: `models--ORG--NAME/snapshots/COMMIT`."""
 
 from pathlib import Path
 

@@ -64,7 +64,7 @@ class ShardWriter:
             self._flush()
         if tensor.nbytes > self._limit:
             raise StorageError(
-                f"{name}: {tensor.nbytes / MEGABYTE:.0f} MB do not fit a shard; raise -ss/--shard_size or set it to 0"
+                f"{name}: {tensor.nbytes / MEGABYTE:.0f} MB do not fit a shard; raise `shard_size` or set it to 0"
             )
         self._waiting[name] = np.ascontiguousarray(tensor)
         self._bytes += tensor.nbytes

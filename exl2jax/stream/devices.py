@@ -52,9 +52,9 @@ def spread(count: int | None = None) -> Iterator[None]:
     there = jax.devices()
     wanted = len(there) if count is None else count
     if not 1 <= wanted <= len(there):
-        raise SettingsError(f"--devices is {wanted}; this machine shows {len(there)} ({there[0].platform})")
+        raise SettingsError(f"`devices` is {wanted}; this machine shows {len(there)} ({there[0].platform})")
     if jax.process_count() > 1 and wanted != len(there):
-        raise SettingsError(f"--devices is {wanted}; a run over {jax.process_count()} processes takes all {len(there)}")
+        raise SettingsError(f"`devices` is {wanted}; a run over {jax.process_count()} processes takes all {len(there)}")
     mesh = Mesh(np.asarray(there[:wanted]), (ROWS,))
     token = _rows.set(NamedSharding(mesh, PartitionSpec(ROWS)) if wanted > 1 else None)
     try:
@@ -121,7 +121,7 @@ def require_agreement(what: str) -> None:
     if (others != own).any():
         lines = " and ".join(dict.fromkeys(bytes(line).decode(errors="replace").strip() for line in others))
         raise JobError(
-            f"the processes of this run stand at different places ({lines}); start all of them over with -nr"
+            f"the processes of this run stand at different places ({lines}); start all of them over with `no_resume`"
         )
 
 

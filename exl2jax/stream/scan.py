@@ -75,8 +75,9 @@ def scan[S, B, C, O](
 ) -> tuple[C, list[O]]:
     """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
 
-    A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), and when `control` asks
-    to stop, which raises `Interrupted` once everything is saved. Of several processes the first decides for all.
+    A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), after the last block, and
+    when `control` asks to stop, which raises `Interrupted` once everything is saved. Of several processes the first
+    decides for all.
     """
     found = checkpoint.load()
     require_agreement(f"{stage} after {found[0] if found else 0} modules")
@@ -90,8 +91,9 @@ def scan[S, B, C, O](
         outputs.append(output)
         position += 1
         control.progress.step(describe(spec, output))
-        stopping = as_first_process(control.stop.asked) and position < len(specs)
-        if stopping or as_first_process(time.monotonic() - saved >= interval):
+        done = position == len(specs)
+        stopping = as_first_process(control.stop.asked) and not done
+        if done or stopping or as_first_process(time.monotonic() - saved >= interval):
             checkpoint.save(position, form.keep(carry), outputs)
             saved = time.monotonic()
         if stopping:

@@ -109,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"name": "user", "type": "user", "auth": {"accessToken": {"role": role}}})
         elif path == "api/repos/create":
             self._create(json.loads(body))
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
         elif parts[0] == "api":
             self._api(method, "/".join(parts[2:4]), parts[4:], body)
         elif path.endswith("info/lfs/objects/batch"):
@@ -147,7 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._may_write()
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
         if name in self.hub.repos:
-            raise Refusal(409, "", "You already created this model repo")
+            self._send(409, json.dumps({"error": "exists", "url": f"{self.hub.endpoint}/{name}"}).encode())
+            return
         self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
         self._json({"url": f"{self.hub.endpoint}/{name}"})
 
@@ -175,11 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
             pairs = zip(asked, modes, strict=True)
             self._json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in pairs]})
         elif kind == "commit":
-            self._commit(repo, rest[1], body)
+            self._commit(name, repo, rest[1], body)
         else:
             raise Refusal(404, "EntryNotFound", f"{method} {kind}: not of this server")
 
-    def _commit(self, repo: Repo, branch: str, body: bytes) -> None:
+    def _commit(self, name: str, repo: Repo, branch: str, body: bytes) -> None:
         self._may_write()
         files = repo.branches[branch]
         for line in body.splitlines():
@@ -190,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         sha = repo.commit(branch)
-        self._json({"commitUrl": f"{self.hub.endpoint}/commit/{sha}", "commitOid": sha})
+        self._json({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}", "commitOid": sha})
 
     def _batch(self, asked: dict[str, Any]) -> None:
         self._may_write()

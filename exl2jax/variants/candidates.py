@@ -43,7 +43,7 @@ class FileSettings:
         """Read and check the file: a wrong row is named before anything runs."""
         found = hashlib.sha256(_bytes(self.file)).hexdigest()
         if self.sha256 and self.sha256 != found:
-            raise SettingsError(f"--candidates {self.file}: changed since the job began; start over with -nr")
+            raise SettingsError(f"candidates {self.file}: changed since the job began; start over with `no_resume`")
         object.__setattr__(self, "sha256", found)
         read_table(self.file)
 
@@ -67,14 +67,14 @@ def from_file(settings: FileSettings) -> Table:
     return read_table(settings.file)
 
 
-def asked_candidates(text: str) -> str | Mapping[str, Any]:
-    """What `--candidates` names: a variant, or a JSON file."""
+def parse_candidates(text: str) -> str | Mapping[str, Any]:
+    """A choice of candidates from text: the name of a variant, or that of a JSON file."""
     return {"name": "file", "file": text} if text.endswith(".json") else text
 
 
 def read_table(file: str) -> Table:
     """Read a table; `SettingsError` names the file, the row and what is allowed."""
-    where = f"--candidates {file}"
+    where = f"candidates {file}"
     try:
         record = json.loads(_bytes(file))
     except (ValueError, RecursionError) as e:
@@ -107,7 +107,7 @@ def _bytes(file: str) -> bytes:
     try:
         path = Path(file)
         if path.stat().st_size > LARGEST_FILE:
-            raise SettingsError(f"--candidates {file}: larger than {LARGEST_FILE} bytes; a table has some kilobytes")
+            raise SettingsError(f"candidates {file}: larger than {LARGEST_FILE} bytes; a table has some kilobytes")
         return path.read_bytes()
     except (OSError, ValueError) as e:
-        raise SettingsError(f"--candidates {file!r}: cannot be read ({e})") from e
+        raise SettingsError(f"candidates {file!r}: cannot be read ({e})") from e

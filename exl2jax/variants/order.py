@@ -8,5 +8,5 @@ from exl2jax.variants.registry import NoSettings, variant
 
 @variant("order", "stock")
 def stock(diagonal: jax.Array, settings: NoSettings) -> jax.Array:
-    """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' `--act-order`; docs/format.md 2.4)."""
+    """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' act-order; docs/format.md 2.4)."""
     return descending(diagonal)

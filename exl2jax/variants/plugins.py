@@ -18,13 +18,13 @@ def load_plugin(path: Path) -> None:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
-        raise SettingsError(f"--plugin {path}: cannot be read ({e})") from e
+        raise SettingsError(f"plugin {path}: cannot be read ({e})") from e
     name = f"exl2jax_plugin_{digest[:12]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise SettingsError(f"--plugin {path}: must be a Python file, NAME.py")
+        raise SettingsError(f"plugin {path}: must be a Python file, NAME.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
@@ -35,7 +35,7 @@ def load_plugin(path: Path) -> None:
         raise
     except Exception as e:
         del sys.modules[name]
-        raise SettingsError(f"--plugin {path}: {type(e).__name__}: {e}") from e
+        raise SettingsError(f"plugin {path}: {type(e).__name__}: {e}") from e
 
 
 def load_entry_points() -> None:

@@ -1,4 +1,4 @@
-"""Recipes: which of the algorithm's choices a conversion makes, as one frozen value, and the presets that name them."""
+"""Recipes: the choices that a conversion makes among algorithms, as one frozen value, and the presets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,14 +9,13 @@ import jax
 from exl2jax.errors import SettingsError
 from exl2jax.ops import relative_frobenius
 from exl2jax.variants import KINDS, Choice, Method, choose
-from exl2jax.variants.candidates import STOCK_TABLE, Table, asked_candidates
+from exl2jax.variants.candidates import STOCK_TABLE, Table, parse_candidates
 
 type Pricing = Literal["fisher", "divergence", "accuracy"]
 
 STRONGEST = 1.0
 
-FIELD_KINDS = ("error", "hessian")
-"""Kinds of variants that are fields of a recipe under the names of the papers."""
+PRICINGS = ("fisher", "divergence", "accuracy")
 
 IDLE_IN_MEASUREMENT = ("objective", "tuning", "solver")
 """Kinds of variants that come after the measurement."""
@@ -53,7 +52,11 @@ class Recipe:
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse strengths out of range."""
+        """Refuse values out of range and choices that exclude each other."""
+        if self.pricing not in PRICINGS:
+            raise SettingsError(
+                f"recipe {self.name}: pricing is {self.pricing!r}; it must be one of {', '.join(PRICINGS)}"
+            )
         for name in ("propagation", "residual", "weigh_hessians"):
             value = getattr(self, name)
             if not 0 <= value <= STRONGEST:
@@ -86,24 +89,52 @@ class Recipe:
                 f"recipe {self.name}: free candidates need pricing fisher or divergence (presets best and fast); "
                 "accuracies are measured for rows of a table"
             )
-        solver = self.chosen("solver")
-        if solver is not None and solver.name != "exact" and self.pricing != "accuracy" and self.table is None:
-            raise SettingsError(
-                f"recipe {self.name}: the solver {solver.name} chooses among rows of candidates; by {self.pricing} "
-                "every linear is free: take exact, or candidates of a table"
-            )
         if "error" in kinds and not self.measures_rows:
             raise SettingsError(f"recipe {self.name}: an error of rows needs pricing accuracy, not {self.pricing}")
 
     def chosen(self, kind: str) -> Choice | None:
-        """The variant of a kind, None where nothing is said."""
+        """The variant of a kind, None where none is chosen."""
         return next((choice for choice in self.variants if choice.kind == kind), None)
 
-    def over(self, variants: Sequence[Choice]) -> "Recipe":
-        """The recipe with other choices of variants in the place of its own of these kinds."""
+    def over(self, variants: Sequence[Choice], **fields: Any) -> "Recipe":
+        """The recipe with other fields, and with other variants in place of its own of the same kinds."""
         kinds = {choice.kind for choice in variants}
         kept = (choice for choice in self.variants if choice.kind not in kinds)
-        return replace(self, variants=(*kept, *variants))
+        return replace(self, variants=(*kept, *variants), **fields)
+
+    def with_choices(self, choices: Mapping[str, Any]) -> "Recipe":
+        """The recipe with choices by name laid over it: its own fields, and variants by kind.
+
+        A variant is `NAME`, `NAME:SETTING=VALUE,...` or a table with `name`. `SettingsError` for an unknown choice.
+        """
+        known = [field.name for field in fields(Recipe) if field.name not in ("name", "variants")]
+        unknown = [key for key in choices if key not in known and key not in KINDS]
+        if unknown:
+            there = ", ".join(("preset", *known, *KINDS))
+            raise SettingsError(f"recipe {self.name}: there is no choice {unknown[0]!r}; there are {there}")
+        variants = tuple(_chosen_variant(kind, choices[kind]) for kind in KINDS if kind in choices)
+        return self.over(variants, **{key: self._typed(key, choices[key]) for key in choices if key in known})
+
+    def words(self) -> dict[str, Any]:
+        """Every choice by the word that sets it, with the digest of the file that a variant comes from, if any."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "variants")}
+        chosen = {choice.kind: choice.text.partition("=")[2] for choice in self.variants}
+        sources = {c.kind: f"{chosen[c.kind]} of a file with SHA-256 {c.source}" for c in self.variants if c.source}
+        return own | chosen | sources
+
+    def _typed(self, key: str, value: Any) -> Any:
+        """The value of a field in its type; text stands for numbers and truth values."""
+        now = getattr(self, key)
+        try:
+            if isinstance(now, bool) and isinstance(value, str):
+                return {"true": True, "false": False}[value.lower()]
+            if isinstance(value, str):
+                return type(now)(value)
+        except (KeyError, ValueError) as e:
+            raise SettingsError(f"recipe {self.name}: {key} must be like {now!r}, got {value!r:.40}") from e
+        if type(value) not in ((type(now),) if isinstance(now, bool | str) else (int, float)):
+            raise SettingsError(f"recipe {self.name}: {key} must be like {now!r}, got {value!r:.40}")
+        return value
 
     @property
     def measures_rows(self) -> bool:
@@ -125,7 +156,7 @@ class Recipe:
     def error_of_rows(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The error of a module's output, row by row."""
         choice = self.chosen("error")
-        return relative_frobenius if choice is None else choice.function(choice.settings).of_rows
+        return relative_frobenius if choice is None else choice.function(choice.settings)
 
     @property
     def measured_by(self) -> str:
@@ -151,23 +182,23 @@ class Recipe:
 
     @property
     def method(self) -> Method:
-        """How its variants quantize a linear."""
+        """The method by which its variants quantize a linear."""
         return Method.of(self.variants)
 
     @property
     def objective(self) -> Choice | None:
-        """What allocation sums, None for stock's sum of errors."""
+        """The sum that the allocation minimises, None for stock's sum of errors."""
         return self.chosen("objective")
 
     @property
     def tuning(self) -> Choice | None:
-        """How modules are tuned once they are quantized, None for not at all."""
+        """The tuning of modules after quantization, None for none."""
         choice = self.chosen("tuning")
         return None if choice is None or choice.is_stock else choice
 
     @property
     def transform(self) -> Choice | None:
-        """How the source is rewritten before anything is measured, None for not at all."""
+        """The rewriting of the source before anything is measured, None for none."""
         choice = self.chosen("transform")
         return None if choice is None or choice.is_stock else choice
 
@@ -178,7 +209,7 @@ class Recipe:
 
     @property
     def measuring(self) -> "Recipe":
-        """The recipe's choices that decide the measurement, the others at their defaults: equal where it is shared."""
+        """The choices that decide the measurement, the others at their defaults: recipes that share one are equal."""
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
         kept = tuple(choice for choice in self.variants if choice.kind not in out)
@@ -195,7 +226,7 @@ PRESETS = {
         Recipe(name="stock", pricing="accuracy"),
     )
 }
-"""Recipes by the name that `--preset` takes."""
+"""The recipes that have a name."""
 
 DEFAULT_PRESET = "best"
 
@@ -203,55 +234,38 @@ DEFAULT_PRESET = "best"
 def find_recipe(preset: str) -> Recipe:
     """The recipe of a preset; `SettingsError` names the choices for any other name."""
     if preset not in PRESETS:
-        raise SettingsError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+        raise SettingsError(f"`preset` is {preset!r}; it must be one of {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 
 def recipe_from(choices: Mapping[str, Any], name: str) -> Recipe:
-    """A recipe of one's own: fields of `Recipe` and variants by kind, laid over the preset `choices["preset"]`.
+    """A recipe of one's own: choices as `Recipe.with_choices` takes them, laid over the preset `choices["preset"]`.
 
-    The default preset serves where none is named. A variant is `NAME`, `NAME:SETTING=VALUE,...` or a table with `name`.
+    The default preset serves where none is named.
     """
-    preset = find_recipe(choices.get("preset", DEFAULT_PRESET))
-    known = [field.name for field in fields(Recipe) if field.name not in ("name", "variants")]
-    choices = {
-        key: asked_candidates(v) if key == "candidates" and isinstance(v, str) else v for key, v in choices.items()
-    }
-    variants = tuple(choose(kind, choices[kind]) for kind in KINDS if kind in choices)
-    changes = {key: value for key, value in choices.items() if key != "preset" and key not in KINDS}
-    variants, more = _as_fields(variants, changes, name)
-    changes |= more
-    for key, value in changes.items():
-        if key not in known:
-            there = ", ".join(("preset", *known, *KINDS))
-            raise SettingsError(f"recipe {name}: there is no choice {key!r}; there are {there}")
-        kinds = {bool: (bool,), str: (str,)}.get(type(getattr(preset, key)), (int, float))
-        if type(value) not in kinds:
-            raise SettingsError(f"recipe {name}: {key} must be like {getattr(preset, key)!r}, got {value!r:.40}")
-    return replace(preset.over(variants), name=name, **changes)
+    preset = replace(find_recipe(choices.get("preset", DEFAULT_PRESET)), name=name)
+    return preset.with_choices({key: value for key, value in choices.items() if key != "preset"})
 
 
-def _as_fields(
-    variants: Sequence[Choice], changes: Mapping[str, Any], name: str
-) -> tuple[tuple[Choice, ...], dict[str, Any]]:
-    """The variants that stay, and the fields of the recipe that the others are: both are one choice, said once."""
-    kept, out = list[Choice](), dict[str, Any]()
-    for choice in variants:
-        if choice.kind not in FIELD_KINDS:
-            kept.append(choice)
-            continue
-        made = choice.function(choice.settings)
-        found = made.fields if choice.kind == "error" else made
-        twice = [field for field in found if field in changes]
-        if twice:
-            raise SettingsError(f"recipe {name}: {choice.kind} {choice.name} decides {twice[0]}; give one of the two")
-        out |= found
-        if choice.kind == "error" and made.of_rows is not relative_frobenius:
-            kept.append(choice)
-    return tuple(kept), out
+def parse_choices(texts: Sequence[str]) -> dict[str, str]:
+    """Choices by name from texts `KEY=VALUE`; `SettingsError` where one is no such text or a key comes twice."""
+    choices: dict[str, str] = {}
+    for text in texts:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if not key or not value:
+            raise SettingsError(f"`variants` {text}: must be FIELD=VALUE or KIND=NAME")
+        if key in choices:
+            raise SettingsError(f"`variants`: two choices of {key}; give one")
+        choices[key] = value
+    return choices
 
 
 def recipe_of_record(record: Mapping[str, Any]) -> Recipe:
     """The recipe that `dataclasses.asdict` made a record of, in a job file for one."""
     variants = (choose(c["kind"], {"name": c["name"], **c["settings"]}) for c in record.get("variants", ()))
     return Recipe(**{**record, "variants": tuple(variants)})
+
+
+def _chosen_variant(kind: str, value: Any) -> Choice:
+    """The variant of a kind; for candidates, the name of a JSON file stands for the variant that reads it."""
+    return choose(kind, parse_candidates(value) if kind == "candidates" and isinstance(value, str) else value)

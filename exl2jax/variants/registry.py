@@ -14,8 +14,7 @@ KINDS = {
     "objective": "losses(errors [options], settings) -> what allocation sums over modules",
     "solver": "solve(problem, seed, settings) -> Solved, an option per slot within the budget",
     "candidates": "table(settings) -> Table of rows of settings, None where every projection is free",
-    "error": "measure(settings) -> Measure, what bits are spent against",
-    "hessian": "fields(settings) -> propagation and residual of the recipe",
+    "error": "measure(settings) -> error(out [R, T, D], ref [R, T, D]) -> [R], a module's error of every row",
     "tuning": "tune(block: Tunable, settings) -> Tuned, a module once its linears are quantized",
     "transform": "rewrite(model: Layout, read, settings) -> what computes each tensor that changes, by name",
 }
@@ -68,7 +67,7 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """`KIND=NAME:SETTING=VALUE,...`, as `--variant` takes it."""
+        """`KIND=NAME:SETTING=VALUE,...`, the text that `choose` reads."""
         values = ",".join(f"{f.name}={getattr(self.settings, f.name)}" for f in fields(self.settings))
         return f"{self.kind}={self.name}" + (f":{values}" if values else "")
 

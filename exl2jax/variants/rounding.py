@@ -48,7 +48,7 @@ class DescentSettings:
 
 @variant("rounding", "stock")
 def stock(walk: Ordered, search: Search, settings: NoSettings) -> Rounded:
-    """GPTQ: each row's error, over `U_ii`, is made up for by the rows after it (arXiv:2210.17323; docs/format.md 2.5)."""
+    """GPTQ: the rows after a row make up for its error over `U_ii` (arXiv:2210.17323; docs/format.md 2.5)."""
     return walk_groups(walk, walk.factor.u, search)
 
 

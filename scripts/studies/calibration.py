@@ -25,7 +25,7 @@ from exl2jax.report import make_progress
 from exl2jax.stream.progress import RunControl
 from exl2jax.stream.scoring import score
 
-SOURCES = ("standard", "standard:../shared/data/standard_cal", "self", "random")
+SOURCES = ("standard", "exllamav2", "self", "random")
 
 
 class Judge:

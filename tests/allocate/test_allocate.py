@@ -118,7 +118,7 @@ def test_out_of_reach_is_refused_with_the_range(
     weights = sum(spec.weights for spec in specs)
     cheapest = sum(min(c.total_bits for c in rows) for rows in measurement.modules.values())
     assert low == cheapest / weights
-    with pytest.raises(MeasurementError, match=rf"-b 2\.1: .* reach {low:.4f} to {high:.4f} bits per weight"):
+    with pytest.raises(MeasurementError, match=rf"`bits` 2\.1: .* reach {low:.4f} to {high:.4f} bits per weight"):
         allocate(measurement, specs, 2.1, pricing="accuracy", solver=choose("solver", solver), seed=0)
 
 

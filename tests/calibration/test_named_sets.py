@@ -162,7 +162,7 @@ def test_without_the_library_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'exl2jax\[datasets\]', or download .* --cal-dir"):
+    with pytest.raises(CalibrationError, match=r"pip install 'exl2jax\[datasets\]', or download .* `cal_dir`"):
         get_dataset("wikitext2", tokenizer)
 
 
@@ -175,7 +175,7 @@ def test_without_a_network_the_error_says_what_to_download(
     module = ModuleType("datasets")
     module.load_dataset = load_dataset  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(CalibrationError, match=r"c4: could not be loaded \(no route\); connect .* --cal-dir"):
+    with pytest.raises(CalibrationError, match=r"c4: could not be loaded \(no route\); connect .* `cal_dir`"):
         get_dataset("c4", tokenizer)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -313,6 +314,21 @@ def test_the_model_fills_what_the_text_cannot(tokenizer: Tokenizer, standard_dir
     assert len(rows.domains) == 115
     assert rows.composition["self"] == len(asked) > 0
     assert any("written by the model" in note for note in rows.notes)
+
+
+def test_the_built_in_set_is_filled_unless_that_is_turned_off(tokenizer: Tokenizer, standard_dir: Path) -> None:
+    def sampler(prompts: Sequence[Sequence[int]], n_rows: int, length: int, seed: int) -> np.ndarray:
+        return np.full((n_rows, length), 9) + np.arange(n_rows)[:, None] % 7
+
+    def composition(source: str, fill: bool | None, **more: Any) -> dict[str, int]:
+        config = CalibrationConfig(source=source, length=9000, fill_with_self=fill)
+        return load_rows(config, tokenizer, vocab_size=VOCAB, **more).composition
+
+    full = composition("standard", None, sampler=sampler)
+    assert sum(full.values()) == 115 and full["self"] > 0
+    assert "self" not in composition("standard", False, sampler=sampler)
+    assert "self" not in composition("standard", None), "there is no model to write"
+    assert "self" not in composition(f"standard:{standard_dir}", None, sampler=sampler)
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def test_what_the_text_cannot_fill_is_written_by_the_model(tiny_llama: Path, tmp
     (tmp_path / "texts").mkdir()
     for name in ("c4", "wiki", "code", "tiny", "multilingual", "technical"):
         (tmp_path / "texts" / f"{name}.utf8").write_text("A few words. " * (40 if name == "c4" else 1))
-    wanted = CalibrationConfig(source=f"standard:{tmp_path / 'texts'}", fill_with_self=True)
-    rows = pass_rows(replace(settings(tiny_llama, tmp_path, cal_dataset=wanted), dataset_rows=12)).build(measure=False)
+    config = settings(tiny_llama, tmp_path, cal_dataset=f"standard:{tmp_path / 'texts'}", cal_fill=True)
+    rows = pass_rows(replace(config, dataset_rows=12)).build(measure=False)
     assert rows.input_ids.shape == (12, 24)
     assert rows.composition["self"] > 5
     assert any("written by the model" in note for note in rows.notes)
@@ -104,13 +104,13 @@ def test_what_the_text_cannot_fill_is_written_by_the_model(tiny_llama: Path, tmp
 BAD: dict[str, tuple[dict[str, Any], type[Exl2JaxError], str]] = {
     "unknown name": ({"cal_dataset": "wikitext3"}, SettingsError, "wikitext2, c4, c4-new"),
     "no such file": ({"cal_dataset": "nowhere.parquet"}, CalibrationError, "nowhere.parquet"),
-    "no network": ({"cal_dataset": "wikitext2"}, CalibrationError, "--cal-dir"),
+    "no network": ({"cal_dataset": "wikitext2"}, CalibrationError, "`cal_dir`"),
     "too long": ({"length": 4096}, CalibrationError, "context of 256"),
     "ids": ({"cal_dataset": np.full((4, 24), 320)}, CalibrationError, "vocabulary of 320"),
     "too few": ({"cal_dataset": TEXTS[:3]}, CalibrationError, "3 are there, 4 rows are needed"),
     "empty": ({"cal_dataset": []}, CalibrationError, "empty"),
     "ragged": ({"cal_dataset": [[1, 2], [[3], [4, 5]]]}, CalibrationError, "entry 1"),
-    "settings": ({"cal_dataset": CalibrationConfig(rows=3)}, SettingsError, "set dataset_rows"),
+    "settings": ({"cal_dataset": CalibrationConfig(rows=3)}, SettingsError, "`cal_columns`, `cal_dir`"),
 }
 
 

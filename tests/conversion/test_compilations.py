@@ -78,7 +78,7 @@ def test_measuring_compiles_for_the_first_block_only(path: Path, tmp_path: Path)
             output_measurement=tmp_path / "measurement.json",
             measurement_rows=3,
             measurement_length=24,
-            with_accuracies=True,
+            variants=("accuracies=true",),
         )
         convert(config, RunControl(progress=meter))
     assert list(meter.counts) == ["forward", "backward", "price", "measure"]

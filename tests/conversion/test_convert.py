@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert, evaluate
-from exl2jax.errors import Exl2JaxError, Interrupted, JobError, MeasurementError, SettingsError
+from exl2jax.errors import Exl2JaxError, Interrupted, JobError, MeasurementError, SettingsError, StorageError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.testing.tiny_model import write_tiny_llama
@@ -221,7 +221,7 @@ def test_hessians_of_weighed_tokens(
 def test_both_measurements_in_one_file(converted: ConversionConfig, model: Path, tokens: Path, tmp_path: Path) -> None:
     """Stock's tools find their records, and the costs beside them are those of a measurement without."""
     file = tmp_path / "both.json"
-    only = settings(model, tokens, tmp_path, compile_full=None, output_measurement=file, with_accuracies=True)
+    only = settings(model, tokens, tmp_path, compile_full=None, output_measurement=file, variants=("accuracies=true",))
     convert(only)
     both, ours = (json.loads(path.read_text()) for path in (file, converted.out_dir / "measurement.json"))
     assert both["sensitivity"] == ours["sensitivity"] and not ours["measurement"]
@@ -236,16 +236,75 @@ def test_both_measurements_in_one_file(converted: ConversionConfig, model: Path,
         ({"head_bits": 8}, "head_bits"),
         ({"seed": 1}, "seed"),
         ({"measurement_rows": 2}, "measurement_rows"),
+        ({"cal_split": "validation"}, "cal_split"),
     ],
 )
 def test_other_settings_are_refused_by_name(converted: ConversionConfig, change: dict[str, object], named: str) -> None:
-    with pytest.raises(JobError, match=f"another {named} "):
+    with pytest.raises(JobError, match=f"begun with other inputs: `{named}` .* there, .* now"):
         convert(replace(converted, **change))  # type: ignore[arg-type]
+
+
+def test_other_choices_are_refused_by_word(converted: ConversionConfig) -> None:
+    with pytest.raises(JobError, match=r"inputs: `preset` best there, fast now\. Take the same, .*`no_resume`"):
+        convert(replace(converted, preset="fast"))
+    given = ("propagation=0.25", "scales=stock")
+    with pytest.raises(JobError) as caught:
+        convert(replace(converted, variants=given))
+    assert "`variants` propagation=0.5 there, 0.25 now; `variants` scales=columns there, stock now" in str(caught.value)
+
+
+def test_a_failure_at_compilation_repeats_no_module(
+    converted: ConversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interval would write no checkpoint: the end of a pass writes one, and the job file moves on."""
+    config = replace(converted, out_dir=tmp_path / "work", compile_full=tmp_path / "exl2", checkpoint_interval=3600)
+    with monkeypatch.context() as patch:
+        patch.setattr("exl2jax.conversion.convert.compile_model", lambda *_, **__: full_disk())
+        with pytest.raises(StorageError, match="disk is full"):
+            convert(config)
+    stages = Stages()
+    convert(config, RunControl(progress=stages))
+    assert stages.begun == []
+    assert result_digests(config) == result_digests(converted)
+
+
+def test_a_failure_after_the_last_module_of_a_pass_repeats_no_module(
+    converted: ConversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(converted, out_dir=tmp_path / "work", compile_full=tmp_path / "exl2", checkpoint_interval=3600)
+    with monkeypatch.context() as patch:
+        patch.setattr("exl2jax.conversion.work_directory.WorkDirectory.left_by", lambda *_: full_disk())
+        with pytest.raises(StorageError, match="disk is full"):
+            convert(config)
+    stages = Stages()
+    convert(config, RunControl(progress=stages))
+    assert stages.begun[0] == ("forward", 6, 6), "every module of the pass was done"
+    assert result_digests(config) == result_digests(converted)
+
+
+class Stages:
+    """A progress that keeps which stages began, with their modules and how many of them were done."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int, int]] = []
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        self.begun.append((stage, total, done))
+
+    def step(self, message: str) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def full_disk() -> None:
+    raise StorageError("the disk is full")
 
 
 def test_other_model_is_refused(converted: ConversionConfig, tmp_path: Path) -> None:
     other = write_tiny_llama(tmp_path / "other", seed=4)
-    with pytest.raises(JobError, match="another model config"):
+    with pytest.raises(JobError, match=r"begun with other inputs: model config .*; model weights"):
         convert(replace(converted, in_dir=other))
 
 
@@ -275,7 +334,14 @@ def test_stray_weights_in_the_output_are_refused(converted: ConversionConfig, tm
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 1.9}, {"bits": 8.1}, {"bits": float("nan")}, {"head_bits": 7}, {"allocation": "magic"}, {"length": 1}],
+    [
+        {"bits": 1.9},
+        {"bits": 8.1},
+        {"bits": float("nan")},
+        {"head_bits": 7},
+        {"variants": ("solver=magic",)},
+        {"length": 1},
+    ],
 )
 def test_settings_out_of_range(converted: ConversionConfig, change: dict[str, object]) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -284,7 +350,7 @@ def test_settings_out_of_range(converted: ConversionConfig, change: dict[str, ob
 
 
 def test_measurement_only_with_compile_is_refused(converted: ConversionConfig) -> None:
-    with pytest.raises(SettingsError, match="-om"):
+    with pytest.raises(SettingsError, match="`output_measurement`"):
         replace(converted, output_measurement=Path("m.json"))
 
 

@@ -173,7 +173,10 @@ def test_the_command_streams_and_compares(tiny_llama: Path, capsys: pytest.Captu
     assert [r["text"] for r in record] == [expected.text] * 2
 
 
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def test_chat_answers_each_line(

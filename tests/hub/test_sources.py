@@ -9,10 +9,13 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from exl2jax import cli
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.context import Context
 from exl2jax.errors import HubError, ModelError, StorageError
 from exl2jax.hub import source_directory
 from exl2jax.hub.sources import NAME
 from exl2jax.storage.hub_cache import cached_source
+from exl2jax.stream.progress import RunControl
 from exl2jax.testing.hub_server import Hub, Repo
 
 
@@ -41,6 +44,17 @@ def test_a_revision_is_a_commit_of_its_own(hub: Hub, published: Repo) -> None:
     assert folder.name == published.commit("old") != published.commit("main")
     assert (folder / "LICENSE").read_bytes() == b"older terms"
     assert source_directory(Path(f"org/tiny@{folder.name}")) == folder
+
+
+def test_the_commit_is_part_of_the_inputs(hub: Hub, published: Repo, tmp_path: Path, tiny_llama: Path) -> None:
+    def inputs(source: Path) -> dict[str, Any]:
+        config = ConversionConfig(in_dir=source, out_dir=tmp_path / "work")
+        return Context.open(config, RunControl()).inputs
+
+    folder = source_directory(Path("org/tiny"))
+    named, plain = inputs(folder), inputs(tiny_llama)
+    assert named.pop("source") == f"org/tiny@{folder.name}"
+    assert named == plain, "a directory has the same inputs but for the commit"
 
 
 def test_without_a_network_the_cache_serves(hub: Hub, published: Repo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_the_table_says_it_all(sweep: SweepResult, plan: SweepPlan, tiny_llama: 
 
 def test_a_failed_cell_says_why(sweep: SweepResult) -> None:
     row = rows_of(sweep)[0]
-    assert "MeasurementError" in row["error"] and "raise -b" in row["error"]
+    assert "MeasurementError" in row["error"] and "raise `bits`" in row["error"]
     assert row["perplexity"] is None and json.loads(row["recipe"])["pricing"] == "accuracy"
 
 

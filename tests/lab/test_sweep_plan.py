@@ -19,7 +19,7 @@ rows = 5
 [variants.best]
 [variants.stock]
 preset = "stock"
-allocation = "annealing"
+solver = "annealing"
 [variants.gentle]
 propagation = 0.25
 [variants.thorough]
@@ -41,7 +41,7 @@ def test_cells_of_a_plan(tmp_path: Path) -> None:
     assert (first.variant, first.bits, first.seed, first.settings["dataset_rows"]) == ("best", 3.0, 0, 7)
     assert gentle.recipe.propagation == 0.25 and gentle.recipe.pricing == "fisher"
     config = stock.config(tmp_path / "work")
-    assert config.allocation == "annealing" and config.recipe.pricing == "accuracy" and config.dataset_rows == 7
+    assert config.solver.name == "annealing" and config.recipe.pricing == "accuracy" and config.dataset_rows == 7
 
 
 def test_measurements_are_shared_by_what_measures_the_same(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_names_follow_everything_that_decides_the_figures(tmp_path: Path) -> Non
     ("old", "new", "message"),
     [
         ("targets = [3.0, 4]", "", "targets must be a list of numbers"),
-        ("targets = [3.0, 4]", "targets = [3.0, 40]", "-b/--bits is 40"),
+        ("targets = [3.0, 4]", "targets = [3.0, 40]", "`bits` is 40"),
         ("[settings]", "[setings]", "the plan has no entry 'setings'"),
         ("dataset_rows = 7", "bits = 7", r"\[settings\] has no entry 'bits'"),
         ("propagation = 0.25", "propagation = 2", "propagation is 2"),

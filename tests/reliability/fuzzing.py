@@ -29,9 +29,10 @@ from safetensors.numpy import save
 from exl2jax.calibration import load_tokenizer
 from exl2jax.calibration.parquet import parquet_texts
 from exl2jax.calibration.ready import read_ready
+from exl2jax.conversion.checkpoint import FileCheckpoint
 from exl2jax.conversion.config import ConversionConfig
-from exl2jax.conversion.settings import asked_record, resumed_config
-from exl2jax.conversion.work_directory import FileCheckpoint, JobState, WorkDirectory
+from exl2jax.conversion.settings import resumed_config, settings_record
+from exl2jax.conversion.work_directory import JobState, WorkDirectory
 from exl2jax.errors import Exl2JaxError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.measure.measurement import Measurement, read_measurement
@@ -227,7 +228,7 @@ def targets(home: Path) -> list[Target]:
 def _sound_job(home: Path) -> Any:
     home.mkdir()
     work = WorkDirectory(home)
-    settings = asked_record(ConversionConfig(in_dir=home.parent / "model", out_dir=home))
+    settings = settings_record(ConversionConfig(in_dir=home.parent / "model", out_dir=home))
     records = {"seconds": {"measure": 1.0}}
     work.save(JobState(inputs={"bits": 4.0}, settings=settings, stage="quantize", records=records))
     return json.loads(work.job_file.read_text(encoding="utf-8"))

@@ -61,6 +61,12 @@ def work(
     return tiny_conversion(tiny_llama, request.param).out_dir
 
 
+def test_a_report_is_titled_by_its_model(work: Path, tiny_llama: Path) -> None:
+    page = conversion_page(read_conversion(work))
+    assert page.title == f"{tiny_llama.name} at 4.5 bits" != "model at 4.5 bits"
+    assert f"<title>{page.title}</title>" in page_html(page)
+
+
 def test_page_of_a_conversion(work: Path) -> None:
     found = read_conversion(work)
     page = conversion_page(found)
@@ -182,7 +188,7 @@ def test_warnings_of_one_kind_are_folded() -> None:
     dead = [f"layers.{i}.mlp: {i} of 640 inputs are never active" for i in range(3)]
     other = "layers.1.mlp: damping raised 2 times, to 0.48"
     assert folded([dead[0], other, *dead[1:]]) == [
-        f"{dead[0]} (and 2 more of this kind: --json lists them)",
+        f"{dead[0]} (and 2 more of this kind, all in the JSON output)",
         other,
     ]
     assert folded([]) == []

@@ -29,7 +29,7 @@ from exl2jax.cli.entry import main
 from exl2jax.stream.devices import local_devices, row_devices, spread
 model, base, devices, here = sys.argv[1:]
 flags = ["-i", model, "-b", "4.5", "-c", "random", "-r", "5", "-mr", "5", "-l", "24", "-ml", "24", "--devices", devices]
-assert main(["convert", "-o", f"{base}/best", "--with-accuracies", *flags]) == 0
+assert main(["convert", "-o", f"{base}/best", "--variant", "accuracies=true", *flags]) == 0
 assert main(["convert", "-o", f"{base}/stock", "--preset", "stock", "-m", f"{base}/best/measurement.json", *flags]) == 0
 with spread():
     assert row_devices() == int(devices) and len(local_devices()) == int(here)
@@ -135,9 +135,9 @@ def test_processes_agree_with_one(model: Path, alone: dict[str, Found], tmp_path
 
 
 def test_more_devices_than_there_are(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--devices is 64"), spread(64):
+    with pytest.raises(SettingsError, match="`devices` is 64"), spread(64):
         pass
-    with pytest.raises(SettingsError, match="--devices is 0"):
+    with pytest.raises(SettingsError, match="`devices` is 0"):
         convert(ConversionConfig(in_dir=model, out_dir=tmp_path, devices=0))
 
 
@@ -147,7 +147,7 @@ def test_processes_at_different_places_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
     require_agreement("price after 2 modules")
-    with pytest.raises(JobError, match=r"price after 3 modules and price after 2 modules.*-nr"):
+    with pytest.raises(JobError, match=r"price after 3 modules and price after 2 modules.*`no_resume`"):
         require_agreement("price after 3 modules")
     monkeypatch.setattr(jax, "devices", lambda: [None, None])
     with pytest.raises(SettingsError, match="over 2 processes takes all 2"), spread(1):

@@ -1,0 +1,95 @@
+"""From a name to published sizes: one command converts, one publishes, against a Hub on the loopback address."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import metadata_load
+
+from exl2jax import cli
+from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.sizes import MEASURED, Size, bits_within, parse_bytes, require_distinct
+from exl2jax.errors import MeasurementError, SettingsError
+from exl2jax.exl2.verify.directory import verify
+from exl2jax.hub.record import read_record
+from exl2jax.testing.hub_server import Hub, Repo
+from tests.hub.conftest import WRITE
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the Hub's library, of itself
+ROWS = ["-c", "random", "-r", "3", "-mr", "2", "-l", "24", "-ml", "24", "--preset", "fast"]
+
+
+@pytest.mark.slow
+def test_from_a_name_to_branches(
+    hub: Hub, published: Repo, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, template = tmp_path / "work", str(tmp_path / "out" / "{name}-{bits}bpw-exl2")
+    command = ["convert", "-i", "org/tiny", "-o", str(work), "-cf", template, "-b", "2.0,3.0,5.0", "-hb", "6,6,8"]
+    command += [*ROWS, "--quantized-by", "someone", "--json"]
+    assert cli.main(command) == 1, "2.0 bits cannot be reached"
+    refused, *made = json.loads(capsys.readouterr().out)["sizes"]
+    assert "can be reached" in refused["refused"] or "reach" in refused["refused"]
+    folders = [Path(each["output"]) for each in made]
+    assert [folder.name for folder in folders] == ["tiny-3bpw-exl2", "tiny-5bpw-exl2"]
+    assert all(verify(folder).ok for folder in folders)
+    records = [read_record(folder) for folder in folders]
+    assert [(r.bits, r.head_bits) for r in records if r] == [(3.0, 6), (5.0, 8)]
+    first = records[0]
+    assert first and first.base_model == "org/tiny" and first.revision == published.commit("main")
+    assert first.evaluation and first.evaluation["kl_divergence"] > records[1].evaluation["kl_divergence"]  # type: ignore[index]
+    card = (work / "README.md").read_text()
+    assert f"{first.evaluation['kl_divergence']:.4f}" in card and "Text of the source" not in card
+    assert metadata_load(folders[0] / "README.md")["license"] == "apache-2.0"  # type: ignore[index]
+    assert f"convert -i org/tiny@{first.revision} -o WORK" in card and str(tmp_path) not in card
+    _fits_sizes(Path(work), published, tmp_path)
+
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    upload = ["publish", *map(str, folders), "--repo", "user/tiny-exl2", "--branches", "--measurement"]
+    assert cli.main([*upload, str(work / MEASURED)]) == 0
+    branches = hub.repos["user/tiny-exl2"].branches
+    assert set(branches) == {"main", "3bpw", "5bpw"}
+    assert branches["main"]["README.md"].decode() == card
+    assert branches["3bpw"]["output.safetensors"] == (folders[0] / "output.safetensors").read_bytes()
+
+
+def _fits_sizes(work: Path, published: Repo, tmp_path: Path) -> None:
+    """The most bits whose files have at most the bytes asked for; a thousandth more would have more."""
+    made = next((tmp_path / "out").glob("*-3bpw-exl2"))
+    source = next((tmp_path / "cache").glob("models--org--tiny/snapshots/*"))
+    base = ConversionConfig(in_dir=source, out_dir=work, preset="fast")
+    bytes_made = (made / "output.safetensors").stat().st_size
+    bits = bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=bytes_made))
+    assert bits >= 3.0 - 1e-9
+    with pytest.raises(MeasurementError, match="the smallest that this model comes to is"):
+        bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=10_000))
+    assert bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=10**9)) == 8.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-b", "3,4", "-cf", "out/model"], "with several sizes it must hold {bits}"),
+        (["-b", "3,3"], "is given twice"),
+        (["-b", "3,4", "-hb", "6,6,8"], "3 values for 2 sizes"),
+        (["-b", "3,nine"], "it must be a number"),
+        (["-b", "3,9"], "must lie between 2 and 8"),
+        (["-b", "3", "--size", "1GB"], "one choice"),
+        (["--size", "5"], "a number with MB, GB, MiB or GiB"),
+        (["-b", "3,4", "-om", "m.json"], "makes no size"),
+    ],
+)
+def test_bad_sizes(
+    arguments: list[str], said: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    assert cli.main(["convert", "-i", str(tiny_llama), "-o", str(work), *ROWS, *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not work.exists()
+
+
+def test_sizes_by_hand() -> None:
+    assert [parse_bytes(t) for t in ("5.5GB", "1 gib", "250MB", "2MiB")] == [5_500_000_000, 2**30, 250_000_000, 2**21]
+    base = ConversionConfig(in_dir=Path("m"), out_dir=Path("w"), compile_full=Path("x-{head_bits}"))
+    require_distinct(base, [(4.0, 6), (4.0, 8)], several=True)
+    with pytest.raises(SettingsError, match="must hold"):
+        require_distinct(base, [(4.0, 6), (5.0, 6)], several=True)
