@@ -142,6 +142,7 @@ def test_rows_that_are_no_multiple_of_32(tmp_path: Path, tokens: Path, capsys: A
 
 def test_a_model_that_is_quantized_already(model: Path, tokens: Path, capsys: Any) -> None:
     edit_config(quantization_config={"quant_method": "gptq"})(model)
+    edit_weights(lambda t: {k.replace("_proj.weight", "_proj.qweight"): v for k, v in t.items()})(model)
     assert run(model, tokens) == 2
     assert "already quantized (gptq); take the original" in complaint(capsys)
 

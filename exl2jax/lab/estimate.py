@@ -9,23 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from exl2jax.estimate import Passes, Work, conversion_work
+from exl2jax.estimate.devices import CORE
 from exl2jax.lab.cell import finished_row
 from exl2jax.lab.plan import Cell, SweepPlan
 from exl2jax.lab.results import STAGES
 from exl2jax.lab.sweep import cell_folder
-from exl2jax.models import LinearSpec, Model, head_spec, module_specs, open_model
+from exl2jax.models import Model, head_spec, module_specs, open_model
 from exl2jax.models.modules import embedding_shapes
-from exl2jax.ops.scales import TRIALS
 from exl2jax.stock_tables import head_qparams
 
 PROBE = 1024
-TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
-"""Rows and length of the built-in set, for plans that give none."""
-GPTQ_EFFICIENCY = 0.15
-"""Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
-SETTINGS_MEASURED = {"fisher": 7, "divergence": 7, "accuracy": 18}
-PASSES = {"fisher": 5, "divergence": 5, "accuracy": 12}
-"""Forward passes that a measurement is worth, backward passes and candidates included."""
+SLOWER = CORE["products"] / CORE["elementwise"]
+"""How many operations of a product one core does in the time of an element-wise one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,32 +75,29 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _operations(cell: Cell, model: Model) -> dict[str, float]:
-    """Floating-point operations by stage, those of GPTQ weighted by how slowly they go."""
-    specs, head = module_specs(model.config), head_spec(model.config)
-    linears = [linear for spec in specs for linear in spec.linears]
-    weights = sum(linear.weights for linear in linears)
-    hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
-    trials = TRIALS[cell.recipe.method.search]
-    walk = sum(_walk_operations(x, trials) for x in linears) / GPTQ_EFFICIENCY
-    pricing, plan = cell.recipe.pricing, cell.evaluation
-    measure, quantize = _tokens(cell, "measure"), _tokens(cell, "quantize")
+    """Floating-point operations by stage, element-wise ones weighted by how slowly they go."""
+    head, plan = head_spec(model.config), cell.evaluation
+    passes = _passes(cell)
+    counted = {name: _weighted(work) for name, work in conversion_work(model.config, cell.recipe, passes).items()}
     evaluated = (plan.rows or 24) * plan.length
+    weights = sum(spec.weights for spec in module_specs(model.config))
     return {
-        "measure": measure * (2 * weights * PASSES[pricing] + hessians) + walk * SETTINGS_MEASURED[pricing],
-        "quantize": quantize * (6 * weights + hessians) + walk + _walk_operations(head, trials) / GPTQ_EFFICIENCY,
+        "measure": sum(operations for name, operations in counted.items() if name != "quantize"),
+        "quantize": counted["quantize"],
         "evaluate": evaluated * (2 * weights + 4 * head.weights),
     }
 
 
-def _walk_operations(linear: LinearSpec, trials: int) -> float:
-    """A product with the factor, and the scales tried on every weight at about six operations each."""
-    return linear.weights * (linear.rows + trials * 6)
+def _weighted(work: Work) -> float:
+    return work.products + SLOWER * work.elementwise
 
 
-def _tokens(cell: Cell, stage: str) -> int:
-    names = ("measurement_rows", "measurement_length") if stage == "measure" else ("dataset_rows", "length")
-    rows, length = (cell.settings.get(name) for name in names)
-    return (rows or TYPICAL_ROWS[stage]) * (length or TYPICAL_LENGTH)
+def _passes(cell: Cell) -> Passes:
+    """The rows of a cell; its quantization's length serves both passes where they differ."""
+    known = {name: cell.settings.get(name) for name in ("measurement_rows", "length")} | {
+        "rows": cell.settings.get("dataset_rows")
+    }
+    return Passes(**{name: value for name, value in known.items() if value is not None})
 
 
 def _observed_speed(

@@ -31,7 +31,7 @@ MEASURED: tuple[Setting, ...] = ((5, 128), (4, 128), (4, 32), (3, 128), (3, 32),
 SIZES = (32, 64, 128)
 
 LEAST_COST = 1e-120
-"""What a tile costs at least at zero bits, in nats: far below all that is measured, and its square is still a number."""
+"""The least cost of a tile at zero bits, in nats: below all that is measured, and its square is still a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

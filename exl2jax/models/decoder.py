@@ -251,12 +251,12 @@ class Module:
         """Inputs of the groups of linears of a stage, given the outputs of the stages before by linear name."""
         return self._apply(params, "inputs", stage, states, outputs)
 
-    def inputs_through(self, stage: int, params: Params, states: jax.Array) -> Inputs:
-        """Inputs of the groups of linears of a stage, computed from the states through the stages before."""
+    def inputs_through(self, stage: int, params: Params, states: jax.Array) -> tuple[Inputs, dict[str, jax.Array]]:
+        """Inputs of the groups of linears of a stage, and the outputs of the stages before, through which they come."""
         outputs: dict[str, jax.Array] = {}
         for before in range(stage):
             outputs |= self.linears(before, params, self.inputs(before, params, states, outputs))
-        return self.inputs(stage, params, states, outputs)
+        return self.inputs(stage, params, states, outputs), outputs
 
     def last_inputs(self, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
         """Input of the last stage of attention or MLP for several outputs of the first stage's last linear."""

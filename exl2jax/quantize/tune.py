@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Module, ModuleSpec
-from exl2jax.ops import QuantizedLinear
+from exl2jax.ops import QuantizedLinear, dequantized_weight, group_table
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.stream.chunks import rows_at_once
 from exl2jax.variants import Choice
-from exl2jax.variants.rounding import Rounded, weight_of
 from exl2jax.variants.tuning import Tunable, Tuned
 
 UNTUNED = "router"
@@ -130,12 +129,11 @@ def _groups_of_rows(linear: QuantizedLinear) -> np.ndarray:
 
 def _with_maxima(linear: QuantizedLinear, delta: np.ndarray) -> QuantizedLinear:
     """The linear with its maxima changed and rounded to half, and the weight that this dequantizes to."""
-    count = len(linear.groups)
-    maxima = np.asarray(linear.qscale_max, np.float32) * (1 + delta[:count])
-    maxima = np.clip(maxima, 0, HALF_MAX).astype(np.float16)
-    found = Rounded(linear.codes, linear.qs, jnp.asarray(maxima))
-    weight = weight_of(found, linear.groups, jnp.argsort(linear.perm))
-    return linear._replace(qscale_max=found.qscale_max, weight=weight)
+    maxima = np.asarray(linear.qscale_max, np.float32) * (1 + delta)
+    maxima = jnp.asarray(np.clip(maxima, 0, HALF_MAX).astype(np.float16))
+    table = group_table(linear.groups, len(linear.perm))
+    weight = dequantized_weight(linear.codes, linear.qs, maxima, jnp.argsort(linear.perm), table)
+    return linear._replace(qscale_max=maxima, weight=weight)
 
 
 def _moved_norm(norm: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:

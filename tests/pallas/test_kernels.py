@@ -152,12 +152,15 @@ def test_search_by_column(kernels: Kernels, bits: int) -> None:
     np.testing.assert_allclose(reached, best, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits", FORMAT_BITS)
-def test_packing(kernels: Kernels, bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (64, 131)).astype(np.uint8)
-    words = kernels.pack_codes(jnp.asarray(codes), bits=bits)
-    assert words.dtype == jnp.int32
-    assert np.array_equal(words, packing_oracle.pack_codes(codes, bits))
+def test_packing(kernels: Kernels) -> None:
+    """Tiles of every width, in an order that is none."""
+    rng, bits = np.random.default_rng(0), np.asarray([3, 8, 2, 6, 5, 4, 2])
+    tiles = [rng.integers(0, 2**b, (32, 131)).astype(np.uint8) for b in bits]
+    words = kernels.pack_tiles(jnp.asarray(np.concatenate(tiles)), jnp.asarray(bits))
+    assert (words.dtype, words.shape) == (jnp.int32, (len(bits), 8, 131))
+    for b, tile, found in zip(bits.tolist(), tiles, np.asarray(words), strict=True):
+        assert np.array_equal(found[:b], packing_oracle.pack_codes(tile, b))
+        assert not found[b:].any()
 
 
 @pytest.mark.parametrize("search", [search_scales, search_columns])
@@ -170,7 +173,7 @@ def test_gptq_of_a_matrix(kernels: Kernels, search: ScaleSearch) -> None:
     assert np.array_equal(result.qs, reference.qs)
     np.testing.assert_allclose(result.qscale_max, reference.qscale_max, rtol=2e-2)
     assert (np.asarray(result.codes) == np.asarray(reference.codes)).mean() > 0.98
-    again = unpack_linear(pack_linear(result, pack=kernels.pack_codes))[:, :39]
+    again = unpack_linear(pack_linear(result, pack=kernels.pack_tiles))[:, :39]
     assert np.array_equal(again.view(np.uint16), np.asarray(result.weight).view(np.uint16))
 
 
@@ -192,12 +195,6 @@ def test_walk_and_losses_lower_to_mosaic(rows: int) -> None:
     stock = (shape(rows, n), shape(97, 1), shape())
     for operands in (stock, (shape(rows, n), shape(72, n), shape(), shape(rows))):
         assert "mosaic_gpu" in lowered(compiled.scale_losses, *operands)
-
-
-@pytest.mark.parametrize("bits", FORMAT_BITS)
-def test_packing_lowers_to_mosaic(bits: int) -> None:
-    pack = pallas_kernels(COMPILED).pack_codes
-    assert "mosaic_gpu" in lowered(lambda c: pack(c, bits=bits), shape(64, 5, dtype=jnp.uint8))
 
 
 def test_a_kernel_is_the_same_object_each_time() -> None:
