@@ -57,7 +57,7 @@ class DeviceEstimate:
     bound: str
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `--json`."""
+        """The JSON object in JSON."""
         return asdict(self)
 
 
