@@ -11,7 +11,7 @@ from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import round_to_nearest
 from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import hessian_diagnostics, linear_diagnostics
-from exl2jax.quantize.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
+from exl2jax.quantize.linear import PackedWeight, pack_checked, quantize, read_checks, require_sound
 from exl2jax.quantize.propagate import CrossTerms, Strengths, added, corrected_target, cross_terms
 from exl2jax.stream.chunks import full_mask, row_chunks
 from exl2jax.stream.devices import on_all_devices, on_one_device
@@ -44,13 +44,16 @@ def quantize_head(
         rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=method.search)
         return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, states, reference if strength else None, mask)
-    factor = factor_hessian(terms.hessian, spec.key, method)
+    factor = method.factorize(terms.hessian)
     target = jnp.asarray(kernel)
     if terms.cross is not None:
         target = corrected_target(target.astype(jnp.float32), factor, terms, Strengths(strength, 0.0))
-    linear = quantize_linear(target, factor, qparams, spec, method)
+    done = quantize(target, factor, qparams, spec, method, kernel)
+    (checks,) = read_checks([done.checks])
+    require_sound(checks, spec, spec.key)
+    linear = done.linear
     diagnostics = (*hessian_diagnostics(terms.hessian, factor, (spec,)), *linear_diagnostics(spec, kernel, linear))
-    return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, diagnostics
+    return PackedWeight(done.packed.stored(linear.groups), linear.weight), {spec.name: checks.damping}, diagnostics
 
 
 def head_terms(
