@@ -57,7 +57,8 @@ class _Plan(NamedTuple):
     """What a walk follows: its groups, the width of each, its options, and what is static of the groups.
 
     `widths [K / 32 or 1, 1 or columns]` are the bits of every group, or of all; `copies` of the matrix go side by side
-    as columns. `size` is the most rows of a group; `rows` are those of each and `number` is how many there are, where known.
+    as columns. `size` is the most rows of a group; `rows` are those of each and `number` is how many there
+    are, where known.
     """
 
     groups: GroupTable
