@@ -57,7 +57,8 @@ class _Plan(NamedTuple):
     """What a walk follows: its groups, the width of each, its options, and what is static of the groups.
 
     `widths [K / 32 or 1, 1 or columns]` are the bits of every group, or of all; `copies` of the matrix go side by side
-    as columns. `size` is the most rows of a group; `rows` are those of each and `count` is their number, where known.
+    as columns. `size` is the most rows of a group; `rows` are those of each and `number` is how many there
+    are, where known.
     """
 
     groups: GroupTable
@@ -66,7 +67,7 @@ class _Plan(NamedTuple):
     size: int
     copies: int = 1
     rows: int | None = None
-    count: int | None = None
+    number: int | None = None
 
     @classmethod
     def of(cls, table: jax.Array, options: WalkOptions) -> "_Plan":
@@ -202,7 +203,7 @@ def _walk_wide(walk: _Walk, w: jax.Array, u: jax.Array, plan: _Plan) -> _Walk:
         walk = _walk_group(walk, mine, (u, importance, tile), (g, row), plan)
         return walk, tile + (plan.groups.rows[g] if plan.rows is None else plan.rows) // ROW_MULTIPLE
 
-    count = plan.groups.count if plan.count is None else plan.count
+    count = plan.groups.number if plan.number is None else plan.number
     return lax.fori_loop(0, count, group, (walk, jnp.int32(0)))[0]
 
 

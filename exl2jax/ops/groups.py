@@ -37,7 +37,7 @@ class GroupTable(NamedTuple):
         return cls(*(table[i] for i in range(len(cls._fields))))
 
     @property
-    def count(self) -> jax.Array:
+    def number(self) -> jax.Array:
         """Number of groups."""
         return jnp.sum(self.rows > 0, dtype=jnp.int32)
 

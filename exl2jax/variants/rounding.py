@@ -1,4 +1,7 @@
-"""Roundings of a whole matrix in permuted order: codes and scales, group by group, with or without feedback."""
+"""Roundings of a whole matrix in permuted order, in plain code that is made to be read and copied.
+
+GPTQ itself (`stock`) runs in the walk of `exl2jax.ops`; the one here is what other roundings begin with.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
