@@ -1,7 +1,6 @@
 """`exl2jax calibrate`: build calibration rows and show them."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +37,6 @@ def calibrate_command(
     control = RunControl(progress=make_progress(console, status=False), stop=called.stop)
     with tempfile.TemporaryDirectory() as nowhere:
         config = conversion_config(settings, Path(nowhere))
-    config = replace(config, in_dir=source_directory(config.in_dir))
     model, _, _ = read_config(config.in_dir)
     tokenizer = load_tokenizer(config.in_dir)
     rows = build_rows(
