@@ -15,7 +15,7 @@ BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model lab check test test-fast torture quality lint format docs wheel parity parity-write clean
+.PHONY: help setup demo demo-model lab check test test-fast torture quality lint format docs wheel parity parity-write gpu-env counts clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ parity: demo-model ## recompute the reference logits with torch and transformers
 parity-write: demo-model ## rebuild the committed reference logits that no longer agree
 	@scripts/setup.sh parity
 	.venv-parity/bin/python -m scripts.parity.reference --write
+
+gpu-env: ## make .venv-gpu, JAX for CUDA (4.4 GB): compiles for a GPU where none is
+	@scripts/setup.sh gpu
+
+counts: demo-model ## count programs, calls, reads and bytes of a conversion of the demo model (minutes)
+	$(BIN)/python -m scripts.bench.counts run build/counts
 
 clean: ## remove caches and build outputs; keeps the virtual environments and the demo model
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,5 +1,6 @@
 """exl2jax: convert Hugging Face language models to mixed-precision EXL2 directories."""
 
+from exl2jax import contrib
 from exl2jax.calibration import CalibrationConfig
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.convert import convert
@@ -23,6 +24,7 @@ __all__ = [
     "PackedLinear",
     "QParams",
     "__version__",
+    "contrib",
     "convert",
     "evaluate",
     "load_exl2",

@@ -53,7 +53,9 @@ which the runtime refuses.
 
 A config that holds a multiplier, a cap or a bias switch that its architecture does not know is refused: the runtime
 applies such keys to every model. So is a value that the runtime takes for granted, and a bias in the weights that the
-config does not announce.
+config does not announce. Where config and tensors disagree otherwise, the tensors decide with a warning, or the model
+is refused: a stored head that differs from the embedding is the head, whatever `tie_word_embeddings` says, and tensors
+that nothing reads are counted. [reliability.md](reliability.md) lists what people bring, and what happens.
 
 ## Where the runtime differs from the trained model
 

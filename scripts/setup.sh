@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh          .venv         the project with the extras that EXTRAS names; dev,demo if it names none
 #   scripts/setup.sh parity   .venv-parity  torch and transformers, to rebuild the reference logits
+#   scripts/setup.sh gpu      .venv-gpu     the project with JAX for CUDA (4.4 GB), to compile for a GPU without one
 #
 # PYTHON names an interpreter to use instead of the ones looked for. Nothing is printed when all is in place.
 set -euo pipefail
@@ -25,8 +26,15 @@ case "${1:-main}" in
         inputs=(tests/models/reference/requirements.txt)
         arguments=(-r tests/models/reference/requirements.txt)
         ;;
+    gpu)
+        venv=.venv-gpu
+        wanted=3.12 newest=3.99
+        candidates=(python3 python3.12 python3.13 python3.14)
+        inputs=(pyproject.toml constraints.txt)
+        arguments=(-c constraints.txt -e . "jax[cuda13]")
+        ;;
     *)
-        echo "usage: scripts/setup.sh [parity]" >&2
+        echo "usage: scripts/setup.sh [parity|gpu]" >&2
         exit 2
         ;;
 esac

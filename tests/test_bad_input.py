@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import cli
+from exl2jax.conversion import context
 from exl2jax.testing.tiny_model import write_tiny_llama
 
 WEIGHTS = "model.safetensors"
@@ -27,6 +28,20 @@ UP_PROJ = "model.layers.0.mlp.up_proj.weight"
 @pytest.fixture
 def model(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the passes that have begun."""
+    begun: list[str] = []
+    scan = context.scan
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        begun.append(kwargs["stage"])
+        return scan(*args, **kwargs)
+
+    monkeypatch.setattr(context, "scan", counted)
+    return begun
 
 
 @pytest.fixture
@@ -121,8 +136,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
+SEEN_WHEN_READ = ("a NaN in the weights", "an infinity in the norms")
+"""Damage that shows in no header: it is named when the tensor is read, in the first pass."""
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_model(kind: str, model: Path, tokens: Path, capsys: Any) -> None:
+def test_a_damaged_model(kind: str, model: Path, tokens: Path, capsys: Any, passes: list[str]) -> None:
     damage, fragments = DAMAGE[kind]
     damage(model)
     assert run(model, tokens) == 1
@@ -130,6 +149,11 @@ def test_a_damaged_model(kind: str, model: Path, tokens: Path, capsys: Any) -> N
     assert [part for part in fragments if part not in message] == [], message
     assert not (model.parent / "exl2").exists()
     assert not list((model.parent / "work").glob("output*"))
+    assert bool(passes) == (kind in SEEN_WHEN_READ)
+    if kind not in SEEN_WHEN_READ:
+        assert cli.main(["plan", str(model), "-c", str(tokens), "-mr", "2"]) == 1
+        planned = complaint(capsys)
+        assert [part for part in fragments if part not in planned] == [], planned
 
 
 def test_rows_that_are_no_multiple_of_32(tmp_path: Path, tokens: Path, capsys: Any) -> None:
@@ -142,16 +166,18 @@ def test_rows_that_are_no_multiple_of_32(tmp_path: Path, tokens: Path, capsys: A
 
 def test_a_model_that_is_quantized_already(model: Path, tokens: Path, capsys: Any) -> None:
     edit_config(quantization_config={"quant_method": "gptq"})(model)
+    edit_weights(lambda t: {k.replace("_proj.weight", "_proj.qweight"): v for k, v in t.items()})(model)
     assert run(model, tokens) == 2
     assert "already quantized (gptq); take the original" in complaint(capsys)
 
 
 @pytest.mark.parametrize("preset", ["best", "stock"])
 def test_a_target_out_of_reach_is_refused_before_anything_is_measured(
-    preset: str, model: Path, tokens: Path, capsys: Any
+    preset: str, model: Path, tokens: Path, capsys: Any, passes: list[str]
 ) -> None:
     assert run(model, tokens, "-b", "2", "--preset", preset) == 1
     message = complaint(capsys)
+    assert passes == []
     assert re.search(r"-b 2\.0: these candidates reach \d\.\d+ to 8\.\d+ bits per weight; raise -b", message), message
     assert not (model.parent / "work").exists()
 
@@ -178,7 +204,7 @@ CALIBRATION: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CALIBRATION)
-def test_a_bad_calibration_file(name: str, model: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_bad_calibration_file(name: str, model: Path, tmp_path: Path, capsys: Any, passes: list[str]) -> None:
     write, fragments = CALIBRATION[name]
     write(tmp_path / name)
     assert run(model, tmp_path / name, "-r", "4", "-l", "64", "-ml", "64") == 1
@@ -186,6 +212,7 @@ def test_a_bad_calibration_file(name: str, model: Path, tmp_path: Path, capsys: 
     assert [part for part in fragments if part not in message] == [], message
     assert not (tmp_path / "exl2").exists()
     assert not (tmp_path / "work" / "cal_data.safetensors").exists()
+    assert passes == []
 
 
 def test_an_output_that_cannot_be_a_directory(model: Path, tokens: Path, tmp_path: Path, capsys: Any) -> None:
@@ -220,12 +247,14 @@ def test_a_full_disk(model: Path, tokens: Path, tmp_path: Path, capsys: Any) -> 
     assert [p.name for p in (tmp_path / "work").iterdir() if p.suffix != ".lock" and p.name != ".lock"] == []
 
 
-def test_a_measurement_of_another_model(model: Path, tokens: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_measurement_of_another_model(
+    model: Path, tokens: Path, tmp_path: Path, capsys: Any, passes: list[str]
+) -> None:
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"measurement": {"model.layers.9.mlp": []}, "last_module_idx": 4}), encoding="utf-8")
     assert run(model, tokens, "-m", str(path)) == 1
     message = complaint(capsys)
-    assert "m.json" in message
+    assert "m.json" in message and passes == []
     assert "another" in message
 
 

@@ -95,8 +95,8 @@ def unspent_note(bpw: float, bits: float, specs: Sequence[ModuleSpec], *, rows: 
     if bits - bpw <= step:
         return None
     return (
-        f"only {bpw:.4f} of the {bits:g} bits per weight asked for were spent: the allowed settings reach no further, or "
-        "the measurement sees no gain in more"
+        f"only {bpw:.4f} of the {bits:g} bits per weight asked for were spent: the allowed settings reach no further, "
+        "or the measurement sees no gain in more"
     )
 
 
@@ -113,8 +113,9 @@ def allocate(
 ) -> Strategy:
     """Choose a setting per linear within `int(weights * bits)` bits.
 
-    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best (`allocate_by_linear`), or
-    every module a row of `table` where one is given. By `accuracy` every module takes a row of its candidates.
+    By `fisher` and `divergence` every linear takes the mixture of widths that serves the whole best
+    (`allocate_by_linear`), or every module a row of `table` where one is given. By `accuracy` every module takes a row
+    of its candidates.
     `solver` picks the rows, the default by the proven optimum of the sum of errors; `objective` is what it takes for an
     error, the measured one by default. Raises `MeasurementError` with the feasible range when `bits` cannot be reached.
     """

@@ -1,8 +1,8 @@
 """Allocation by linear: every linear is chosen for by itself, and every mixture of widths within it is an option.
 
 At a price per bit the best mixture of a linear does not depend on the other linears (`mixtures`). A first sweep finds
-two neighbouring prices whose mixtures enclose the budget. A second sweep between the two gives each linear a few options
-near the optimum. The exact solver picks among the options and proves how far the result can be from the best.
+two neighbouring prices whose mixtures enclose the budget. A second sweep between the two gives each linear a few
+options near the optimum. The exact solver picks among the options and proves how far the result can be from the best.
 """
 
 from collections.abc import Mapping

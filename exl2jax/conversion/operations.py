@@ -9,23 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.conversion.config import ConversionConfig
-from exl2jax.models import LinearSpec, ModelConfig, head_spec, module_specs
-from exl2jax.ops.scales import TRIALS
+from exl2jax.estimate import Passes, Work, conversion_work
+from exl2jax.estimate.devices import CORE
+from exl2jax.models import ModelConfig
 
 PROBE = 1024
 """Rows and columns of the product that the machine's speed is measured with."""
 PROBING = 2.0
 """Seconds that it is measured for."""
 
-TYPICAL_ROWS, TYPICAL_LENGTH = {"measure": 19, "quantize": 115}, 2048
-"""Rows and length of the built-in set, for settings that give none."""
-
-GPTQ_EFFICIENCY = 0.15
-"""Share of a matrix product's speed that the walk over rows and the scale search reach, measured on a CPU."""
-
-SETTINGS_MEASURED = {"fisher": 7, "divergence": 7, "accuracy": 18}
-PASSES = {"fisher": 5, "divergence": 5, "accuracy": 12}
-"""Forward passes that a measurement is worth, backward passes and candidates included."""
+SLOWER = CORE["products"] / CORE["elementwise"]
+"""Operations of a product that one core does in the time of one element-wise operation."""
 
 MODEL_ERROR = 2.0
 """The factor by which times of whole stages were off, at most, at the speed that fits the whole (laboratory page)."""
@@ -49,41 +43,28 @@ class Duration:
 
 
 def pass_operations(config: ConversionConfig, model: ModelConfig) -> dict[str, float]:
-    """Floating-point operations by pass, in order, those of GPTQ weighted by how slowly they go."""
-    specs, head = module_specs(model), head_spec(model)
-    linears = [linear for spec in specs for linear in spec.linears]
-    weights = sum(linear.weights for linear in linears)
-    hessians = sum(2 * group[0].rows ** 2 for spec in specs for group in spec.groups)
+    """Operations of each pass that the conversion takes, in order, in units of a matrix product's operations."""
     recipe = config.recipe
-    trials = TRIALS[recipe.method.search]
-    walk = sum(walk_operations(x, trials) for x in linears) / GPTQ_EFFICIENCY
-    measure, quantize = tokens_of(config, "measure"), tokens_of(config, "quantize")
-    priced = measure * hessians + walk * SETTINGS_MEASURED[recipe.pricing]
-    passes = {
-        "forward": measure * 2.0 * weights,
-        "backward": measure * 2.0 * weights * (PASSES[recipe.pricing] - 1),
-        "perturb": measure * 2.0 * weights * len(specs) / 2,
-        "price": priced,
-        "measure": measure * 2.0 * weights * PASSES["accuracy"] + priced,
-    }
-    taken = {} if config.measurement is not None else {name: passes[name] for name in recipe.passes}
-    if config.output_measurement is not None:
-        return taken
-    last = walk + walk_operations(head, trials) / GPTQ_EFFICIENCY
-    return {**taken, "quantize": quantize * (6.0 * weights + hessians) + last}
+    measuring = conversion_work(model, recipe, passes_of(config, model, measure=True))
+    quantizing = conversion_work(model, recipe, passes_of(config, model))["quantize"]
+    names = () if config.measurement is not None else recipe.passes
+    taken = {name: _weighted(measuring[name]) for name in names}
+    return taken if config.output_measurement is not None else {**taken, "quantize": _weighted(quantizing)}
 
 
-def walk_operations(linear: LinearSpec, trials: int) -> float:
-    """A product with the factor, and the scales tried on every weight at about six operations each."""
-    return linear.weights * (linear.rows + trials * 6)
+def passes_of(config: ConversionConfig, model: ModelConfig, *, measure: bool = False) -> Passes:
+    """The rows of both calibrations and the length of one; those of the built-in set where the settings give none."""
+    typical = Passes()
+    length = config.measurement_length if measure else config.length
+    return Passes(
+        rows=config.dataset_rows or typical.rows,
+        measurement_rows=config.measurement_rows or typical.measurement_rows,
+        length=length or min(typical.length, model.max_position),
+    )
 
 
-def tokens_of(config: ConversionConfig, stage: str) -> int:
-    """Calibration tokens of the measurement or of the quantization."""
-    measuring = stage == "measure"
-    rows = config.measurement_rows if measuring else config.dataset_rows
-    length = config.measurement_length if measuring else config.length
-    return (rows or TYPICAL_ROWS[stage]) * (length or TYPICAL_LENGTH)
+def _weighted(work: Work) -> float:
+    return work.products + SLOWER * work.elementwise
 
 
 def machine_speed(seconds: float = PROBING) -> Speed:

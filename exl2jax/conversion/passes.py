@@ -17,6 +17,7 @@ import numpy as np
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
+from exl2jax.conversion.shown import shown
 from exl2jax.errors import JobError, NumericalError
 from exl2jax.measure.accuracy import MeasureStep
 from exl2jax.measure.costs import PriceStep
@@ -31,6 +32,7 @@ from exl2jax.quantize.step import QuantizeStep
 from exl2jax.storage import make_directory, read_checked_tensors, read_json, remove, write_checked_tensors, write_json
 from exl2jax.stream.chunks import full_mask
 from exl2jax.stream.forward import embed
+from exl2jax.stream.later import working_behind
 from exl2jax.stream.scan import GRADIENT, PERTURBED, STATES, Carry, HostCarry, streams_by
 from exl2jax.stream.streams import Rows, Stream, device_budget
 from exl2jax.variants.recipe import Recipe
@@ -86,11 +88,17 @@ def forward_pass(context: Context, rows: CalibrationRows) -> None:
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
         remove(context.work.hidden_states)  # a checkpoint without the inputs before it is worth nothing
+
+    def start() -> HostCarry:
+        carry = _embedded(context, picked)
+        stack.write(0, carry[STATES])
+        return carry
+
     Pass(
         name="forward",
         step=ForwardStep(decoder=context.decoder, stack=stack),
         specs=context.specs,
-        start=partial(_embedded, context, picked),
+        start=start,
         codec=Codec(lambda _: stack.flush(), lambda count: [None] * count),
         place=_rows(context, picked).place,
     ).run(context)
@@ -101,7 +109,9 @@ def backward_pass(context: Context, rows: CalibrationRows) -> None:
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
-        raise JobError(f"{context.work.module_inputs}: what the forward pass left is gone; start over with `no_resume`")
+        raise JobError(
+            f"{context.work.module_inputs}: the result of the forward pass is gone; start over with `no_resume`"
+        )
     specs, single = context.specs[::-1], _rows(context, picked, single=True)
 
     def start() -> HostCarry:
@@ -148,7 +158,7 @@ def perturb_pass(context: Context, rows: CalibrationRows) -> None:
 
 
 def price_pass(context: Context, rows: CalibrationRows) -> None:
-    """Write the measurement of what each linear's error costs."""
+    """Write the measurement: the cost of each linear's error."""
     every = PassRows.of(rows)
     placed = _rows(context, every)
     weights = context.work.scaled_fisher if context.recipe.divergence_rows else context.work.fisher
@@ -202,28 +212,35 @@ def quantize_pass(
     make_directory(context.work.out_tensor, "the work directory")
     every = PassRows.of(rows)
     placed = _rows(context, every, streams=3 if context.recipe.carries_reference else 2)
-    step = QuantizeStep(
-        decoder=context.decoder,
-        recipe=context.recipe,
-        strategy=strategy.qparams,
-        token_weights=token_weights,
-        head_bits=context.config.head_bits,
-        input_ids=rows.input_ids,
-        rows=placed,
-        out_tensor=context.work.out_tensor,
-        check_rows=context.config.measurement_rows or CHECK_ROWS,
-        routed_only=context.config.routed_only,
-        seed=context.config.seed,
-    )
-    _, reports = Pass(
-        name="quantize",
-        step=step,
-        specs=(*context.specs, head_spec(context.model.config)),
-        start=lambda: step.start(_embedded(context, every)[STATES]),
-        codec=Codec(partial(_write_reports, context), partial(read_reports, context)),
-        place=placed.place,
-        describe=lambda spec, report: _describe(spec, report, strategy),
-    ).run(context)
+    with working_behind() as behind:
+        step = QuantizeStep(
+            decoder=context.decoder,
+            recipe=context.recipe,
+            strategy=strategy.qparams,
+            token_weights=token_weights,
+            head_bits=context.config.head_bits,
+            input_ids=rows.input_ids,
+            rows=placed,
+            out_tensor=context.work.out_tensor,
+            check_rows=context.config.measurement_rows or CHECK_ROWS,
+            routed_only=context.config.routed_only,
+            seed=context.config.seed,
+            later=behind,
+        )
+
+        def write(reports: Sequence[ModuleReport]) -> None:
+            behind.settle()  # the linears that the reports speak of come first
+            write_json(context.work.reports, [report.to_json() for report in reports])
+
+        _, reports = Pass(
+            name="quantize",
+            step=step,
+            specs=(*context.specs, head_spec(context.model.config)),
+            start=lambda: step.start(_embedded(context, every)[STATES]),
+            codec=Codec(write, partial(read_reports, context)),
+            place=placed.place,
+            describe=lambda spec, report: _describe(spec, report, strategy),
+        ).run(context)
     if not math.isfinite(reports[-1].perplexity or math.nan):
         raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
 
@@ -236,10 +253,6 @@ def read_reports(context: Context, count: int | None = None) -> list[ModuleRepor
         return [ModuleReport.from_json(record) for record in records[:count]]
     except (TypeError, KeyError) as e:
         raise JobError(f"{path}: not a quantization report ({e}); start over with `no_resume`") from e
-
-
-def _write_reports(context: Context, reports: Sequence[ModuleReport]) -> None:
-    write_json(context.work.reports, [report.to_json() for report in reports])
 
 
 def _error_range(found: Mapping[str, Sequence[Candidate]]) -> str:
@@ -352,7 +365,7 @@ def _read_perturbations(context: Context, count: int) -> list[Perturbation]:
 
 
 def _method(recipe: Recipe) -> str:
-    """What the costs rest on, in words for the measurement file."""
+    """The source of the costs, in words for the measurement file."""
     if recipe.pricing == "divergence":
         return "relative errors of linears, scaled by the measured divergence of perturbing each module alone"
     scaled = ", scaled by the measured divergence of perturbing each module alone" if recipe.divergence_rows else ""
@@ -368,8 +381,8 @@ def _price_range(found: Mapping[str, LinearCosts]) -> str:
 
 def _describe(spec: ModuleSpec | LinearSpec, report: ModuleReport, strategy: Strategy) -> str:
     if isinstance(spec, LinearSpec):
-        full = f"full precision {report.perplexity_full:.3f}"
-        return f"{report.key}: calibration perplexity {report.perplexity:.3f} ({full})"
+        full = f"full precision {shown(report.perplexity_full or math.nan, 3)}"
+        return f"{report.key}: calibration perplexity {shown(report.perplexity or math.nan, 3)} ({full})"
     error = (
         f"rfn_error {report.rfn_error:.5f}"
         if report.rfn_error is not None

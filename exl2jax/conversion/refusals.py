@@ -32,7 +32,7 @@ def early_refusals(context: Context) -> list[Exl2JaxError]:
 
 def early_notes(context: Context) -> tuple[str, ...]:
     """What a person should know of the source and of the place of the result before anything is computed."""
-    return tuple([*context.model.notes, *_tokenizer_notes(context), *_place_notes(context)])
+    return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context))
 
 
 def _check_limits(context: Context) -> None:
@@ -74,8 +74,8 @@ def _check_shards(context: Context) -> None:
     largest = largest_tensor(context.model, _widest(context))
     if largest.nbytes > config.shard_size * MEGABYTE:
         raise SettingsError(
-            f"`shard_size` is {config.shard_size:g} MB; {largest.name} can take {largest.nbytes / MEGABYTE:.2f} MB: "
-            "raise it or set it to 0 for one file"
+            f"`shard_size` is {config.shard_size:g} MB; {largest.name} can take "
+            f"{largest.nbytes / MEGABYTE:.2f} MB; raise it, or set it to 0 for one file"
         )
 
 

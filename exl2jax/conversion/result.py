@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from exl2jax.conversion.shown import shown
+
 POOR_PERPLEXITY = 30.0
 FAILED_PERPLEXITY = 1000.0
 
@@ -39,7 +41,10 @@ class ConversionResult:
 def perplexity_warnings(perplexity: float) -> tuple[str, ...]:
     """Warnings by the limits that stock documents for the final check: over 30 is poor, over 1000 has failed."""
     if perplexity > FAILED_PERPLEXITY:
-        return (f"calibration perplexity {perplexity:.1f} is above 1000: the quantization has FAILED, do not use it",)
+        figure = shown(perplexity, 1)
+        return (f"calibration perplexity {figure} is above 1000: the quantization has FAILED, do not use it",)
     if perplexity > POOR_PERPLEXITY:
-        return (f"calibration perplexity {perplexity:.2f} is above 30: poor, check the source model and the bits",)
+        return (
+            f"calibration perplexity {shown(perplexity, 2)} is above 30: poor, check the source model and the bits",
+        )
     return ()

@@ -13,6 +13,7 @@ from exl2jax.conversion.refusals import early_notes
 from exl2jax.conversion.result import ConversionResult, perplexity_warnings
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.models.transform import transform_record
+from exl2jax.quantize.diagnostics import overflow_warnings
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.version import VERSION
 
@@ -46,6 +47,7 @@ def summarize(
     unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
     found = [*early_notes(context), *([unspent] if unspent else [])]
     diagnostics = [line for report in reports for line in report.diagnostics]
+    diagnostics += overflow_warnings((x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports)
     return ConversionResult(
         output=str(target),
         bits=config.bits,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from exl2jax.conversion.shown import shown
 from exl2jax.errors import Exl2JaxError
 from exl2jax.lab.cell import MEASUREMENT_NAME
 from exl2jax.lab.results import STAGES, read_results
@@ -115,8 +116,8 @@ def _cells(row: Row) -> list[str]:
         *identity,
         f"{row['bpw']:.3f}",
         f"{row['size'] / MEGABYTE:.1f}",
-        f"{row['perplexity']:.3f}",
-        f"{row['perplexity_se']:.3f}" if row["perplexity_se"] is not None else "",
+        f"{shown(row['perplexity'], 3)}",
+        f"{shown(row['perplexity_se'], 3)}" if row["perplexity_se"] is not None else "",
         f"{row['kl_divergence']:.4f}",
         f"{row['kl_p99']:.3f}",
         f"{row['top1_agreement']:.3f}",

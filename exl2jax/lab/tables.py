@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from exl2jax.conversion.shown import shown
 from exl2jax.lab.estimate import Estimate
 
 
@@ -20,8 +21,13 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(*identity, f"failed: {row['error']}", style="red")
             continue
         size = f"{row['size'] / 1e6:.1f}"
-        spread = "" if row["perplexity_se"] is None else f"{row['perplexity_se']:.2f}"
-        figures = (f"{row['perplexity']:.3f}", spread, f"{row['kl_divergence']:.4f}", f"{row['top1_agreement']:.3f}")
+        spread = "" if row["perplexity_se"] is None else f"{shown(row['perplexity_se'], 2)}"
+        figures = (
+            f"{shown(row['perplexity'], 3)}",
+            spread,
+            f"{row['kl_divergence']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+        )
         table.add_row(*identity, f"{row['bpw']:.3f}", size, *figures)
     return table
 

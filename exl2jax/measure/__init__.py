@@ -1,1 +1,1 @@
-"""What the error of each linear costs: by expected KL divergence, and by the accuracies that stock measures."""
+"""The cost of each linear's error: by expected KL divergence, and by the accuracies that stock measures."""

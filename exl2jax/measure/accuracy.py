@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from exl2jax.errors import NumericalError
 from exl2jax.measure.measurement import MIN_ACCURACY, Candidate, candidate_rows, module_bits
 from exl2jax.measure.trials import Stack, candidate_errors, expert_outputs
-from exl2jax.models import Decoder, ModuleSpec
+from exl2jax.models import Decoder, LinearSpec, ModuleSpec
 from exl2jax.ops import HessianFactor, relative_frobenius
-from exl2jax.quantize.linear import Task, module_factors, quantize_many
+from exl2jax.pallas import kernels_for
+from exl2jax.qparams import QParams
+from exl2jax.quantize.linear import in_threads, module_factors
 from exl2jax.stream.blocks import Block, Piece, cut
 from exl2jax.stream.forward import ErrorOfRows, errors_by_row, forward, mean_of_rows, require_finite
 from exl2jax.stream.hessians import collect
@@ -94,16 +100,27 @@ class MeasureStep:
         """Quantize every distinct setting of every linear once."""
         rows = candidate_rows(spec, self.table)
         distinct = {linear.name: list(dict.fromkeys(row[linear.name] for row in rows)) for linear in spec.linears}
-        tasks = [
-            Task(params[linear.name]["kernel"], factors[linear.name], qparams, linear, self.method)
-            for linear in spec.linears
-            for qparams in distinct[linear.name]
-        ]
-        results = iter(quantize_many(tasks))
+        tasks = [(linear, qparams) for linear in spec.linears for qparams in distinct[linear.name]]
+
+        def run(task: tuple[LinearSpec, QParams]) -> jax.Array:
+            linear, qparams = task
+            kernel, factor = jnp.asarray(params[linear.name]["kernel"], jnp.float32), factors[linear.name]
+            return self.method.quantize(kernel, factor, qparams.groups(linear.rows), kernels_for()).weight
+
+        weights = in_threads(run, tasks)
+        for (linear, _), finite in zip(tasks, read(_finite(weights)), strict=True):
+            if not finite:
+                raise NumericalError(f"{linear.key}: a candidate gave NaN or infinity; try other calibration rows")
+        results = iter(weights)
         return {
-            name: Stack([next(results).weight for _ in settings], [settings.index(row[name]) for row in rows])
+            name: Stack([next(results) for _ in settings], [settings.index(row[name]) for row in rows])
             for name, settings in distinct.items()
         }
+
+
+@jax.jit
+def _finite(weights: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(weight)) for weight in weights]
 
 
 def _summed(first: list[Stream], then: list[Stream]) -> list[Stream]:

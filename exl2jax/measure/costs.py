@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exl2jax.errors import NumericalError
-from exl2jax.measure.sensitivity import MEASURED, LinearCosts, Setting, pure_qparams
+from exl2jax.measure.sensitivity import MEASURED, LinearCosts, pure_qparams
 from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import HessianFactor
-from exl2jax.pallas import kernels_for
-from exl2jax.quantize.linear import in_threads, module_factors, require_half_range
+from exl2jax.quantize.linear import Priced, as_checks, in_threads, price, require_priced
 from exl2jax.stream.blocks import Block, Piece, joined
 from exl2jax.stream.forward import require_finite
 from exl2jax.stream.hessians import collect
@@ -50,46 +48,44 @@ class PriceStep:
         `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert
         is asked.
         """
-        spec, params = piece.spec, piece.params
-        weights = weights_beside(spec.linears, self.fisher)
-        tables = group_tables(spec.groups, weights)
-        module, out = piece.module, piece.target(states)
-        collected = collect(module, spec, params, self.rows, states, out, routed_only=self.routed_only, tables=tables)
-        tally, counts = read((collected.tally, collected.tokens))
+        module, spec, params = piece.module, piece.spec, piece.params
+        known, out = weights_beside(spec.linears, self.fisher), piece.target(states)
+        tables = group_tables(spec.groups, known)
+        found = collect(module, spec, params, self.rows, states, out, routed_only=self.routed_only, tables=tables)
+        fisher = [[self.fisher[x.key] for x in group] for group in spec.groups]
+        weights = _column_weights(fisher, found.tokens, np.float32(0.5 * self.rows.mask.count))
+        settings = tuple(map(pure_qparams, MEASURED))
+        tasks = [
+            (x, factor, weight)
+            for group, hessian, of_group in zip(spec.groups, found.hessians, weights, strict=True)
+            for factor in (self.method.factorize(hessian),)
+            for x, weight in zip(group, of_group, strict=True)
+        ]
+
+        def run(task: tuple[LinearSpec, HessianFactor, jax.Array]) -> Priced:
+            linear, factor, weight = task
+            return price(params[linear.name]["kernel"], factor, settings, weight, linear, self.method)
+
+        tally, priced = read((found.tally, in_threads(run, tasks)))
         require_finite(tally, spec)
-        factors = module_factors(spec, collected.hessians, self.method)
-        tokens = {x.name: round(float(n)) for group, n in zip(spec.groups, counts, strict=True) for x in group}
-
-        def run(task: tuple[LinearSpec, Setting]) -> np.ndarray:
-            linear, setting = task
-            # The Hessian is a sum over its tokens divided by rows.
-            weight = jnp.asarray(self.fisher[linear.key]) * (0.5 * states.count / max(tokens[linear.name], 1))
-            found = _losses(params[linear.name]["kernel"], factors[linear.name], setting, weight, self.method)
-            if not np.isfinite(found).all():
-                raise NumericalError(
-                    f"{linear.key}: its costs hold NaN or infinity; the activations of this calibration data overflow"
-                )
-            return found
-
-        for linear in spec.linears:
-            require_half_range(params[linear.name]["kernel"], linear)
-        tasks = [(linear, setting) for linear in spec.linears for setting in MEASURED]
-        losses = iter(in_threads(run, tasks))
+        names = {x.name: " and ".join(y.key for y in group) for group in spec.groups for x in group}
+        for (linear, *_), result in zip(tasks, priced, strict=True):
+            require_priced(as_checks(result.checks), linear, names[linear.name])
         costs = {
             linear.key: LinearCosts(
                 rows=linear.rows,
                 columns=linear.columns,
-                measured={setting: next(losses) for setting in MEASURED},
-                token_weights=weights.get(linear.key),
+                measured=dict(zip(MEASURED, np.asarray(result.losses, np.float64), strict=True)),
+                token_weights=known.get(linear.key),
             )
-            for linear in spec.linears
+            for (linear, *_), result in zip(tasks, priced, strict=True)
         }
         return out, costs
 
 
-def _losses(
-    kernel: jax.Array, factor: HessianFactor, setting: Setting, weight: jax.Array, method: Method
-) -> np.ndarray:
-    groups = pure_qparams(setting).groups(kernel.shape[0])
-    losses = method.tile_losses(jnp.asarray(kernel, jnp.float32), factor, groups, weight, kernels_for())
-    return np.asarray(losses, np.float64)
+@jax.jit
+def _column_weights(
+    fisher: list[list[jax.Array]], tokens: list[jax.Array], half_rows: jax.Array
+) -> list[list[jax.Array]]:
+    """Weights of columns by group and linear: a Hessian is a sum over its tokens divided by rows."""
+    return [[x * (half_rows / jnp.maximum(n, 1)) for x in of_group] for of_group, n in zip(fisher, tokens, strict=True)]

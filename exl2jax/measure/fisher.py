@@ -1,4 +1,4 @@
-"""Fisher information of every linear's output columns: how much the model's predictions feel an error there.
+"""Fisher information of every linear's output columns: the effect of an error there on the model's predictions.
 
 For a small error `e` added to the outputs of a linear, the expected KL divergence of the next-token distributions is
 `1/2 e^T F e` with `F` the Fisher information, the second moment of the gradient of the log likelihood under labels
@@ -32,7 +32,7 @@ taken out of it, and stand beside it under the name with `TOKENS` after it."""
 
 
 def columns_by_key(spec: ModuleSpec, columns: Columns) -> dict[str, np.ndarray]:
-    """What there is of a module's linears, by their keys: as it is stored."""
+    """The known columns of a module's linears by their keys, as they are stored."""
     return {x.key + part: columns[x.name + part] for x, part in _parts(spec) if x.name + part in columns}
 
 

@@ -11,7 +11,7 @@ from exl2jax.storage import reserve, storing
 from exl2jax.stream.blocks import Block, forward_block
 from exl2jax.stream.forward import require_finite
 from exl2jax.stream.scan import STATES, Carry
-from exl2jax.stream.streams import read
+from exl2jax.stream.streams import read, whole
 
 
 class InputStack:
@@ -25,10 +25,9 @@ class InputStack:
         self.fresh = reserve(path, int(np.prod(wanted, dtype=np.int64)) * 4)
         self._states = np.memmap(path, np.float32, "r+", shape=wanted)
 
-    def write(self, place: int, states: Sequence[np.ndarray]) -> None:
-        """Keep the rows of a module's input; that after the last module is the final output."""
-        for row, state in zip(self._states[place], states, strict=True):
-            row[:] = state
+    def write(self, place: int, states: np.ndarray) -> None:
+        """Keep a module's input `[R, T, D]`; that after the last module is the final output."""
+        self._states[place] = states
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,17 +54,15 @@ class InputStack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardStep:
-    """The step of the forward scan: the module's output, with its input kept."""
+    """The step of the forward scan: the module's output, kept as the next one's input; the first is there already."""
 
     decoder: Decoder
     stack: InputStack
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, None]:
         """Run a module on the full-precision states."""
-        place, states = self.stack.position(block.spec), carry[STATES]
-        if place == 0:
-            self.stack.write(0, states.rows())
-        out, tally = forward_block(self.decoder, block, states)
-        require_finite(read(tally), block.spec)
-        self.stack.write(place + 1, out.rows())
+        out, tally = forward_block(self.decoder, block, carry[STATES])
+        tally, parts = read((tally, out.parts() if out.resident else []))
+        require_finite(tally, block.spec)
+        self.stack.write(self.stack.position(block.spec) + 1, whole(out.spans, parts) if parts else out.array())
         return {STATES: out}, None

@@ -48,7 +48,7 @@ class Candidate:
 
     @property
     def error(self) -> float:
-        """The cost or `1 - accuracy`, what allocation spends bits against."""
+        """The cost or `1 - accuracy`, which allocation spends bits against."""
         return self.cost if self.cost is not None else max(1 - self.accuracy, MIN_ERROR)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What bits are allocated by: candidates by module key in module order (stock's), or costs of linears (ours).
+    """The basis of the allocation: candidates by module key in module order (stock's), or costs of linears (ours).
 
     `method` names the variants that it was measured with, empty for stock's.
     """
@@ -109,7 +109,7 @@ def read_measurement(path: Path, specs: Sequence[ModuleSpec], *, partial: int | 
     """Read a measurement, ours or stock's, for the modules of a model.
 
     `partial` takes only that many modules from the front. Costs are counted anew from the shapes, so that a file of
-    another model is noticed. Raises `MeasurementError` naming the file, the module and what is wrong.
+    another model is noticed. Raises `MeasurementError` naming the file, the module and the fault.
     """
     record = _read(path)
     rows = record.get("measurement") if isinstance(record, dict) else None

@@ -99,7 +99,7 @@ class PerturbStep:
 def _joined(
     first: tuple[np.ndarray, Perturbation], then: tuple[np.ndarray, Perturbation]
 ) -> tuple[np.ndarray, Perturbation]:
-    """What two pieces of a module give together."""
+    """The results of two pieces of a module together."""
     (states, a), (more, b) = first, then
     columns = {**a.columns, **b.columns}
     return states + more, Perturbation(columns=columns, predicted=a.predicted + b.predicted)

@@ -1,4 +1,4 @@
-"""What a linear's weight error costs at each width, tile by tile: the record that bits are allocated by.
+"""Cost of a linear's weight error at each width, tile by tile: the record that bits are allocated by.
 
 A cost is the expected KL divergence of the model's next-token distributions, in nats per token, that the error of one
 tile of 32 permuted rows causes. Few widths and group sizes are measured; the others follow from them (`costs`).
@@ -31,7 +31,7 @@ MEASURED: tuple[Setting, ...] = ((5, 128), (4, 128), (4, 32), (3, 128), (3, 32),
 SIZES = (32, 64, 128)
 
 LEAST_COST = 1e-120
-"""What a tile costs at least at zero bits, in nats: far below all that is measured, and its square is still a number."""
+"""The least cost of a tile at zero bits, in nats: below all that is measured, and its square is still a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ class LinearCosts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
-    """Costs of all linears by key; `method` says what they were derived from, over `rows` rows of the backward pass."""
+    """Costs of all linears by key; `method` names their source, over `rows` rows of the backward pass."""
 
     method: str
     rows: int
@@ -122,7 +122,7 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, record: Any, specs: Sequence[ModuleSpec], path: Path) -> "Sensitivity":
-        """Read the section for the linears of `specs`; `MeasurementError` names what is missing."""
+        """Read the section for the linears of `specs`; `MeasurementError` names the missing part."""
         linears = record.get("linears") if isinstance(record, dict) else None
         if not isinstance(linears, dict):
             raise MeasurementError(f"{path}: {SECTION} holds no linears; run the measurement pass again")

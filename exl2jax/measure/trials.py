@@ -40,7 +40,7 @@ class Shared(NamedTuple):
 
 
 def plan(first: Sequence[Sequence[int]]) -> tuple[Shared, ...]:
-    """Group candidates by what they share; `first` holds each linear's setting by candidate, first stage only."""
+    """Group candidates by shared settings; `first` holds each first-stage linear's setting by candidate."""
     groups: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = {}
     for candidate, (*picks, last) in enumerate(zip(*first, strict=True)):
         members = groups.setdefault(tuple(picks), {})
@@ -75,7 +75,7 @@ def candidate_errors(
 def expert_outputs(
     module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], states: Stream
 ) -> list[Stream]:
-    """What some experts of a mixture add to its output `[R, T, D]` under each candidate."""
+    """Output of some experts of a mixture `[R, T, D]` under each candidate."""
     params, stacks = on_all_devices(params), _everywhere(stacks)
     out = [states.like(*states.shape) for _ in stacks[spec.linears[0].name].picks]
 
@@ -112,7 +112,7 @@ def _outputs(
 def _second_inputs(
     module: Module, spec: ModuleSpec, params: Any, stacks: Mapping[str, Stack], h: jax.Array
 ) -> Iterator[tuple[int, jax.Array]]:
-    """What the second stage reads under each candidate, as `(candidate, array)` in the order of sharing.
+    """Input of the second stage under each candidate, as `(candidate, array)` in the order of sharing.
 
     Outputs of the first stage are computed when first needed and dropped after their last use.
     """

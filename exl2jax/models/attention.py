@@ -8,8 +8,16 @@ from exl2jax.models.layers import soft_cap
 from exl2jax.models.rope import rope_tables
 
 QUERY_BLOCK = 128
-"""Queries per attention block: a block looks only at the keys before its end, which halves a causal product, and its
-scores stay in cache between the products."""
+"""Queries per attention block on the CPU: a block looks only at the keys before its end, which halves a causal product,
+and its scores stay in cache between the products."""
+
+WIDE_QUERY_BLOCK = 1024
+"""The same on other devices: every block is compiled by itself, and small ones do not fill a GPU."""
+
+
+def query_block() -> int:
+    """Queries per attention block on the default device."""
+    return QUERY_BLOCK if jax.default_backend() == "cpu" else WIDE_QUERY_BLOCK
 
 
 def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sliding: bool = False) -> jax.Array:
@@ -26,9 +34,9 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sli
     # Heads in front and queries of one group in a row: plain products of matrices, one for each key-value head.
     q = q.reshape(batch, length, kv, groups, width).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    blocks, size = [], query_block()
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         first = 0 if window is None else max(0, start - window + 1)
         back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
         seen = back >= 0 if window is None else (back >= 0) & (back < window)

@@ -189,7 +189,7 @@ class SparseMoe(nn.Module):
         return self.router(self.norm(h))[..., self.held.start : self.held.stop]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state, or what these experts add to it."""
+        """The new hidden state, or the share of these experts in it."""
         weights = self.routing(h)
         y = sum(weights[..., i, None] * outputs[f"w2.{e}"] for i, e in enumerate(self.held))
         y = _scaled(jnp.asarray(y), self.config.scales.residual)
@@ -251,12 +251,12 @@ class Module:
         """Inputs of the groups of linears of a stage, given the outputs of the stages before by linear name."""
         return self._apply(params, "inputs", stage, states, outputs)
 
-    def inputs_through(self, stage: int, params: Params, states: jax.Array) -> Inputs:
-        """Inputs of the groups of linears of a stage, computed from the states through the stages before."""
+    def inputs_through(self, stage: int, params: Params, states: jax.Array) -> tuple[Inputs, dict[str, jax.Array]]:
+        """Inputs of the groups of linears of a stage, and the outputs of the stages before, through which they come."""
         outputs: dict[str, jax.Array] = {}
         for before in range(stage):
             outputs |= self.linears(before, params, self.inputs(before, params, states, outputs))
-        return self.inputs(stage, params, states, outputs)
+        return self.inputs(stage, params, states, outputs), outputs
 
     def last_inputs(self, params: Params, outputs: Outputs, last: Sequence[jax.Array]) -> list[jax.Array]:
         """Input of the last stage of attention or MLP for several outputs of the first stage's last linear."""
@@ -300,7 +300,7 @@ class Module:
 
     @property
     def residual_share(self) -> float:
-        """What a linear of the last stage has to add to its output to move the residual stream by a whole.
+        """The change of a last-stage linear's output that moves the residual stream by one.
 
         Zero where a norm stands between, half where two linears write side by side.
         """

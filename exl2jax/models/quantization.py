@@ -1,4 +1,4 @@
-"""What a source's `config.json` says of quantization, held against the weights: plain, FP8 with block scales, or EXL2."""
+"""What a source's `config.json` says of quantization, held against its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +53,9 @@ def open_tensors(
         return SourceTensors(files, config), ()
     where = directory / CONFIG_NAME
     if stated.method == "fp8" and any(files.dtype(name) == FLOAT8 for name in files):
-        return SourceTensors(files, config, _block(stated, where)), ()
+        scaled = SourceTensors(files, config, _block(stated, where))
+        scaled.check_scales()
+        return scaled, ()
     tensors = SourceTensors(files, config)
     packed = _not_plain(tensors, config)
     if packed is not None:

@@ -73,9 +73,9 @@ class Architecture:
 
     `defaults` stand in for keys that `config.json` leaves out, `stock_defaults` too, and the stock runtime knows these
     by itself. `taken_for_granted` are values that the stock runtime takes without looking, so that any other is
-    refused; `demanded` ones must be there as well. `unused` are patterns over the source's names of tensors that are
-    known to be of no use to the runtime, so that nobody is warned of them. `tied` is the default of `tie_word_embeddings`. `proof` names the
-    model of `transformers` that the logits are compared with.
+    refused; `demanded` ones must be there as well. `tied` is the default of `tie_word_embeddings`. `unused` are
+    patterns over the source's names of tensors that the runtime is known not to read: they cause no warning. `proof`
+    names the model of `transformers` that the logits are compared with.
     """
 
     name: str

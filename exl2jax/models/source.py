@@ -99,9 +99,10 @@ class Model:
             raise SettingsError(f"rows of {length} tokens are too long: {self.directory} knows {known} positions")
         return self._float(f"{key}.weight", (known, self.config.hidden_size))[:length]
 
-    def module_params(self, spec: ModuleSpec) -> dict[str, Any]:
-        """Parameters of a module in the form `models.decoder` takes."""
-        return self.plain_params(spec) | {linear.name: self.linear_params(linear) for linear in spec.linears}
+    def module_params(self, spec: ModuleSpec, *, narrow: bool = False) -> dict[str, Any]:
+        """Parameters of a module in the form `models.decoder` takes; `narrow` as in `kernel`."""
+        linears = {linear.name: self.linear_params(linear, narrow=narrow) for linear in spec.linears}
+        return self.plain_params(spec) | linears
 
     def plain_params(self, spec: ModuleSpec) -> dict[str, Any]:
         """Parameters of a module's norms and router."""
@@ -112,13 +113,13 @@ class Model:
         norm = self._norm(head_norm_spec(self.config))
         return {"norm": norm, "lm_head": self.linear_params(head_spec(self.config))}
 
-    def linear_params(self, spec: LinearSpec) -> dict[str, np.ndarray]:
-        """`{"kernel" [K, N], "bias" [N]?}` of a linear, float32 (float16 where dequantized)."""
-        kernel = self.kernel(spec)
+    def linear_params(self, spec: LinearSpec, *, narrow: bool = False) -> dict[str, np.ndarray]:
+        """`{"kernel" [K, N], "bias" [N]?}` of a linear, float32 unless dequantized; `narrow` as in `kernel`."""
+        kernel = self.kernel(spec, narrow=narrow)
         return {"kernel": kernel, "bias": self.bias(spec)} if spec.bias else {"kernel": kernel}
 
-    def kernel(self, spec: LinearSpec) -> np.ndarray:
-        """The weight of a linear, `[K, N]`."""
+    def kernel(self, spec: LinearSpec, *, narrow: bool = False) -> np.ndarray:
+        """The weight of a linear, `[K, N]`; `narrow` leaves it in the 16 bits of the source, where it has 16."""
         raise NotImplementedError
 
     def bias(self, spec: LinearSpec) -> np.ndarray:
@@ -130,10 +131,11 @@ class Model:
         params = {name.rpartition(".")[2]: self._float(name, shape) for name, shape in spec.tensors.items()}
         return params | {"weight": params["weight"] + np.float32(spec.offset)} if spec.offset else params
 
-    def _float(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A float tensor of a known shape as float32, refused when it holds NaN or infinity."""
+    def _float(self, name: str, shape: tuple[int, ...], *, narrow: bool = False) -> np.ndarray:
+        """A float tensor of a known shape as float32, or as stored, refused when it holds NaN or infinity."""
         self._check(name, shape)
-        value = self.files.read(name).astype(np.float32)
+        value = self.files.read(name)
+        value = value if narrow else value.astype(np.float32)
         if not np.isfinite(value).all():
             raise ModelError(f"{self.files.file(name)}: {name} holds NaN or infinity; the source model is damaged")
         return value
@@ -191,7 +193,7 @@ class HFModel(Model):
 
     def check_headers(self) -> None:
         """Check presence, shape and dtype of every tensor the conversion will read, before any of it is read."""
-        needed, _ = self.needed(), self._kernel_name(head_spec(self.config))  # refuses where there is no head
+        needed = self.needed()
         linears = [linear.key for spec in module_specs(self.config) for linear in spec.linears]
         for key in (*linears, head_spec(self.config).key):
             bias = f"{key}.bias"
@@ -202,6 +204,7 @@ class HFModel(Model):
                 )
         for name, shape in needed.items():
             self._check(name, shape)
+        self._kernel_name(head_spec(self.config))  # refuses where there is no head
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as float32, linears as `[out, in]`; the embedding for the head that is tied to it."""
@@ -220,9 +223,9 @@ class HFModel(Model):
             _add_samples(digest, path)
         return digest.hexdigest()
 
-    def kernel(self, spec: LinearSpec) -> np.ndarray:
-        """The weight of a linear, `[K, N]` float32."""
-        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows))
+    def kernel(self, spec: LinearSpec, *, narrow: bool = False) -> np.ndarray:
+        """The weight of a linear, `[K, N]` float32, or as stored where `narrow`."""
+        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow)
         if self.config.scales.norm_head and spec == head_spec(self.config):
             value = value / np.maximum(np.linalg.norm(value, axis=1, keepdims=True), 1e-12)
         return np.ascontiguousarray(value.T)
@@ -241,8 +244,9 @@ class HFModel(Model):
 class Exl2Model(Model):
     """An EXL2 directory; linears are dequantized exactly as the runtime does."""
 
-    def kernel(self, spec: LinearSpec) -> np.ndarray:
-        """The dequantized weight of a linear, `[K, N]` float16, padding removed."""
+    def kernel(self, spec: LinearSpec, *, narrow: bool = False) -> np.ndarray:
+        """The dequantized weight of a linear, `[K, N]` float16 in any case, padding removed."""
+        del narrow
         try:
             return unpack_linear(self.packed(spec))[:, : spec.columns]
         except FormatError as e:

@@ -76,6 +76,12 @@ class SourceTensors:
         """The file that holds a tensor."""
         return self._files.file(self._find(name)[0])
 
+    def check_scales(self) -> None:
+        """Refuse FP8 weights whose table of factors has another shape than the blocks need."""
+        for name in self._files:
+            if self._files.dtype(name) == FLOAT8 and self._block and name + SCALE_SUFFIX in self._files:
+                _require_scales(self._files.shape(name), self._files.shape(name + SCALE_SUFFIX), self._block, name)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about the choice of the files."""
@@ -182,11 +188,15 @@ def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 def rescale(value: np.ndarray, scale: np.ndarray, block: tuple[int, int], name: str) -> np.ndarray:
     """An FP8 weight `[N, K]` times the factor of each block, float32."""
-    wanted = tuple(-(-size // step) for size, step in zip(value.shape, block, strict=True))
-    if scale.shape != wanted:
-        raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scale.shape)}, blocks of {block} need {list(wanted)}")
+    _require_scales(value.shape, scale.shape, block, name)
     factors = scale.astype(np.float32).repeat(block[0], axis=0).repeat(block[1], axis=1)
     return value.astype(np.float32) * factors[: value.shape[0], : value.shape[1]]
+
+
+def _require_scales(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int], name: str) -> None:
+    wanted = tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+    if len(shape) != len(block) or scales != wanted:
+        raise ModelError(f"{name}{SCALE_SUFFIX} has shape {list(scales)}, blocks of {block} need {list(wanted)}")
 
 
 def _module_name(name: str) -> str:

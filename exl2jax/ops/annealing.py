@@ -32,17 +32,18 @@ def anneal(costs: np.ndarray, losses: np.ndarray, counts: np.ndarray, budget: in
     unit = max(int(np.gcd.reduce(costs[costs > 0])), -(-most // MAX_UNITS))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), len(losses))
     steps = int(np.ceil(np.log(COLD / HOT) / np.log(COOLING)))
-    run = jax.vmap(partial(_run, steps=steps), in_axes=(0, None, 0, None, None))
     scaled = jnp.asarray(-(-costs // unit), jnp.int32)
-    return np.asarray(
-        jax.jit(run)(
-            keys,
-            scaled,
-            jnp.asarray(losses, jnp.float32),
-            jnp.asarray(counts),
-            jnp.int32(min(budget // unit, MAX_UNITS)),
-        )
-    )
+    limit = jnp.int32(min(budget // unit, MAX_UNITS))
+    found = _runs(keys, scaled, jnp.asarray(losses, jnp.float32), jnp.asarray(counts), limit, steps=steps)
+    return np.asarray(found)
+
+
+@partial(jax.jit, static_argnames="steps")
+def _runs(
+    keys: jax.Array, costs: jax.Array, losses: jax.Array, counts: jax.Array, budget: jax.Array, *, steps: int
+) -> jax.Array:
+    run = jax.vmap(partial(_run, steps=steps), in_axes=(0, None, 0, None, None))
+    return run(keys, costs, losses, counts, budget)
 
 
 def _run(

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE
+
 
 @partial(jax.jit, static_argnames=("bits",))
 def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
@@ -22,6 +24,21 @@ def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
             words[word + 1] = words[word + 1] | (tiles[:, r] >> (32 - shift))
     packed = jnp.stack(words, axis=1).reshape(rows * bits // 32, columns)
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
+
+
+def pack_tiles(codes: jax.Array, bits: jax.Array) -> jax.Array:
+    """Pack `codes [K, N]` tile by tile of 32 rows, each at its width of `bits [K / 32]`: `[K / 32, 8, N]` int32.
+
+    A tile of `b` bits fills the first `b` words of its eight; the others are zero. Codes must fit their width.
+    """
+
+    def of_width(width: int, tile: jax.Array) -> jax.Array:
+        return jnp.pad(pack_codes(tile, bits=width), ((0, max(FORMAT_BITS) - width), (0, 0)))
+
+    branches = [partial(of_width, width) for width in FORMAT_BITS]
+    index = jnp.searchsorted(jnp.asarray(FORMAT_BITS), bits)
+    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
+    return jax.lax.map(lambda both: jax.lax.switch(both[0], branches, both[1]), (index, tiles))
 
 
 @jax.jit

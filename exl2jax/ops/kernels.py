@@ -1,22 +1,51 @@
-"""The three inner loops that another room may replace by kernels of its own, with their contracts."""
+"""The inner loops that another room may replace by kernels of its own, with their contracts."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 
-from exl2jax.ops.bitstream import pack_codes
-from exl2jax.ops.scale_losses import ScaleLosses, scale_losses
+from exl2jax.ops.bitstream import pack_tiles
+from exl2jax.ops.scale_losses import IndexLosses, ScaleLosses, index_losses, scale_losses
 from exl2jax.ops.walk import walk_group
 
 
+class WalkGroup(Protocol):
+    """What `walk_group` is, for whoever computes it otherwise."""
+
+    def __call__(
+        self,
+        w: jax.Array,
+        u: jax.Array,
+        tile: jax.Array,
+        scale: jax.Array,
+        bits: jax.Array,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scaled errors and codes of the group `w [size, N]`, which begins at tile `tile` of 32 rows of `u`."""
+        ...
+
+
+class PackTiles(Protocol):
+    """What `pack_tiles` is, for whoever computes it otherwise."""
+
+    def __call__(self, codes: jax.Array, bits: jax.Array) -> jax.Array:
+        """Words `[K / 32, 8, N]` of `codes [K, N]` at the width of each tile."""
+        ...
+
+
 class Kernels(NamedTuple):
-    """Functions with the contracts of the three in `exl2jax.ops`; hashable, so that they can be static under `jit`."""
+    """Functions with the contracts of those in `exl2jax.ops`; hashable, so that they can be static under `jit`.
+
+    `wide` says that a few wide steps are faster than many narrow ones, as on a GPU: copies of a matrix then go side by
+    side, nothing branches, and a group takes up all errors before it in one product.
+    """
 
     scale_losses: ScaleLosses
-    walk_group: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    pack_codes: Callable[..., jax.Array]
+    index_losses: IndexLosses
+    walk_group: WalkGroup
+    pack_tiles: PackTiles
+    wide: bool
 
 
-XLA = Kernels(scale_losses, walk_group, pack_codes)
+XLA = Kernels(scale_losses, index_losses, walk_group, pack_tiles, wide=False)
 """The implementation of this room, on every platform."""

@@ -1,17 +1,21 @@
 """The five tensors of an EXL2 linear: packing codes and scales into words, and back (docs/format.md 1.1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from exl2jax.errors import FormatError
-from exl2jax.ops.bitstream import pack_codes, unpack_codes
-from exl2jax.ops.gptq import QuantizedLinear, groups_by_tile
+from exl2jax.ops.bitstream import pack_tiles, unpack_codes
+from exl2jax.ops.gptq import QuantizedLinear
+from exl2jax.ops.groups import GroupTable, group_table, groups_by_tile
+from exl2jax.ops.kernels import PackTiles
 from exl2jax.ops.rounding import dequantize, half_scale
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE, Group, padded_columns
 
@@ -62,49 +66,104 @@ def pack_scales(qs: jax.Array) -> jax.Array:
     """Pack scale indices `qs [G, N]` in 1..16 into `[G, N/8]` int32, minus one, lowest nibble = lowest column."""
     nibbles = (qs.astype(jnp.uint32) - 1).reshape(qs.shape[0], -1, 8)
     words = jnp.sum(nibbles << (4 * jnp.arange(8, dtype=jnp.uint32)), axis=2, dtype=jnp.uint32)
-    return jax.lax.bitcast_convert_type(words, jnp.int32)
+    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 @jax.jit
 def unpack_scales(words: jax.Array) -> jax.Array:
     """Inverse of `pack_scales`: `[G, N/8]` int32 to `[G, N]` uint8 in 1..16."""
-    nibbles = jax.lax.bitcast_convert_type(words, jnp.uint32)[:, :, None] >> (4 * jnp.arange(8, dtype=jnp.uint32))
+    nibbles = lax.bitcast_convert_type(words, jnp.uint32)[:, :, None] >> (4 * jnp.arange(8, dtype=jnp.uint32))
     return ((nibbles & 15) + 1).reshape(words.shape[0], -1).astype(jnp.uint8)
 
 
-def pack_linear(
-    linear: QuantizedLinear, bias: np.ndarray | None = None, pack: Callable[..., jax.Array] = pack_codes
-) -> PackedLinear:
-    """Pack a quantized matrix, padding columns to a multiple of 32 with the zero code and the lowest scale.
+class PackedArrays(NamedTuple):
+    """A packed matrix whose shapes do not depend on its groups; only the first rows of the first three count.
 
-    A tile of 32 rows fills whole words whatever its group, so the matrix is packed once for each width it uses and
-    every group takes its tiles from there: a few calls of few shapes.
+    `words [K / 4, N]` int32, `scales [K / 32, N / 8]` int32, `maxima [K / 32]` float16, `invperm [K]` int32, N padded
+    to a multiple of 32; `same []` whether they unpack to the quantized weight, bit for bit.
     """
-    columns = linear.codes.shape[1]
-    extra = padded_columns(columns) - columns
-    by_width = {bits: _packed(linear.codes, extra, bits, pack) for bits in {group.bits for group in linear.groups}}
-    words, table, row = [], [], 0
-    for group in linear.groups:
-        first = group.start * group.bits // 32
-        words.append(by_width[group.bits][first : first + group.words])
-        table += [group.bits, row]
-        row += group.words
-    if row > np.iinfo(np.int16).max:
-        raise FormatError(f"q_groups: {row} word rows do not fit the format's int16 group table")
-    return PackedLinear(
-        q_weight=np.concatenate(words),
-        q_scale=np.asarray(pack_scales(jnp.pad(linear.qs, ((0, 0), (0, extra)), constant_values=1))),
-        q_scale_max=np.asarray(linear.qscale_max),
-        q_groups=np.asarray(table, np.int16),
-        q_invperm=np.asarray(jnp.argsort(linear.perm)).astype(np.int32),
-        bias=None if bias is None else np.pad(bias.astype(np.float16), (0, extra)),
+
+    words: jax.Array
+    scales: jax.Array
+    maxima: jax.Array
+    invperm: jax.Array
+    same: jax.Array
+
+    def stored(self, groups: Sequence[Group], bias: np.ndarray | None = None) -> PackedLinear:
+        """What is written of them, read from the device."""
+        words = [group.words for group in groups]
+        if sum(words) > np.iinfo(np.int16).max:
+            raise FormatError(f"q_groups: {sum(words)} word rows do not fit the format's int16 group table")
+        starts = [0, *accumulate(words)][:-1]
+        columns = self.words.shape[1]
+        return PackedLinear(
+            q_weight=np.asarray(self.words)[: sum(words)],
+            q_scale=np.asarray(self.scales)[: len(groups)],
+            q_scale_max=np.asarray(self.maxima)[: len(groups)],
+            q_groups=np.asarray([(g.bits, start) for g, start in zip(groups, starts, strict=True)], np.int16).ravel(),
+            q_invperm=np.asarray(self.invperm),
+            bias=None if bias is None else np.pad(bias.astype(np.float16), (0, columns - len(bias))),
+        )
+
+
+@partial(jax.jit, static_argnames="pack")
+def pack_arrays(
+    codes: jax.Array,
+    qs: jax.Array,
+    qscale_max: jax.Array,
+    perm: jax.Array,
+    weight: jax.Array,
+    table: jax.Array,
+    *,
+    pack: PackTiles = pack_tiles,
+) -> PackedArrays:
+    """Pack a quantized matrix (the arrays of `QuantizedLinear`, and its `group_table`) and unpack it again.
+
+    Columns are padded to a multiple of 32 with the zero code and the lowest scale. A tile of 32 rows fills whole words
+    whatever its group, so that tiles are packed one by one and moved together.
+    """
+    groups, columns = GroupTable.of(table), codes.shape[1]
+    extra = ((0, 0), (0, padded_columns(columns) - columns))
+    zero = jnp.repeat(1 << (groups.tile_bits - 1), ROW_MULTIPLE)[:, None].astype(jnp.uint8)
+    own = jnp.arange(columns + extra[1][1]) < columns
+    tiles = pack(jnp.where(own, jnp.pad(codes, extra), zero), groups.tile_bits)
+    scales = pack_scales(jnp.pad(qs, extra, constant_values=1))
+    packed = PackedTiles(
+        words=_together(tiles, groups.tile_bits),
+        scales=scales[groups.tile_group],
+        maxima=qscale_max[groups.tile_group],
+        bits=groups.tile_bits,
     )
+    invperm = jnp.argsort(perm).astype(jnp.int32)
+    again = reconstruct(packed).reshape(len(codes), -1)[invperm][:, :columns]
+    same = jnp.all(_bits(again) == _bits(weight))
+    return PackedArrays(packed.words, scales, qscale_max, invperm, same)
 
 
-def _packed(codes: jax.Array, extra: int, bits: int, pack: Callable[..., jax.Array]) -> np.ndarray:
-    """Words of all rows at one width; rows of other widths come out as noise that nobody reads."""
-    padded = jnp.pad(codes & (2**bits - 1), ((0, 0), (0, extra)), constant_values=2 ** (bits - 1))
-    return np.asarray(pack(padded, bits=bits))
+def _bits(weight: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(weight, jnp.uint16)
+
+
+def _together(tiles: jax.Array, bits: jax.Array) -> jax.Array:
+    """The words of all tiles `[T, 8, N]` one after the other, `[8 T, N]` int32; rows beyond the last are zero."""
+    count = tiles.shape[0] * tiles.shape[1]
+    ends = jnp.cumsum(bits)
+    place = jnp.arange(count, dtype=ends.dtype)
+    tile = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(bits) - 1)
+    word = place - (ends - bits)[tile]
+    source = tile * tiles.shape[1] + jnp.minimum(word, tiles.shape[1] - 1)
+    return jnp.where((place < ends[-1])[:, None], tiles.reshape(count, -1)[source], 0)
+
+
+def pack_linear(linear: QuantizedLinear, bias: np.ndarray | None = None, pack: PackTiles = pack_tiles) -> PackedLinear:
+    """Pack a quantized matrix as it is stored."""
+    rows = len(linear.codes)
+    table = jnp.asarray(group_table(linear.groups, rows))
+    room = rows // ROW_MULTIPLE - len(linear.qs)  # scales may come without the rows beyond the last group
+    qs = jnp.pad(linear.qs, ((0, room), (0, 0)), constant_values=1)
+    maxima = jnp.pad(linear.qscale_max, (0, room))
+    packed = pack_arrays(linear.codes, qs, maxima, linear.perm, linear.weight, table, pack=pack)
+    return packed.stored(linear.groups, bias)
 
 
 def read_groups(packed: PackedLinear) -> tuple[Group, ...]:
@@ -155,10 +214,11 @@ def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
 def unpack_linear(packed: PackedLinear) -> np.ndarray:
     """Dequantized weights `[K, N padded]` float16 in original row order, exactly as the runtime reconstructs them."""
     tiles = PackedTiles.of(read_groups(packed), packed.q_weight, packed.q_scale, packed.q_scale_max)
-    return np.asarray(_reconstruct(tiles)).reshape(-1, packed.q_weight.shape[1])[packed.q_invperm]
+    return np.asarray(reconstruct(tiles)).reshape(-1, packed.q_weight.shape[1])[packed.q_invperm]
 
 
 @jax.jit
-def _reconstruct(tiles: PackedTiles) -> jax.Array:
+def reconstruct(tiles: PackedTiles) -> jax.Array:
+    """Dequantized weights `[T, 32, N]` float16 in packed row order."""
     codes, scale = unpack_tiles(tiles)
     return dequantize(codes, scale[:, None], tiles.bits[:, None, None]).astype(jnp.float16)

@@ -4,7 +4,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from exl2jax.qparams import ROW_MULTIPLE
 
 UNROLL = 32
 """Rows per step of the inner loop: the whole chain of a column stays in registers. Group rows are multiples of 32."""
@@ -13,13 +16,47 @@ BLOCK_COLUMNS = 192
 """Most columns of a block: 32 rows of it stay in a first-level cache while all scales go over them."""
 
 
+MULTIPLIERS = np.linspace(0.5, 1.2, 8, dtype=np.float32)
+"""Multipliers tried for `q_scale_max` where every column finds its own index, which does the fine work."""
+
+OFFSETS = np.arange(-5, 4, dtype=np.float32)
+"""Indices tried for a column, from the one whose scale just holds its widest weight: two bits want half of that scale,
+eight bits of few rows at times a little more. All sixteen would lower the loss by a percent, by three or so where
+outliers have two bits.
+"""
+
+MAX_INDEX = 16
+
+
 class ScaleLosses(Protocol):
     """What `scale_losses` is, for whoever computes it otherwise."""
 
     def __call__(
-        self, x: jax.Array, scales: jax.Array, codes: jax.Array, importance: jax.Array | None = None
+        self,
+        x: jax.Array,
+        scales: jax.Array,
+        codes: jax.Array,
+        importance: jax.Array | None = None,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
-        """Losses `[S, N]` of `x [rows, N]` at `scales`."""
+        """Losses `[S, N]` of `x [size, N]` at `scales`."""
+        ...
+
+
+class IndexLosses(Protocol):
+    """What `index_losses` is, for whoever computes it otherwise."""
+
+    def __call__(
+        self,
+        w: jax.Array,
+        base: jax.Array,
+        smax: jax.Array,
+        codes: jax.Array,
+        importance: jax.Array,
+        tile: jax.Array | int = 0,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Least losses and their indices of `w [size, N]`."""
         ...
 
 
@@ -28,23 +65,36 @@ def raised(z: jax.Array, weight: jax.Array | None) -> jax.Array:
     return z * z * z * jnp.sqrt(z) if weight is None else z * z * weight
 
 
-def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, importance: jax.Array | None = None) -> jax.Array:
+def scale_losses(
+    x: jax.Array,
+    scales: jax.Array,
+    codes: jax.Array,
+    importance: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> jax.Array:
     """Loss of every column at every scale, `[S, N]` float32, with errors `z = |clamp(rint(x / s)) s - x|`.
 
-    `sum_r importance_r z_r^2` where rows have an `importance [rows]`, stock's `sum_r z_r^3.5` where not. `x [rows, N]`
-    float32 with `rows` a multiple of 32; `scales [S, 1]`, the same for all columns, or `[S, N]`, all positive; `codes`
-    the number of levels (scalar). Columns go in blocks, padded with zeros.
+    `sum_r importance_r z_r^2` where rows have an `importance [size]`, stock's `sum_r z_r^3.5` where not. `x [size, N]`
+    float32 with `size` a multiple of 32, of which the first `rows` count (traced, a multiple of 32, all by default);
+    `scales [S, 1]`, the same for all columns, or `[S, N]`, all positive; `codes` the number of levels, one for all
+    columns or `[N]`. Columns go in blocks, padded with zeros.
     """
-    rows, columns = x.shape
+    size, columns = x.shape
     blocks = -(-columns // BLOCK_COLUMNS)
     width = -(-columns // (16 * blocks)) * 16
-    pad = ((0, 0), (0, blocks * width - columns))
-    tiles = jnp.pad(x, pad).reshape(rows // UNROLL, UNROLL, blocks, width).transpose(2, 0, 1, 3)
-    weights = None if importance is None else importance.reshape(rows // UNROLL, UNROLL)
-    low, high = -codes / 2, codes / 2 - 1
+    count = size // UNROLL if rows is None else rows // UNROLL
+    weights = None if importance is None else importance.reshape(size // UNROLL, UNROLL)
 
-    def block(tiles: jax.Array, p: jax.Array) -> jax.Array:
-        inverse = 1 / p
+    def of_block(x: jax.Array, value: int) -> jax.Array:
+        """The last axis cut into blocks, which come first; one value for all columns stays."""
+        if x.shape[-1] != columns:
+            return jnp.broadcast_to(x, (blocks, *x.shape))
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * width - columns)], constant_values=value)
+        return jnp.moveaxis(padded.reshape(*x.shape[:-1], blocks, width), -2, 0)
+
+    def block(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tiles, p, codes = operands
+        inverse, low, high = 1 / p, -codes / 2, codes / 2 - 1
 
         def tile(i: jax.Array, total: jax.Array) -> jax.Array:
             rows = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
@@ -54,11 +104,42 @@ def scale_losses(x: jax.Array, scales: jax.Array, codes: jax.Array, importance: 
                 total = total + raised(z, None if own is None else own[r])
             return total
 
-        return lax.fori_loop(0, len(tiles), tile, jnp.zeros((len(p), width), jnp.float32))
+        return lax.fori_loop(0, count, tile, jnp.zeros((len(p), width), jnp.float32))
 
-    if scales.shape[1] == 1:
-        losses = lax.map(lambda t: block(t, scales), tiles)
-    else:
-        own = jnp.pad(scales, pad, constant_values=1).reshape(len(scales), blocks, width).transpose(1, 0, 2)
-        losses = lax.map(lambda both: block(*both), (tiles, own))
+    tiles = of_block(x.reshape(size // UNROLL, UNROLL, columns), 0)
+    losses = lax.map(block, (tiles, of_block(scales, 1), of_block(jnp.atleast_1d(codes), 1)))
     return losses.transpose(1, 0, 2).reshape(len(scales), -1)[:, :columns]
+
+
+def by_column(of_matrix: jax.Array, columns: int) -> jax.Array:
+    """A value of each of some matrices side by side, `[..., matrices]`, for all their columns, `[..., columns]`."""
+    lead, count = of_matrix.shape[:-1], of_matrix.shape[-1]
+    return jnp.broadcast_to(of_matrix[..., None], (*lead, count, columns // count)).reshape(*lead, columns)
+
+
+def index_losses(
+    w: jax.Array,
+    base: jax.Array,
+    smax: jax.Array,
+    codes: jax.Array,
+    importance: jax.Array,
+    tile: jax.Array | int = 0,
+    rows: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """For each of `MULTIPLIERS` and each column, the least squared error over `OFFSETS` and the index of its scale.
+
+    Both `[multipliers, N]` float32. `smax [matrices]` is the largest of the scales `base [N]` that just hold each
+    column of the group `w [size, N]`, and the unit of losses. The group begins at tile `tile` of 32 rows of
+    `importance`, of which only the ratios count. `codes` and `rows` as `scale_losses` has them.
+    """
+    importance = lax.dynamic_slice_in_dim(importance, tile * ROW_MULTIPLE, len(w))
+    if rows is not None:
+        importance = jnp.where(jnp.arange(len(w)) < rows, importance, 0.0)
+    importance, smax = importance / jnp.max(importance), by_column(smax, len(base))
+    p = jnp.asarray(MULTIPLIERS)[:, None, None]
+    holds = jnp.round(jnp.sqrt(base / (smax * p)) * MAX_INDEX)
+    qs = jnp.clip(holds + jnp.asarray(OFFSETS)[:, None], 1, MAX_INDEX)  # [multipliers, offsets, N]
+    scales = jnp.square(qs / MAX_INDEX) * p
+    losses = scale_losses(w / smax, scales.reshape(-1, w.shape[1]), codes, importance, rows).reshape(qs.shape)
+    own = jnp.argmin(losses, axis=1)[:, None]
+    return jnp.min(losses, axis=1), jnp.take_along_axis(qs, own, axis=1)[:, 0]

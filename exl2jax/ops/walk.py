@@ -1,17 +1,47 @@
 """The sequential heart of GPTQ: one group of rows, each rounded with the errors of those before it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from exl2jax.ops.rounding import dequantize, quantize
+from exl2jax.qparams import ROW_MULTIPLE
 
 
-def walk_group(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Walk the rows of one group `w [size, N]` with `u [size, size]`: scaled errors and uint8 codes.
+def walk_group(
+    w: jax.Array,
+    u: jax.Array,
+    tile: jax.Array,
+    scale: jax.Array,
+    bits: jax.Array,
+    rows: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Walk the rows of one group `w [size, N]`, which begin at a `tile` of 32 rows of `u [K, K]`.
 
-    `scale [N]` are the working scales and `bits` the width, one for all columns or one for each.
+    `scale [N]` are the working scales and `bits` the width, one for all columns or one for each. Where the group has
+    fewer `rows` (traced, a multiple of 32), the rest of the result is zero.
     """
+    start = tile * ROW_MULTIPLE
+    u = lax.dynamic_slice(u, (start, start), (len(w), len(w)))
+    if rows is None:
+        return _walk(w, u, scale, bits)
+    sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)
+    branches = [partial(_walk_first, size) for size in sizes]
+    return lax.switch(rows // ROW_MULTIPLE - 1, branches, w, u, scale, bits)
+
+
+def _walk_first(
+    size: int, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Walk the first `size` rows alone; zeros for the others."""
+    errors, codes = _walk(w[:size], u[:size, :size], scale, bits)
+    rest = ((0, len(w) - size), (0, 0))
+    return jnp.pad(errors, rest), jnp.pad(codes, rest)
+
+
+def _walk(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
     inverse = 1 / jnp.diagonal(u)
 
     def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

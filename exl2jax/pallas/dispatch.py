@@ -7,8 +7,8 @@ import jax
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels
-from exl2jax.pallas.packing import pack_codes
-from exl2jax.pallas.scale_losses import scale_losses
+from exl2jax.pallas.packing import pack_tiles
+from exl2jax.pallas.scale_losses import index_losses, scale_losses
 from exl2jax.pallas.tiles import Tiles
 from exl2jax.pallas.walk import walk_group
 
@@ -46,7 +46,11 @@ def kernels_for(implementation: str | None = None) -> Kernels:
 def pallas_kernels(tiles: Tiles) -> Kernels:
     """The kernels under these tiles; the same object each time, so that it is a stable static argument."""
     return Kernels(
-        partial(scale_losses, tiles=tiles), partial(walk_group, tiles=tiles), partial(pack_codes, tiles=tiles)
+        partial(scale_losses, tiles=tiles),
+        partial(index_losses, tiles=tiles),
+        partial(walk_group, tiles=tiles),
+        partial(pack_tiles, tiles=tiles),
+        wide=True,
     )
 
 

@@ -13,38 +13,48 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from exl2jax.pallas.launch import launch, shape
+from exl2jax.pallas.launch import launch, shape, zeros
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
+from exl2jax.qparams import ROW_MULTIPLE
 
 
 def walk_group(
-    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, *, tiles: Tiles
+    w: jax.Array,
+    u: jax.Array,
+    tile: jax.Array,
+    scale: jax.Array,
+    bits: jax.Array,
+    rows: jax.Array | None = None,
+    *,
+    tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled errors float32 and codes uint8 `[size, N]` of a group `w [size, N]` with `u [size, size]`.
+    """Scaled errors float32 and codes uint8 of a group `w [size, N]`, which begins at a `tile` of `u [K, K]`.
 
-    `scale [N]` are the working scales; `bits` is one width or one for each column `[N]`, so that several matrices of
-    one Hessian, or one matrix at several widths, walk side by side.
+    `scale [N]` are the working scales; `bits` is one width or one for each column `[N]`, so that one matrix at several
+    widths walks side by side. Where the group has fewer `rows` than `w`, the rest of the result is zero.
     """
     size, columns = w.shape
     zero = jnp.broadcast_to(jnp.exp2(bits.astype(jnp.float32) - 1), (columns,))
     w, scale, zero = (pad_columns(x) for x in (w, scale, zero))
     run = launch(
-        partial(_body, size=size, rows=tiles.walk_rows),
+        partial(_body, size=size, tiles=tiles),
         (shape(w.shape, jnp.float32), shape(w.shape, jnp.uint8)),
         {"columns": w.shape[1] // LANES},
         tiles,
         (plgpu.SMEM((size, LANES), jnp.float32),),
     )
-    errors, codes = run(w, u, 1 / jnp.diagonal(u), scale, zero)
+    counted = () if rows is None else (rows,)
+    scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tile, *counted))
+    errors, codes = run(w, u, scale, zero, *scalars)
     return errors[:, :columns], codes[:, :columns]
 
 
-def _body(
-    w: Any, u: Any, inverse: Any, scales: Any, zeros: Any, errors: Any, codes: Any, past: Any, *, size: int, rows: int
-) -> None:
+def _body(w: Any, u: Any, scales: Any, levels: Any, first_tile: Any, *rest: Any, size: int, tiles: Tiles) -> None:
     """One program: `LANES` columns. `past [size, LANES]` in shared memory holds their errors so far."""
+    *counted, errors, codes, past = rest
+    count, rows = (counted[0][0] if counted else size), tiles.walk_rows
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
-    scale, zero = scales[columns], zeros[columns]
+    scale, zero, at = scales[columns], levels[columns], first_tile[0] * ROW_MULTIPLE
 
     def tile(t: jax.Array, carry: None) -> None:
         a = t * rows
@@ -52,21 +62,29 @@ def _body(
 
         def take_up(j: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             error = past[j]
-            return tuple(x - u[j, a + r] * error for r, x in enumerate(owed))
+            return tuple(x - u[at + j, at + a + r] * error for r, x in enumerate(owed))
 
         current = list(lax.fori_loop(0, a, take_up, owed))
         for r in range(rows):
             steps = jnp.where(scale > 0, current[r] / scale, 0.0)
             code = jnp.clip(jnp.round(steps) + zero, 0.0, 2 * zero - 1)
-            error = (current[r] - _half((code - zero) * scale)) * inverse[a + r]
+            error = (current[r] - _half((code - zero) * scale)) / u[at + a + r, at + a + r]
             past[a + r] = error
             errors[a + r, columns] = error
             codes[a + r, columns] = code.astype(jnp.int32).astype(jnp.uint8)
             for later in range(r + 1, rows):
-                current[later] = current[later] - u[a + r, a + later] * error
+                current[later] = current[later] - u[at + a + r, at + a + later] * error
         return carry
 
-    lax.fori_loop(0, size // rows, tile, None)
+    lax.fori_loop(0, count // rows, tile, None)
+    if counted:
+        lax.fori_loop(count, size, partial(_clear, errors, codes, columns, tiles), None)
+
+
+def _clear(errors: Any, codes: Any, columns: Any, tiles: Tiles, row: jax.Array, carry: None) -> None:
+    """Zero a row that is no part of the group."""
+    errors[row, columns] = zeros(jnp.float32, tiles)
+    codes[row, columns] = zeros(jnp.uint8, tiles)
 
 
 def _half(x: jax.Array) -> jax.Array:

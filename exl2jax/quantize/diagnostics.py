@@ -1,49 +1,62 @@
 """Diagnostics: numerical faults that a conversion survives, in words, for the summary and the report of a module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import LinearSpec, ModuleSpec
 from exl2jax.models.modules import MOE_KIND
-from exl2jax.ops import HessianFactor, QuantizedLinear
 from exl2jax.ops.rounding import HALF_MAX
+from exl2jax.quantize.linear import Checks
+
+NEAR = 0.5
+"""Share of the range of half precision from which on a conversion warns."""
 
 STARVED = 0.1
 """An expert that gets less than this part of an even share of the tokens is reported."""
 
 
-def hessian_diagnostics(hessian: jax.Array, factor: HessianFactor, linears: Sequence[LinearSpec]) -> list[str]:
-    """What was special about the Hessian `[K, K]` that `linears` share: raised damping, inputs never active."""
+def hessian_diagnostics(checks: Checks, linears: Sequence[LinearSpec]) -> list[str]:
+    """Lines on the Hessian that `linears` share: raised damping, inputs never active."""
     keys, out = " and ".join(linear.key for linear in linears), []
-    if int(factor.attempts) > 1:
-        out.append(f"{keys}: damping raised {int(factor.attempts) - 1} times, to {float(factor.damping):.3g}")
-    dead = int(jnp.sum(jnp.diagonal(hessian) == 0))
-    if dead:
-        out.append(f"{keys}: {dead} of {hessian.shape[0]} inputs are never active on this calibration data")
+    if checks.attempts > 1:
+        out.append(f"{keys}: damping raised {checks.attempts - 1} times, to {checks.damping:.3g}")
+    if checks.dead:
+        out.append(f"{keys}: {checks.dead} of {linears[0].rows} inputs are never active on this calibration data")
     return out
 
 
-def linear_diagnostics(spec: LinearSpec, kernel: np.ndarray | jax.Array, linear: QuantizedLinear) -> list[str]:
-    """Weights `[K, N]` too small for half precision, which the format stores as zero: groups whose scale vanished."""
-    empty = np.flatnonzero(np.asarray(linear.qscale_max) == 0)
-    perm, kernel = np.asarray(linear.perm), np.asarray(kernel)
-    lost = sum(
-        bool(kernel[perm[group.start : group.start + group.rows]].any())
-        for group in (linear.groups[i] for i in empty.tolist())
-    )
-    return [f"{spec.key}: the weights of {lost} groups vanish in half precision and are stored as zero"] if lost else []
+def linear_diagnostics(spec: LinearSpec, checks: Checks) -> list[str]:
+    """A line on weights too small for half precision, which the format stores as zero: groups whose scale vanished."""
+    if not checks.lost:
+        return []
+    return [f"{spec.key}: the weights of {checks.lost} groups vanish in half precision and are stored as zero"]
+
+
+def overflow_warnings(peaks: Iterable[tuple[str, float, float]]) -> list[str]:
+    """A line where states or outputs of linears come near the end of half precision, with the first module's name.
+
+    `peaks` are the key of each module in order, its largest state and its largest output of a linear.
+    """
+    near = [(key, max(values)) for key, *values in peaks if max(values) >= NEAR * HALF_MAX]
+    if not near:
+        return []
+    (key, first), largest = near[0], max(value for _, value in near)
+    more = f", up to {largest:.4g} in {len(near)} modules" if len(near) > 1 else ""
+    return [
+        f"{key}: states or outputs of linears reach {first:.4g} of the {HALF_MAX:g} that half precision holds{more}; "
+        "ExLlamaV2 keeps its residual stream in half precision, except for architectures with a float32 residual "
+        "(Gemma 2 and 3), and aborts its own conversion where 0.5 % of a row overflow"
+    ]
 
 
 def clamp_bias(spec: LinearSpec, bias: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
-    """The bias `[N]` within the range of half precision, in which the format stores it, and what that changed."""
+    """The bias `[N]` within the range of half precision, as it is stored, and a line if that changed it."""
     if bias is None:
         return None, []
     beyond = int(np.sum(np.abs(bias) > HALF_MAX))
-    said = [f"{spec.key}: {beyond} biases beyond half precision, clamped to {HALF_MAX:g}"] if beyond else []
-    return np.clip(bias, -HALF_MAX, HALF_MAX), said
+    notes = [f"{spec.key}: {beyond} biases beyond half precision, clamped to {HALF_MAX:g}"] if beyond else []
+    return np.clip(bias, -HALF_MAX, HALF_MAX), notes
 
 
 def calibration_shortage(linears: Sequence[LinearSpec], tokens: int) -> list[str]:

@@ -11,10 +11,10 @@ from exl2jax.models import Decoder, LinearSpec
 from exl2jax.ops import round_to_nearest
 from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import hessian_diagnostics, linear_diagnostics
-from exl2jax.quantize.linear import PackedWeight, factor_hessian, pack_checked, quantize_linear
-from exl2jax.quantize.propagate import CrossTerms, Strengths, corrected_target, cross_terms
+from exl2jax.quantize.linear import PackedWeight, pack_checked, quantize, read_checks, require_sound
+from exl2jax.quantize.propagate import CrossTerms, Strengths, corrected_targets, cross_terms
 from exl2jax.stream.devices import on_all_devices, on_one_device
-from exl2jax.stream.streams import Rows, Stream, fold
+from exl2jax.stream.streams import Rows, Stream, fold, read
 from exl2jax.variants import STOCK, Method
 
 MAX_GPTQ_WEIGHTS = 10**9
@@ -33,10 +33,10 @@ def quantize_head(
     reference: Stream | None = None,
     strength: float = 0.0,
 ) -> tuple[PackedWeight, dict[str, float], tuple[str, ...]]:
-    """Quantize the head on final `states [R, T, D]`: the packed weight, the damping (none if rounded), diagnostics.
+    """Quantize the head on its final states: the packed weight, the damping (none if rounded), diagnostics.
 
-    With the full-precision `reference [R, T, D]` its target is corrected by `strength` for what these states lack
-    (`exl2jax.quantize.propagate`): the head is the last that can.
+    With the full-precision `reference` its target is corrected by `strength` for the error of these states
+    (`exl2jax.quantize.propagate`): no module after the head can make up for it.
     """
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
@@ -44,17 +44,19 @@ def quantize_head(
         rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=method.search)
         return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, places, states, reference if strength else None)
-    factor = factor_hessian(terms.hessian, spec.key, method)
-    target = jnp.asarray(kernel)
+    factor, target = method.factorize(terms.hessian), jnp.asarray(kernel)
     if terms.cross is not None:
-        target = corrected_target(target.astype(jnp.float32), factor, terms, Strengths(strength, 0.0))
-    linear = quantize_linear(target, factor, qparams, spec, method)
-    diagnostics = (*hessian_diagnostics(terms.hessian, factor, (spec,)), *linear_diagnostics(spec, kernel, linear))
-    return pack_checked(linear, spec, None), {spec.name: float(factor.damping)}, diagnostics
+        (target,) = corrected_targets((target,), factor, terms, Strengths(strength, 0.0))
+    done = quantize(target, factor, qparams, spec, method, kernel)
+    (checks,) = read_checks([done.checks])
+    require_sound(checks, spec, spec.key)
+    diagnostics = (*hessian_diagnostics(checks, (spec,)), *linear_diagnostics(spec, checks))
+    packed = read(done.packed).stored(done.linear.groups)
+    return PackedWeight(packed, done.linear.weight), {spec.name: checks.damping}, diagnostics
 
 
 def head_terms(decoder: Decoder, params: Any, rows: Rows, states: Stream, reference: Stream | None) -> CrossTerms:
-    """`X^T X / R` of what the head reads, and with a full-precision `reference` the cross term towards it."""
+    """`X^T X / R` of the head's input, and with a full-precision `reference` the cross term towards it."""
     norm, size = on_all_devices({"norm": params["norm"]}), params["lm_head"]["kernel"].shape[0]
     zeros = on_all_devices(_zeros(size, reference is not None))
     streams = (states, rows.mask) if reference is None else (states, rows.mask, reference)

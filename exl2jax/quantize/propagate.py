@@ -2,7 +2,7 @@
 
 With `X_q` the inputs in the quantized model, `X_f` those in the full-precision one and `H = X_q^T X_q`, the target of a
 linear is `W* = W + (H + l I)^-1 X_q^T (a (X_f - X_q) W + r (h_f - h_q))`. The term with `a` is QEP (arXiv:2504.09629);
-the one with `r` is for linears that write to the residual stream: they take back what they can of its own error.
+the one with `r` is for linears that write to the residual stream: they take back part of its own error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 
 from exl2jax.models import Module, ModuleSpec
-from exl2jax.ops import HessianFactor, gram
+from exl2jax.ops import HessianFactor, gram, solve
 from exl2jax.stream.chunks import Chunk
 from exl2jax.stream.devices import on_all_devices, on_one_device
-from exl2jax.stream.forward import START, Tally
+from exl2jax.stream.forward import START, Tally, largest_of
 from exl2jax.stream.hessians import group_weights, or_identity
 from exl2jax.stream.streams import Rows, Stream, fold
 from exl2jax.stream.token_classes import token_factors
@@ -35,7 +35,7 @@ class Strengths(NamedTuple):
 
 
 class CrossTerms(NamedTuple):
-    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q` `[K, K]`, and what the target owes them.
+    """Sums over tokens, per row of calibration: `hessian = X_q^T X_q` `[K, K]`, and products to correct the target.
 
     Linears of a stage before the last share `cross = X_q^T (X_f - X_q)` `[K, K]`; the one of the last stage has fewer
     columns than rows and takes `owed [K, N]`, the whole product, strengths included.
@@ -50,20 +50,18 @@ class CrossTerms(NamedTuple):
         return jax.tree.map(lambda x: x * factor, self)
 
 
-def corrected_target(kernel: jax.Array, factor: HessianFactor, terms: CrossTerms, strengths: Strengths) -> jax.Array:
-    """The weight to quantize instead of `kernel [K, N]`; the factor's own damping is `l`."""
+@partial(jax.jit, static_argnames="strengths")
+def corrected_targets(
+    kernels: Sequence[jax.Array], factor: HessianFactor, terms: CrossTerms, strengths: Strengths
+) -> list[jax.Array]:
+    """The weights to quantize instead of `kernels [K, N]`, which share their input; the factor's own damping is `l`."""
+    wide = [kernel.astype(jnp.float32) for kernel in kernels]
     if terms.owed is not None:
-        return kernel + _solve(factor, terms.owed)
+        (kernel,) = wide  # linears of the last stage share nothing
+        return [kernel + solve(factor, terms.owed)]
     assert terms.cross is not None  # one of them always is
-    correction = _solve(factor, strengths.inputs * terms.cross)
-    return kernel + jnp.matmul(correction, kernel, precision=lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _solve(factor: HessianFactor, b: jax.Array) -> jax.Array:
-    """`(H + l I)^-1 b` from the factor: the permuted inverse is `U^T U`."""
-    with jax.default_matmul_precision("highest"):
-        return (factor.u.T @ (factor.u @ b[factor.perm]))[factor.inv_perm]
+    correction = solve(factor, strengths.inputs * terms.cross)
+    return [kernel + jnp.matmul(correction, kernel, precision=lax.Precision.HIGHEST) for kernel in wide]
 
 
 class StageTask(NamedTuple):
@@ -94,7 +92,7 @@ class StageTask(NamedTuple):
 
 
 class StageTerms(NamedTuple):
-    """Cross terms of each group of a stage, the tokens that went into them, the largest input of the stage.
+    """Cross terms of each group of a stage, the tokens that went into them, and the tally of the stages before it.
 
     `inputs` are those of the last stage's groups in the quantized model, `[R, T, K]`, None where they are not kept.
     """
@@ -127,8 +125,9 @@ def stage_terms(task: StageTask, into: Stream | None = None) -> StageTerms:
     def program(
         sums: StageSums, h: jax.Array, ref: jax.Array, mask: jax.Array
     ) -> tuple[StageSums, tuple[jax.Array, ...]]:
-        xs, ys = _inputs(task.module, task.stage, quantized, h), _inputs(task.module, task.stage, params, ref)
-        hidden, sums = _add_chunk(how, (params, quantized), tables, Chunk(h, mask, ref), (xs, ys), sums)
+        xs, peak = _inputs(task.module, task.stage, quantized, h)
+        ys, _ = _inputs(task.module, task.stage, params, ref)
+        hidden, sums = _add_chunk(how, (params, quantized), tables, Chunk(h, mask, ref), (xs, ys), peak, sums)
         return sums, (*(() if into is None else (hidden,)), *(xs if kept else ()))
 
     outputs = (*(() if into is None else (into,)), *(kept or ()))
@@ -152,23 +151,30 @@ def kept_bytes(spec: ModuleSpec, tokens: int) -> int:
     return wanted if wanted <= KEPT_BYTES else 0
 
 
-def finish(module: Module, params: Any, states: Stream, inputs: Sequence[Stream], into: Stream) -> Tally:
-    """A module's output on all rows from the inputs of its last stage; `into` may be `states` itself."""
-    return fold(partial(_finish_chunk, module, on_all_devices(params)), START, (states, *inputs), (into,))
+def finish(
+    module: Module, params: Any, states: Stream, inputs: Sequence[Stream], into: Stream, tally: Tally = START
+) -> Tally:
+    """A module's output on all rows from the inputs of its last stage; `into` may be `states` itself.
+
+    `tally` is that of the stages before.
+    """
+    return fold(partial(_finish_chunk, module, on_all_devices(params)), tally, (states, *inputs), (into,))
 
 
 @partial(jax.jit, static_argnames="module")
 def _finish_chunk(
     module: Module, params: Any, tally: Tally, h: jax.Array, *inputs: jax.Array
 ) -> tuple[Tally, tuple[jax.Array]]:
-    hidden = module.output(params, h, module.linears(module.last, params, inputs))
-    return tally.with_states(hidden), (hidden,)
+    outputs = module.linears(module.last, params, inputs)
+    hidden = module.output(params, h, outputs)
+    return tally.with_states(hidden).with_linears(outputs), (hidden,)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _inputs(module: Module, stage: int, params: Any, h: jax.Array) -> tuple[jax.Array, ...]:
-    """Inputs of a stage; the same compiled function for both streams."""
-    return module.inputs_through(stage, params, h)
+def _inputs(module: Module, stage: int, params: Any, h: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Inputs of a stage, and the largest output of the linears before it; one compiled function for both streams."""
+    inputs, outputs = module.inputs_through(stage, params, h)
+    return inputs, largest_of(outputs)
 
 
 class _How(NamedTuple):
@@ -191,13 +197,14 @@ def _zeros(how: _How, shapes: tuple[tuple[int, int], ...]) -> StageSums:
     return StageSums(terms, [jnp.float32(0)] * len(shapes), jax.tree.map(jnp.asarray, START))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=5)
+@partial(jax.jit, static_argnums=0, donate_argnums=6)
 def _add_chunk(
     how: _How,
     params: tuple[Any, Any],
     tables: jax.Array | None,
     chunk: Chunk,
     inputs: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    peak: jax.Array,
     sums: StageSums,
 ) -> tuple[jax.Array, StageSums]:
     """A chunk's full-precision states after the module (before its last stage as they are), and the sums with it added.
@@ -219,7 +226,8 @@ def _add_chunk(
         wanted = [_without_bias(outputs[name], full[name]) for (name,) in module.stages[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
     tokens = [n + jnp.sum(w) for n, w in zip(sums.tokens, weights, strict=True)]
-    return hidden, StageSums(jax.tree.map(jnp.add, sums.terms, new), tokens, sums.tally.with_linears(xs))
+    tally = sums.tally._replace(linear=jnp.maximum(sums.tally.linear, peak))
+    return hidden, StageSums(jax.tree.map(jnp.add, sums.terms, new), tokens, tally)
 
 
 def _without_bias(y: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:

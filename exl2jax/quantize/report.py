@@ -1,4 +1,4 @@
-"""The record of what happened to one module during quantization."""
+"""The record of one module's quantization."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,14 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleReport:
-    """What became of a module: bits on disk, error, damping, diagnostics, and for the head the final check.
+    """The result of a module: bits on disk, error, damping, diagnostics, and for the head the final check.
 
     `rfn_error` is the relative Frobenius error of the module's output against the same module unquantized on the same
     input (stock's figure), `stream_error` that against the full-precision stream, everything before included; which of
     them there is depends on the recipe, and the head has none. The head has the perplexity of the quantized and of the
     full-precision model on the rows of the final check. `damping` is by linear; `diagnostics` says in words what was
-    damped, clamped or never active. `tuning` has the block's squared output error on held-out rows before and after,
-    `own_norms` the keys of norms that are stored with values of their own.
+    damped, clamped or never active. `largest_state` and `largest_output` are the greatest absolute values of the hidden
+    states after the module and of its linears' outputs, in the quantized model. `tuning` has the block's squared output
+    error on held-out rows before and after, `own_norms` the keys of norms that are stored with values of their own.
     """
 
     key: str
@@ -27,6 +28,8 @@ class ModuleReport:
     perplexity_full: float | None = None
     tuning: Mapping[str, float] | None = None
     own_norms: tuple[str, ...] = ()
+    largest_state: float | None = None
+    largest_output: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as it stands in the work directory."""

@@ -1,31 +1,31 @@
 """The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec, ModuleSpec
-from exl2jax.models.modules import NormSpec
-from exl2jax.ops import HessianFactor, PackedLinear, QuantizedLinear
+from exl2jax.models.modules import LinearGroup, NormSpec
+from exl2jax.ops import HessianFactor, PackedLinear
 from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import clamp_bias, hessian_diagnostics, linear_diagnostics, starved_experts
 from exl2jax.quantize.head import quantize_head
-from exl2jax.quantize.linear import Task, factor_hessian, module_factors, pack_checked, quantize_many
-from exl2jax.quantize.propagate import StageTask, Strengths, corrected_target, finish, stage_terms
+from exl2jax.quantize.linear import Checks, Quantized, as_checks, in_threads, quantize, repacked, require_sound
+from exl2jax.quantize.propagate import StageTask, StageTerms, Strengths, corrected_targets, finish, stage_terms
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.quantize.store import stored_norm, tensor_file
 from exl2jax.quantize.tune import TuneTask
 from exl2jax.stock_tables import head_qparams
 from exl2jax.storage import write_checked_tensors
 from exl2jax.stream.blocks import Block, HeadBlock, Piece, cut
-from exl2jax.stream.forward import Tally, errors_by_row, forward, mean_of_rows, require_finite
+from exl2jax.stream.forward import errors_by_row, forward, mean_of_rows, require_finite
 from exl2jax.stream.hessians import collect
+from exl2jax.stream.later import Later, at_once
 from exl2jax.stream.scan import REFERENCE, STATES, Carry
 from exl2jax.stream.scoring import perplexity, score
 from exl2jax.stream.streams import Rows, Stream, added, read
@@ -38,7 +38,8 @@ class QuantizeStep:
     """The step of the quantization scan, with everything that stays the same through it.
 
     The carry holds the quantized model's states and, as `REFERENCE`, those of the full-precision one: of all rows where
-    the recipe propagates errors or tunes, else of the `check_rows` that the final check runs on.
+    the recipe propagates errors or tunes, else of the `check_rows` that the final check runs on. `later` takes the work
+    that need not be done before the next module: writing the files.
     """
 
     decoder: Decoder
@@ -52,6 +53,7 @@ class QuantizeStep:
     routed_only: bool = True
     seed: int = 0
     token_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    later: Later = at_once
 
     def start(self, states: np.ndarray) -> dict[str, np.ndarray]:
         """The carry before the first module, from the embedded rows."""
@@ -67,11 +69,8 @@ class QuantizeStep:
             reference=carry[REFERENCE],
         )
         done = reduce(Outcome.joined, map(run, block.pieces(self.decoder)))
-        errors = errors_by_row(self.rows, done.states, done.wanted)
-        tally, parts, counts = read((done.tally, errors.parts(), done.tokens))
-        require_finite(tally, block.spec, "quantized")
-        error = mean_of_rows(self.rows.spans, parts)
-        notes = (*done.diagnostics, *starved_experts(block.spec, [round(float(n)) for n in counts]))
+        error = mean_of_rows(self.rows.spans, read(errors_by_row(self.rows, done.states, done.wanted).parts()))
+        notes = (*done.diagnostics, *starved_experts(block.spec, done.tokens))
         if self.recipe.tuning is not None and len(cut(block.spec)) > 1:
             notes = (*notes, f"{block.spec.key}: not tuned, since its experts do not fit in memory together")
         report = ModuleReport(
@@ -81,36 +80,29 @@ class QuantizeStep:
             diagnostics=notes,
             tuning=done.tuning,
             own_norms=done.own_norms,
+            largest_state=done.largest_state,
+            largest_output=done.largest_output,
             **{"stream_error" if self.recipe.propagates else "rfn_error": error},
         )
         return {STATES: done.states, REFERENCE: done.reference}, report
 
     def _plain(self, piece: Piece, states: Stream, reference: Stream) -> "Outcome":
         """Towards the source's weights, all linears from one pass of the unquantized module over quantized states."""
-        module, spec, params = piece
+        module, spec, params = piece.module, piece.spec, piece.params
         tables, wanted = group_tables(spec.groups, self.token_weights), states.like(*states.shape)
         found = collect(module, spec, params, self.rows, states, wanted, routed_only=self.routed_only, tables=tables)
-        factors = module_factors(spec, found.hessians, self.recipe.method)
-        kernels = {linear.name: params[linear.name]["kernel"] for linear in spec.linears}
-        done = self._linears(spec, spec.linears, params, kernels, factors)
-        notes = [
-            line
-            for g, h in zip(spec.groups, found.hessians, strict=True)
-            for line in hessian_diagnostics(h, factors[g[0].name], g)
-        ]
-        done = done._replace(diagnostics=(*done.diagnostics, *notes))
+        factors = [self.recipe.method.factorize(hessian) for hessian in found.hessians]
+        kernels = [[params[x.name]["kernel"] for x in group] for group in spec.groups]
+        done = self._linears(piece, _Quantized(params, {}, {}), spec.groups, kernels, factors)
         full = piece.target(reference)
         piece.forward(reference, full)
-        return self._outcome(piece, done, factors, found.tokens[-len(spec.stages[-1]) :], states, full, wanted)
+        return self._outcome(piece, done, found.tokens[-len(spec.stages[-1]) :], states, full, wanted)
 
     def _propagated(self, piece: Piece, states: Stream, reference: Stream) -> "Outcome":
         """Towards the full-precision stream, stage after stage, each on inputs that are quantized already."""
-        module, spec, params = piece
-        done, notes, following = _Quantized(params, {}, ()), list[str](), piece.target(reference)
-        factors: dict[str, HessianFactor] = {}
-        kernels = {x.name: jnp.asarray(params[x.name]["kernel"], jnp.float32) for x in spec.linears}
+        module, spec, params = piece.module, piece.spec, piece.params
+        done, following, found = _Quantized(params, {}, {}), piece.target(reference), None
         strengths = Strengths(self.recipe.propagation, self.recipe.residual * module.residual_share)
-        found = None
         for stage, groups in enumerate(spec.stages):
             task = StageTask(
                 module=module,
@@ -126,98 +118,140 @@ class QuantizeStep:
                 tables=group_tables(groups, self.token_weights),
             )
             found = stage_terms(task, following if task.last else None)
-            targets = dict[str, jax.Array]()
-            for group, terms in zip(groups, found.terms, strict=True):
-                keys = " and ".join(linear.key for linear in group)
-                factor = factor_hessian(terms.hessian, keys, self.recipe.method)
-                notes += hessian_diagnostics(terms.hessian, factor, group)
-                factors |= {x.name: factor for x in group}
-                targets |= {x.name: corrected_target(kernels[x.name], factor, terms, strengths) for x in group}
-            linears = [x for group in groups for x in group]
-            now = self._linears(spec, linears, done.params, targets, factors)
-            done = now._replace(linears={**done.linears, **now.linears})
-            notes += now.diagnostics
+            factors = [self.recipe.method.factorize(terms.hessian) for terms in found.terms]
+            targets = [
+                corrected_targets([params[x.name]["kernel"] for x in group], factor, terms, strengths)
+                for group, factor, terms in zip(groups, factors, found.terms, strict=True)
+            ]
+            done = self._linears(piece, done, groups, targets, factors)
         assert found is not None  # a module has stages
-        done = done._replace(diagnostics=tuple(notes))
-        kept = None if self.recipe.tuning else found.inputs  # tuned norms change them
-        return self._outcome(piece, done, factors, found.tokens, states, following, following, kept)
+        last = found if self.recipe.tuning is None else found._replace(inputs=None)  # tuned norms change them
+        return self._outcome(piece, done, found.tokens, states, following, following, last)
+
+    def _linears(
+        self,
+        piece: Piece,
+        done: "_Quantized",
+        groups: Sequence[LinearGroup],
+        targets: Sequence[Sequence[Any]],
+        factors: Sequence[HessianFactor],
+    ) -> "_Quantized":
+        """Quantize the linears of some groups, each towards its target; the other parameters stay."""
+        tasks = [
+            (x, target, factor)
+            for group, of_group, factor in zip(groups, targets, factors, strict=True)
+            for x, target in zip(group, of_group, strict=True)
+        ]
+
+        def run(task: tuple[LinearSpec, jax.Array, HessianFactor]) -> Quantized:
+            x, target, factor = task
+            kernel = piece.params[x.name]["kernel"]
+            return quantize(target, factor, self._settings(piece.spec)[x.name], x, self.recipe.method, kernel)
+
+        params, results = dict(done.params), dict(done.results)
+        for (x, _, factor), result in zip(tasks, in_threads(run, tasks), strict=True):
+            bias, _ = clamp_bias(x, piece.biases.get(x.name))
+            params[x.name] = {"kernel": result.linear.weight} | ({} if bias is None else {"bias": bias})
+            results[x.name] = result
+            done.factors[x.name] = factor
+        return _Quantized(params, results, done.factors)
+
+    def _settings(self, spec: ModuleSpec) -> dict[str, QParams]:
+        """The setting of each linear of a module by name."""
+        return {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
 
     def _outcome(
         self,
         piece: Piece,
         done: "_Quantized",
-        factors: Mapping[str, HessianFactor],
         tokens: list[jax.Array],
         states: Stream,
         reference: Stream,
         wanted: Stream,
-        inputs: Sequence[Stream] | None = None,
+        last: StageTerms | None = None,
     ) -> "Outcome":
-        """Store the quantized linears and run them, from the `inputs` of the last stage where these are known."""
-        params, kept = self._finish(piece, done, states, reference)
+        """Run the quantized linears, from the inputs of the `last` stage where these are known, and store them."""
+        done, tuned = self._tuned(piece, done, states, reference)
         out, module = piece.target(states), piece.module
-        tally = forward(module, params, states, out) if inputs is None else finish(module, params, states, inputs, out)
+        if last is None or last.inputs is None:
+            tally = forward(module, done.params, states, out)
+        else:
+            tally = finish(module, done.params, states, last.inputs, out, last.tally)
+        tally, counts, rows = read((tally, tokens, {name: x.checks for name, x in done.results.items()}))
+        checks = {name: as_checks(row) for name, row in rows.items()}
+        keys = {x.name: " and ".join(y.key for y in group) for group in piece.spec.groups for x in group}
+        for linear in piece.spec.linears:
+            require_sound(checks[linear.name], linear, keys[linear.name])
+        require_finite(tally, piece.spec, "quantized")
+        self._store(piece, done, tuned.pop("norms"))
+        settings = self._settings(piece.spec)
         return Outcome(
             states=out,
             wanted=wanted,
             reference=reference,
-            tally=tally,
-            damping={name: float(factor.damping) for name, factor in factors.items()},
-            diagnostics=done.diagnostics,
-            tokens=tokens,
-            **kept,
+            bits=sum(settings[x.name].total_bits(x.rows, x.columns) for x in piece.spec.linears),
+            damping={name: found.damping for name, found in checks.items()},
+            diagnostics=tuple(self._notes(piece, checks)),
+            tokens=[round(float(n)) for n in counts],
+            largest_state=float(tally.state),
+            largest_output=float(tally.linear),
+            **tuned,
         )
 
-    def _linears(
-        self,
-        spec: ModuleSpec,
-        linears: Sequence[LinearSpec],
-        params: Any,
-        targets: Mapping[str, Any],
-        factors: Mapping[str, HessianFactor],
-    ) -> "_Quantized":
-        """Quantize some linears of a module, whose other parameters stay."""
-        settings = {name: q for slot in spec.slots for name, q in self.strategy[slot.key].items()}
-        tasks = [Task(targets[x.name], factors[x.name], settings[x.name], x, self.recipe.method) for x in linears]
-        out, results, diagnostics = dict(params), quantize_many(tasks), list[str]()
-        for linear, result in zip(linears, results, strict=True):
-            own = dict(params[linear.name])
-            diagnostics += linear_diagnostics(linear, own["kernel"], result)
-            bias, said = clamp_bias(linear, np.asarray(own["bias"]) if "bias" in own else None)
-            diagnostics += said
-            out[linear.name] = own | {"kernel": result.weight} | ({} if bias is None else {"bias": bias})
-        return _Quantized(out, {x.name: r for x, r in zip(linears, results, strict=True)}, tuple(diagnostics))
+    def _notes(self, piece: Piece, checks: Mapping[str, Checks]) -> Iterator[str]:
+        """Diagnostics of the linears of a piece."""
+        for group in piece.spec.groups:
+            yield from hessian_diagnostics(checks[group[0].name], group)
+            for x in group:
+                yield from linear_diagnostics(x, checks[x.name])
+                yield from clamp_bias(x, piece.biases.get(x.name))[1]
 
-    def _finish(
+    def _tuned(
         self, piece: Piece, done: "_Quantized", states: Stream, reference: Stream
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tune a module where the recipe says so, pack, check and store it: its parameters, and what to report.
+    ) -> tuple["_Quantized", dict[str, Any]]:
+        """Tune a module where the recipe says so: the result, and the record of it with the norms that changed.
 
-        Pieces of a mixture are not tuned: what they should give together is known only when the last one is stored.
+        Pieces of a mixture are not tuned: the sum of their outputs is known only when the last one is stored.
         """
-        spec, params, linears, report = piece.spec, done.params, done.linears, dict[str, Any]()
-        norms: tuple[NormSpec, ...] = ()
-        if self.recipe.tuning is not None and piece.whole:
-            task = TuneTask(
-                module=piece.module,
-                spec=spec,
-                params=params,
-                linears=linears,
-                states=states.array(),
-                reference=reference.array(),
-                mask=self.rows.mask.array(),
-            )
-            params, linears, result = task.run(self.recipe.tuning, self.seed)
-            report["tuning"] = {"before": result.before, "after": result.after, "steps": result.steps}
-            norms = () if result.values is None else tuple(n for n in spec.norms if n.name in result.values.norms)
-        bits = 0
-        for linear in spec.linears:
-            packed = pack_checked(linears[linear.name], linear, params[linear.name].get("bias"))
-            self._store(linear, packed.packed)
-            bits += packed.packed.bits
-        for norm in norms:
-            write_checked_tensors(tensor_file(self.out_tensor, norm.key), stored_norm(norm, params[norm.name]))
-        return params, report | {"bits": bits, "own_norms": tuple(norm.key for norm in norms)}
+        if self.recipe.tuning is None or not piece.whole:
+            return done, {"norms": ()}
+        task = TuneTask(
+            module=piece.module,
+            spec=piece.spec,
+            params=done.params,
+            linears={name: result.linear for name, result in done.results.items()},
+            states=states.array(),
+            reference=reference.array(),
+            mask=self.rows.mask.array(),
+        )
+        params, linears, result = task.run(self.recipe.tuning, self.seed)
+        changed = () if result.values is None else result.values.norms
+        norms = tuple(norm for norm in piece.spec.norms if norm.name in changed)
+        results = {
+            name: repacked(linear, done.factors[name], piece.params[name]["kernel"]) for name, linear in linears.items()
+        }
+        record = {
+            "norms": norms,
+            "tuning": {"before": result.before, "after": result.after, "steps": result.steps},
+            "own_norms": tuple(norm.key for norm in norms),
+        }
+        return _Quantized(params, results, done.factors), record
+
+    def _store(self, piece: Piece, done: "_Quantized", norms: Sequence[NormSpec]) -> None:
+        """Write the packed linears and the changed norms, read from the device at once."""
+        biases = {name: done.params[name].get("bias") for name in done.results}
+        results = {x: (done.results[x.name].packed, done.results[x.name].linear.groups) for x in piece.spec.linears}
+        values = {norm: done.params[norm.name] for norm in norms}
+
+        def write() -> None:
+            arrays = read([packed for packed, _ in results.values()])
+            for (linear, (_, groups)), packed in zip(results.items(), arrays, strict=True):
+                bias = biases[linear.name]
+                self._write(linear, packed.stored(groups, None if bias is None else np.asarray(bias)))
+            for norm, params in values.items():
+                write_checked_tensors(tensor_file(self.out_tensor, norm.key), stored_norm(norm, params))
+
+        self.later(write)
 
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
@@ -233,7 +267,7 @@ class QuantizeStep:
             reference=carry[REFERENCE] if self.recipe.carries_reference else None,
             strength=self.recipe.propagation,
         )
-        self._store(block.spec, packed.packed)
+        self._write(block.spec, packed.packed)
         rows = min(self.check_rows, len(self.input_ids))
         ids, mask = self.input_ids[:rows], self.rows.mask.array(rows)
         params = {"norm": block.params["norm"], "lm_head": {"kernel": packed.weight}}
@@ -248,7 +282,7 @@ class QuantizeStep:
         )
         return carry, report
 
-    def _store(self, spec: LinearSpec, packed: PackedLinear) -> None:
+    def _write(self, spec: LinearSpec, packed: PackedLinear) -> None:
         write_checked_tensors(tensor_file(self.out_tensor, spec.key), packed.tensors(spec.key))
 
 
@@ -263,11 +297,12 @@ class Outcome:
     states: Stream
     wanted: Stream
     reference: Stream
-    tally: Tally
     bits: int
     damping: dict[str, float]
     diagnostics: tuple[str, ...]
-    tokens: list[jax.Array]
+    tokens: list[int]
+    largest_state: float
+    largest_output: float
     tuning: Mapping[str, float] | None = None
     own_norms: tuple[str, ...] = ()
 
@@ -278,17 +313,18 @@ class Outcome:
             states=added(self.states, then.states),
             wanted=wanted,
             reference=wanted if self.wanted is self.reference else added(self.reference, then.reference),
-            tally=self.tally.joined(then.tally),
             bits=self.bits + then.bits,
             damping=self.damping | then.damping,
             diagnostics=self.diagnostics + then.diagnostics,
             tokens=self.tokens + then.tokens,
+            largest_state=max(self.largest_state, then.largest_state),
+            largest_output=max(self.largest_output, then.largest_output),
         )
 
 
 class _Quantized(NamedTuple):
-    """Parameters of a module with the linears so far quantized, those linears, and what there is to say of them."""
+    """Parameters of a module with the linears so far quantized, the results of these, and the factors they rest on."""
 
     params: dict[str, Any]
-    linears: dict[str, QuantizedLinear]
-    diagnostics: tuple[str, ...]
+    results: dict[str, Quantized]
+    factors: dict[str, HessianFactor]

@@ -1,7 +1,7 @@
 """Tuning a quantized module: norms, maxima of scales and biases as they will be stored, and the errors they leave.
 
 The codes stay. A group's maximum scales its rows of the weight, so while it is tuned the weight is the dequantized one
-times a factor per row; what is judged and stored is rounded to half and dequantized exactly.
+times a factor per row; the weight that is judged and stored is rounded to half and dequantized exactly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.models import Module, ModuleSpec
-from exl2jax.ops import QuantizedLinear
+from exl2jax.ops import QuantizedLinear, dequantized_weight, group_table
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.stream.chunks import rows_at_once
 from exl2jax.variants import Choice
-from exl2jax.variants.rounding import Rounded, weight_of
 from exl2jax.variants.tuning import Tunable, Tuned
 
 UNTUNED = "router"
@@ -73,7 +72,7 @@ class TuneTask:
         return TunedBlock(*self.stored(result.values), result)
 
     def stored(self, values: Changes) -> tuple[dict[str, Any], dict[str, QuantizedLinear]]:
-        """Parameters and linears with the changes made in half precision."""
+        """Parameters and linears with the changes, in half precision."""
         params, linears = dict(self.params), dict(self.linears)
         offsets = {norm.name: np.float32(norm.offset) for norm in self.spec.norms}
         for name, delta in values.maxima.items():
@@ -130,12 +129,11 @@ def _groups_of_rows(linear: QuantizedLinear) -> np.ndarray:
 
 def _with_maxima(linear: QuantizedLinear, delta: np.ndarray) -> QuantizedLinear:
     """The linear with its maxima changed and rounded to half, and the weight that this dequantizes to."""
-    count = len(linear.groups)
-    maxima = np.asarray(linear.qscale_max, np.float32) * (1 + delta[:count])
-    maxima = np.clip(maxima, 0, HALF_MAX).astype(np.float16)
-    found = Rounded(linear.codes, linear.qs, jnp.asarray(maxima))
-    weight = weight_of(found, linear.groups, jnp.argsort(linear.perm))
-    return linear._replace(qscale_max=found.qscale_max, weight=weight)
+    maxima = np.asarray(linear.qscale_max, np.float32) * (1 + delta)
+    maxima = jnp.asarray(np.clip(maxima, 0, HALF_MAX).astype(np.float16))
+    table = group_table(linear.groups, len(linear.perm))
+    weight = dequantized_weight(linear.codes, linear.qs, maxima, jnp.argsort(linear.perm), table)
+    return linear._replace(qscale_max=maxima, weight=weight)
 
 
 def _moved_norm(norm: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from exl2jax.report.progress import StatusProgress, make_progress
 from exl2jax.report.tables import (
     calibration_table,
     conversion_table,
+    device_table,
     evaluation_table,
     harness_table,
     inspection_table,
@@ -15,6 +16,7 @@ __all__ = [
     "StatusProgress",
     "calibration_table",
     "conversion_table",
+    "device_table",
     "evaluation_table",
     "harness_table",
     "inspection_table",

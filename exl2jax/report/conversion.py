@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from exl2jax.conversion.shown import shown
 from exl2jax.conversion.work_directory import WorkDirectory
 from exl2jax.errors import JobError, MeasurementError
 from exl2jax.measure.sensitivity import MEASURED
@@ -64,7 +65,7 @@ def conversion_page(conversion: Conversion) -> Page:
         ("preset", str(s["preset"])),
         ("bits per weight", f"{s['bpw']:.4f} (target {s['bits']:g})"),
         ("size", f"{s['size'] / 1e6:.1f} MB of {s['source_size'] / 1e6:.1f} MB"),
-        ("calibration perplexity", f"{s['perplexity']:.4f} (full precision {s['perplexity_full']:.4f})"),
+        ("calibration perplexity", f"{shown(s['perplexity'], 4)} (full precision {shown(s['perplexity_full'], 4)})"),
     ]
     table = NumberTable(identity="facts", caption="Result", header=("", ""), rows=facts)
     return Page(

@@ -11,11 +11,13 @@ from rich.table import Table
 from exl2jax.calibration import CalibrationSummary
 from exl2jax.conversion.preflight import Preflight
 from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.shown import shown
+from exl2jax.estimate import DeviceEstimate
 from exl2jax.evaluation import Evaluation, Figures
 from exl2jax.exl2.inspect import LinearInspection
 from exl2jax.exl2.verify.directory import VerifyReport
 
-MEGABYTE = 1e6
+MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 def conversion_table(result: ConversionResult) -> Table:
@@ -30,7 +32,8 @@ def conversion_table(result: ConversionResult) -> Table:
         table.add_row("size", f"{result.size / MEGABYTE:.1f} MB ({ratio:.2f} times smaller than the source)")
     if result.perplexity is not None and result.perplexity_full is not None:
         table.add_row(
-            "calibration perplexity", f"{result.perplexity:.3f} (full precision {result.perplexity_full:.3f})"
+            "calibration perplexity",
+            f"{shown(result.perplexity, 3)} (full precision {shown(result.perplexity_full, 3)})",
         )
     for name, errors in (("mean rfn_error", result.rfn_error), ("mean stream error", result.stream_error)):
         if errors:
@@ -76,7 +79,7 @@ def _add_warnings(table: Table, warnings: Sequence[str]) -> None:
 def _figures(found: Figures, compared: bool) -> list[str]:
     kl = (found.kl_divergence, found.kl_median, found.kl_p90, found.kl_p99, found.top1_agreement) if compared else ()
     figures = (found.perplexity, found.perplexity_se)
-    cells = [f"{x:.4f}" if x is not None else "" for x in (*figures, *kl)]
+    cells = [shown(x, 4) if x is not None else "" for x in (*figures, *kl)]
     return [*cells[:2], str(found.tokens), *cells[2:]]
 
 
@@ -123,6 +126,27 @@ def plan_table(plan: Preflight) -> Table:
     _add_warnings(table, plan.warnings)
     for refusal in plan.refused:
         table.add_row("[red]would be refused[/red]", refusal)
+    return table
+
+
+def device_table(found: DeviceEstimate) -> Table:
+    """Memory and time on a device, counted."""
+    table = _two_columns(f"{found.device}: counted, not measured")
+    fits = "" if found.fits else ": too much"
+    table.add_row(
+        "device memory", f"{found.memory / GIGABYTE:.1f} GB of {found.memory_present / GIGABYTE:.0f} GB{fits}"
+    )
+    stay = "stay on the device" if found.streams_fit else "cross the bus for every module"
+    table.add_row("hidden states", f"{found.streams / GIGABYTE:.1f} GB, {stay}")
+    table.add_row("weights and states up", f"{found.bytes_up / GIGABYTE:.1f} GB")
+    if found.launches:
+        table.add_row("launches", f"{found.launches / 1e6:.2f} million")
+    for name, work in found.work.items():
+        operations = ", ".join(f"{1e-12 * amount:.4g} {kind}" for kind, amount in work.items())
+        table.add_row(f"tera-operations, {name}", operations)
+    for name, seconds in found.seconds.items():
+        table.add_row(f"seconds, {name}", f"{seconds:.1f}")
+    table.add_row("time at published rates", f"at least {found.total / 60:.3g} minutes; most of it: {found.bound}")
     return table
 
 

@@ -81,12 +81,8 @@ def _indexed(index: Path, single: Path) -> WeightFiles:
     present = [path for path in shards if path.exists()]
     if single.is_file() and single not in shards:
         if not present:
-            return WeightFiles(
-                files=(single,),
-                notes=(
-                    f"{index.name} is stale: the files it names are gone; {single.name} is converted (delete the index)",
-                ),
-            )
+            note = f"{index.name} is stale: the files it names are gone; delete it. {single.name} is converted"
+            return WeightFiles(files=(single,), notes=(note,))
         raise ModelError(
             f"{single}: stands beside {present[0].name} and {index.name}, and both may be the model; "
             f"move away {single.name}, or {index.name} with its files"

@@ -7,10 +7,12 @@ the residual of the first.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from exl2jax.models import Decoder, LinearSpec, Model, Module, ModuleSpec
 from exl2jax.models.modules import MOE_KIND
@@ -18,15 +20,16 @@ from exl2jax.stream.forward import Tally, forward
 from exl2jax.stream.streams import Stream, added
 
 EXPERT_BYTES = 4 << 30
-"""Experts in memory together: their weights, Hessians and factors, and what they are quantized to."""
+"""Bytes of the experts in memory together: their weights, Hessians, factors and quantized copies."""
 
 
 class Piece(NamedTuple):
-    """A module or some experts of it: its functions, its linears, and the parameters on the device."""
+    """A module or some experts of it: its functions, its linears, the parameters on the device, biases on the host."""
 
     module: Module
     spec: ModuleSpec
     params: dict[str, Any]
+    biases: dict[str, np.ndarray]
 
     @property
     def whole(self) -> bool:
@@ -51,10 +54,14 @@ class Block(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, spec: ModuleSpec) -> "Block":
-        """A module of a model, its weights read, but for the experts of a mixture that comes in pieces."""
+        """A module of a model, its weights read, but for the experts of a mixture that comes in pieces.
+
+        Weights come as the source stores them and go up to the device at once, one module ahead of their use where a
+        scan loads it in a thread.
+        """
         if len(cut(spec)) == 1:
-            return cls(spec, model.module_params(spec))
-        return cls(spec, model.plain_params(spec), model.linear_params)
+            return cls(spec, _sent(model.module_params(spec, narrow=True)))
+        return cls(spec, model.plain_params(spec), partial(model.linear_params, narrow=True))
 
     def pieces(self, decoder: Decoder, settings: int = 1) -> Iterator[Piece]:
         """The pieces in order, each read when its turn comes; `settings` as in `cut`.
@@ -72,7 +79,8 @@ class Block(NamedTuple):
                 params[linear.name] = self.params[linear.name]
             else:
                 params[linear.name] = self.load(linear)
-        return Piece(decoder.module(spec), spec, jax.device_put(params))
+        biases = {x.name: np.asarray(params[x.name]["bias"]) for x in spec.linears if "bias" in params[x.name]}
+        return Piece(decoder.module(spec), spec, _widened(jax.device_put(params)), biases)
 
 
 def cut(spec: ModuleSpec, settings: int = 1) -> tuple[ModuleSpec, ...]:
@@ -116,6 +124,20 @@ def forward_block(decoder: Decoder, block: Block, states: Stream) -> tuple[Strea
         return added(first[0], then[0]), first[1].joined(then[1])
 
     return reduce(both, map(run, block.pieces(decoder)))
+
+
+def _sent(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with the kernels on their way to the device; the rest is small."""
+    return {
+        name: values | {"kernel": jax.device_put(values["kernel"])} if "kernel" in values else values
+        for name, values in params.items()
+    }
+
+
+@jax.jit
+def _widened(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters in float32, from the 16 bits that they came up in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 class HeadBlock(NamedTuple):

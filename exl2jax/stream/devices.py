@@ -108,7 +108,7 @@ def to_host(value: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of an array, wherever its parts lie."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
         return np.asarray(value)
-    assert isinstance(value.sharding, NamedSharding)  # what `place_rows` made, and what came of it
+    assert isinstance(value.sharding, NamedSharding)  # `place_rows` makes them, and results keep the kind
     return np.asarray(_gather(_replicated(value.sharding.mesh))(value))
 
 
@@ -116,9 +116,9 @@ def require_agreement(what: str) -> None:
     """Raise `JobError` unless every process says the same, as they must before they compute together."""
     if jax.process_count() == 1:
         return
-    said = np.frombuffer(what.encode()[:256].ljust(256), np.uint8)
-    others = multihost_utils.process_allgather(said)
-    if (others != said).any():
+    own = np.frombuffer(what.encode()[:256].ljust(256), np.uint8)
+    others = multihost_utils.process_allgather(own)
+    if (others != own).any():
         lines = " and ".join(dict.fromkeys(bytes(line).decode(errors="replace").strip() for line in others))
         raise JobError(
             f"the processes of this run stand at different places ({lines}); start all of them over with `no_resume`"

@@ -1,6 +1,6 @@
 """Hidden states through one module: the embedding, the forward pass, and the error of its output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,14 +32,18 @@ class Tally(NamedTuple):
         finite = self.finite & jnp.all(jnp.isfinite(states))
         return self._replace(finite=finite, state=jnp.maximum(self.state, jnp.max(jnp.abs(states))))
 
-    def with_linears(self, outputs: Sequence[jax.Array]) -> "Tally":
-        """With the outputs of linears on a chunk."""
-        largest = [jnp.max(jnp.abs(y)) for y in outputs]
-        return self._replace(linear=jnp.max(jnp.stack([self.linear, *largest])))
+    def with_linears(self, outputs: Mapping[str, jax.Array]) -> "Tally":
+        """With the outputs of linears on a chunk, by name."""
+        return self._replace(linear=jnp.maximum(self.linear, largest_of(outputs)))
 
     def joined(self, then: "Tally") -> "Tally":
         """Together with the tally of another piece."""
         return Tally(self.finite & then.finite, *(jnp.maximum(a, b) for a, b in zip(self[1:], then[1:], strict=True)))
+
+
+def largest_of(outputs: Mapping[str, jax.Array]) -> jax.Array:
+    """The largest absolute value of some arrays, 0 where there are none."""
+    return jnp.max(jnp.stack([jnp.zeros(()), *(jnp.max(jnp.abs(y)) for y in outputs.values())]))
 
 
 START = Tally(np.bool_(True), np.float32(0), np.float32(0))
@@ -59,10 +63,10 @@ def embed(model: Model, input_ids: np.ndarray, seed: int = 0) -> np.ndarray:
     return states if positions is None else states + positions
 
 
-def require_finite(tally: Tally, spec: ModuleSpec, said: str = "full-precision") -> None:
+def require_finite(tally: Tally, spec: ModuleSpec, stream: str = "full-precision") -> None:
     """Raise `NumericalError` where a module's output is not finite; `tally` has been read."""
     if not tally.finite:
-        raise NumericalError(f"{spec.key}: the {said} output holds NaN or infinity on this calibration data")
+        raise NumericalError(f"{spec.key}: the {stream} output holds NaN or infinity on this calibration data")
 
 
 def forward(module: Module, params: Any, states: Stream, into: Stream) -> Tally:
@@ -72,8 +76,8 @@ def forward(module: Module, params: Any, states: Stream, into: Stream) -> Tally:
 
 @partial(jax.jit, static_argnames="module")
 def _forward_chunk(module: Module, params: Any, tally: Tally, h: jax.Array) -> tuple[Tally, tuple[jax.Array]]:
-    hidden = module.forward(params, h).hidden
-    return tally.with_states(hidden), (hidden,)
+    trace = module.forward(params, h)
+    return tally.with_states(trace.hidden).with_linears(trace.outputs), (trace.hidden,)
 
 
 @partial(jax.jit, static_argnames="module")

@@ -8,13 +8,13 @@ log = logging.getLogger("exl2jax")
 
 
 class Progress(Protocol):
-    """Receives what happens; implementations draw bars or print lines."""
+    """Receives the events of a run; implementations draw bars or print lines."""
 
     def start(self, stage: str, total: int, done: int) -> None:
         """A stage of `total` steps begins, `done` of them finished by an earlier run."""
 
     def step(self, message: str) -> None:
-        """One step of the stage is finished; `message` says what came out."""
+        """One step of the stage is finished; `message` describes its result."""
 
     def finish(self) -> None:
         """The stage is over."""
@@ -54,7 +54,7 @@ class StopFlag:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunControl:
-    """What accompanies a run: where it reports, and whether it should stop."""
+    """Progress reports of a run, and the request to stop it."""
 
     progress: Progress = field(default_factory=LogProgress)
     stop: StopFlag = field(default_factory=StopFlag)

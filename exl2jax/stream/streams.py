@@ -163,22 +163,24 @@ _add = jax.jit(jnp.add)
 
 
 def read[T](tree: T) -> T:
-    """Small arrays of 32 bits, or of booleans, on the device as NumPy arrays in host memory, by one transfer."""
+    """Arrays on the device as NumPy arrays in host memory, by one transfer."""
     leaves, form = jax.tree.flatten(tree)
     if not leaves:
         return tree
-    words, start, found = to_host(_words(leaves)), 0, []
+    data, start, found = to_host(_bytes(leaves)), 0, []
     for leaf in leaves:
-        part, start = words[start : start + leaf.size], start + leaf.size
-        found.append((part != 0 if leaf.dtype == bool else part.view(leaf.dtype)).reshape(leaf.shape))
+        dtype = np.dtype(leaf.dtype)
+        size = leaf.size * dtype.itemsize
+        found.append(data[start : start + size].view(dtype).reshape(leaf.shape))
+        start += size
     return jax.tree.unflatten(form, found)
 
 
 @jax.jit
-def _words(leaves: list[jax.Array]) -> jax.Array:
-    """The bits of all arrays end to end."""
-    wide = [leaf.astype(jnp.uint32) if leaf.dtype == bool else leaf for leaf in leaves]
-    return jnp.concatenate([jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1) for leaf in wide])
+def _bytes(leaves: list[jax.Array]) -> jax.Array:
+    """The bytes of all arrays end to end."""
+    plain = [leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf for leaf in leaves]
+    return jnp.concatenate([jax.lax.bitcast_convert_type(leaf, jnp.uint8).reshape(-1) for leaf in plain])
 
 
 def device_budget(asked: float | None) -> int | None:

@@ -1,10 +1,10 @@
-"""How much each token counts: classes of tokens by their place and loudness, with a weight for each.
+"""The weight of each token: classes of tokens by their place and loudness, with a weight for each.
 
-Predictions do not feel an error alike at all tokens. Attention rests on the first token of a row where it looks for
-nothing, so that its keys and values have hundreds to thousands of times the squared gradient of others; and once its
-state is a hundred times louder than theirs, what else is added to it no longer matters. Gradients are known for the few
-rows of the backward pass only, but the class of a token is known everywhere: a Hessian weighs each token by the mean
-squared gradient of its class (`sum_t w_t x_t x_t^T`), and errors are traded the way the predictions feel them.
+An error does not change the predictions alike at all tokens. The first token of a row is an attention sink: heads that
+look for nothing attend to it, so that the squared gradients of its keys and values are hundreds to thousands of times
+those of other tokens. Its state soon grows a hundred times louder than theirs, and small additions to it no longer
+matter. Gradients are known for the few rows of the backward pass only, the class of a token is known everywhere. A
+Hessian therefore weighs each token by the mean squared gradient of its class (`sum_t w_t x_t x_t^T`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ LEAST = 1e-6
 """Floor of a weight, as a share of the mean."""
 
 TOKENS = ".token_weights"
-"""What a linear's weights of classes are called after, beside those of its columns."""
+"""Suffix of the name of a linear's weights of classes, which are kept beside those of its columns."""
 
 
 def token_classes(states: jax.Array, mask: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ def squares_by_class(gradients: jax.Array, classes: jax.Array) -> jax.Array:
 def token_factors(
     weights: Sequence[jax.Array], tables: jax.Array | np.ndarray | None, states: jax.Array, mask: jax.Array
 ) -> list[jax.Array]:
-    """What to multiply a token's vectors by, `[B, T]` for each group: roots of `tables [groups, CLASSES]`.
+    """Factors of a token's vectors, `[B, T]` for each group: roots of `tables [groups, CLASSES]`.
 
     `weights [B, T]`, 0 or 1, say which tokens reach a group; without tables they are the factors.
     """

@@ -4,6 +4,7 @@ Sizes are chosen to be awkward: heads of another size than hidden over heads, an
 multiples of 128. Like `tiny_model` this needs no package under test, and runs beside torch on Python 3.11.
 """
 
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,22 @@ UNGATED: Shapes = {"mlp.c_fc": (INNER, HIDDEN), "mlp.c_proj": (HIDDEN, INNER)}
 TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 FOUR_NORMS = (*TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 HEAD_NORMS: Shapes = {"self_attn.q_norm": (WIDTH,), "self_attn.k_norm": (WIDTH,)}
+
+
+PROCESSORS = {
+    "pixtral": "PixtralImageProcessor",
+    "siglip_vision_model": "Gemma3ImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLImageProcessor",
+}
+PROCESSOR: dict[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "patch_size": 4,
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"longest_edge": 16},
+}
 
 
 @dataclass(frozen=True)
@@ -139,4 +156,9 @@ def tiny_tensors(tiny: TinyArchitecture) -> dict[str, np.ndarray]:
 def write_tiny(path: Path, tiny: TinyArchitecture) -> Path:
     """Write the model's directory."""
     write_directory(path, {"architectures": [tiny.architecture], **tiny.config}, tiny_tensors(tiny))
+    kind = tiny.config.get("vision_config", {}).get("model_type")
+    if kind is not None:
+        (path / "preprocessor_config.json").write_text(
+            json.dumps(PROCESSOR | {"image_processor_type": PROCESSORS[kind]})
+        )
     return path

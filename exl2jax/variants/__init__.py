@@ -2,10 +2,10 @@
 
 A variant is a function with a name, a docstring that gives its source, and a frozen configuration. `variant` registers
 one, `choose` names one with settings, `Method` is what the pipeline quantizes a linear with.
-The solvers of the allocation register where they are, in `exl2jax.variants.solvers`.
+Those that did not help are in `exl2jax.contrib`.
 """
 
-from exl2jax.variants import (
+from exl2jax.variants import (  # they register themselves
     candidates,
     damping,
     measures,
@@ -13,6 +13,7 @@ from exl2jax.variants import (
     order,
     rounding,
     scale_searches,
+    solvers,
     transforms,
     tuning,
 )
@@ -27,10 +28,20 @@ __all__ = [
     "Method",
     "NoSettings",
     "Variant",
+    "candidates",
     "choose",
+    "damping",
     "find",
     "load_entry_points",
     "load_plugin",
+    "measures",
     "names",
+    "objective",
+    "order",
+    "rounding",
+    "scale_searches",
+    "solvers",
+    "transforms",
+    "tuning",
     "variant",
 ]

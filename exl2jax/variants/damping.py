@@ -1,41 +1,12 @@
 """Damping of the Hessian: what is added to its diagonal, and what a failed factorization multiplies that by."""
 
-from dataclasses import dataclass
-
 import jax
-import jax.numpy as jnp
 
-from exl2jax.ops.hessian import DAMPING, MIN_DAMPING
+from exl2jax.ops.hessian import share_of_mean
 from exl2jax.variants.registry import NoSettings, variant
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShareSettings:
-    """Share of the mean diagonal."""
-
-    share: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Refuse what is no damping."""
-        if not self.share > 0:
-            raise ValueError("share must be positive")
 
 
 @variant("damping", "stock")
 def stock(h: jax.Array, settings: NoSettings) -> tuple[jax.Array, float]:
     """0.12 of the mean diagonal, doubled at failure, as stock ExLlamaV2 does (docs/format.md 2.4)."""
-    return jnp.maximum(DAMPING * jnp.mean(jnp.diagonal(h)), MIN_DAMPING), 2.0
-
-
-@variant("damping", "growing", ShareSettings)
-def growing(h: jax.Array, settings: ShareSettings) -> tuple[jax.Array, float]:
-    """As little as it takes: a small share of the mean diagonal, tenfold at failure (0.01 is GPTQ's own default)."""
-    return jnp.maximum(settings.share * jnp.mean(jnp.diagonal(h)), MIN_DAMPING), 10.0
-
-
-@variant("damping", "eigenvalue", ShareSettings)
-def eigenvalue(h: jax.Array, settings: ShareSettings) -> tuple[jax.Array, float]:
-    """What lifts the smallest eigenvalue to a share of the mean one: well-conditioned Hessians stay as they are."""
-    mean = jnp.mean(jnp.diagonal(h))
-    smallest = jnp.linalg.eigvalsh(h)[0]
-    return jnp.maximum(settings.share * mean - smallest, MIN_DAMPING * jnp.maximum(mean, 1e-3)), 2.0
+    return share_of_mean(h)

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from exl2jax.ops import (
@@ -18,9 +20,7 @@ from exl2jax.ops import (
     gptq_tile_losses,
     search_columns,
     search_scales,
-    walk_tile_losses,
 )
-from exl2jax.ops.hessian import MAX_ATTEMPTS, lower_inverse
 from exl2jax.ops.scales import ScaleChoice, ScaleSearch
 from exl2jax.qparams import ROW_MULTIPLE, Group
 from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
@@ -30,23 +30,65 @@ ORDER, DAMPING, SCALES, ROUNDING = (
     Choice(kind=kind, name=STOCK_NAME, settings=NoSettings()) for kind in ("order", "damping", "scales", "rounding")
 )
 
-TUNED_SEARCHES: dict[str, ScaleSearch] = {STOCK_NAME: search_scales, "columns": search_columns}
-"""Scale searches by the name of their variant that run within the tuned walk."""
+OWN_SEARCHES: dict[str, ScaleSearch] = {STOCK_NAME: search_scales, "columns": search_columns}
+"""Scale searches of `ops` by the name of their variant: they take what the walk has, kernels included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Search:
-    """A scale search bound to its settings, compared by value: one compilation however often it is chosen."""
+class SizedSearch:
+    """A scale search of a variant in the walk, which calls it on exactly the rows of a group.
+
+    Compared by value: one compilation however often it is chosen.
+    """
 
     choice: Choice
 
-    def __call__(self, w: jax.Array, bits: jax.Array, importance: jax.Array) -> ScaleChoice:
-        return self.choice.function(w, bits, importance, self.choice.settings)
+    def __call__(
+        self,
+        w: jax.Array,
+        bits: jax.Array,
+        importance: jax.Array | None = None,
+        kernels: Kernels = XLA,
+        rows: jax.Array | None = None,
+        matrices: int = 1,
+        tile: jax.Array | int = 0,
+    ) -> ScaleChoice:
+        """`ScaleSearch`, by columns of one matrix after those of another."""
+        weights = jnp.ones(len(w), jnp.float32)
+        if importance is not None:
+            weights = lax.dynamic_slice_in_dim(importance, tile * ROW_MULTIPLE, len(w))
+        parts = jnp.split(w, matrices, axis=1)
+        of_part = jnp.broadcast_to(bits, (w.shape[1],)).reshape(matrices, -1)[:, 0]
+        found = [self._on_rows(part, of_part[i], weights, rows) for i, part in enumerate(parts)]
+        if matrices == 1:
+            return found[0]
+        stacked = (jnp.stack(x) for x in zip(*found, strict=True))
+        return ScaleChoice(*(x.reshape(-1) for x in stacked))
+
+    def _on_rows(self, w: jax.Array, bits: jax.Array, weights: jax.Array, rows: jax.Array | None) -> ScaleChoice:
+        def first(size: int) -> ScaleChoice:
+            return self.choice.function(w[:size], bits, weights[:size], self.choice.settings)
+
+        if rows is None:
+            return first(len(w))
+        sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)
+        return lax.switch(rows // ROW_MULTIPLE - 1, [partial(first, size) for size in sizes])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """A variant's function bound to its settings, compared by value: one compilation however often it is chosen."""
+
+    choice: Choice
+
+    def __call__(self, *operands: jax.Array) -> Any:
+        """The function's result on these operands."""
+        return self.choice.function(*operands, self.choice.settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """The choices that quantize a linear: the presets' run in tuned operations, any other in the plain ones here."""
+    """The choices that quantize a linear. GPTQ runs in the walk of `ops`, any other rounding in plain functions."""
 
     order: Choice = ORDER
     damping: Choice = DAMPING
@@ -61,86 +103,62 @@ class Method:
 
     def factorize(self, h: jax.Array) -> HessianFactor:
         """Order, damp and factor a Hessian `[K, K]`."""
-        if self.order == STOCK.order and self.damping == STOCK.damping:
-            return factorize(h)
-        return _factorize(h, order=self.order, damping=self.damping)
+        return factorize(h, Bound(choice=self.order), Bound(choice=self.damping))
 
     def quantize(
         self, w: jax.Array, factor: HessianFactor, groups: Sequence[Group], kernels: Kernels = XLA
     ) -> QuantizedLinear:
-        """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` serve the tuned walk."""
-        search = self._tuned_walk
-        if search is not None:
-            return gptq(w, factor, groups, kernels, search)
+        """Quantize `w [K, N]` float32, cut into `groups` of the permuted rows; `kernels` serve the walk."""
+        if self.walks:
+            return gptq(w, factor, groups, kernels, self.search)
         ordered = Ordered(w[factor.perm], factor, tuple(groups))
-        found: Rounded = self.rounding.function(ordered, _Search(choice=self.scales), self.rounding.settings)
+        found: Rounded = self.rounding.function(ordered, Bound(choice=self.scales), self.rounding.settings)
         weight = weight_of(found, ordered.groups, factor.inv_perm)
-        return QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, ordered.groups, weight)
+        room = w.shape[0] // ROW_MULTIPLE - len(groups)
+        qs = jnp.pad(found.qs, ((0, room), (0, 0)), constant_values=1)
+        maxima = jnp.pad(found.qscale_max, (0, room), constant_values=1)
+        return QuantizedLinear(found.codes, qs, maxima, factor.perm, ordered.groups, weight)
 
     def tile_losses(
         self,
-        w: jax.Array,
+        w: np.ndarray | jax.Array,
         factor: HessianFactor,
-        groups: Sequence[Group],
+        cuts: tuple[tuple[Group, ...], ...],
         column_weight: jax.Array,
         kernels: Kernels = XLA,
     ) -> jax.Array:
-        """What `quantize` would cost, by tile of 32 permuted rows `[K / 32]`, as `ops.gptq_tile_losses` defines it."""
-        search = self._tuned_walk
-        if search is not None:
-            return gptq_tile_losses(w, factor, groups, column_weight, kernels, search)
-        error = w - self.quantize(w, factor, groups).weight.astype(jnp.float32)
-        return _tile_losses(error, factor, column_weight, walked=self.rounding == STOCK.rounding)
+        """What `quantize` would cost under each cut, by tile of 32 permuted rows `[cuts, K / 32]`.
+
+        `ops.gptq_tile_losses` defines it.
+        """
+        if self.walks:
+            return gptq_tile_losses(w, factor, cuts, column_weight, kernels, self.search)
+        w = jnp.asarray(w, jnp.float32)
+        errors = (w - self.quantize(w, factor, groups).weight.astype(jnp.float32) for groups in cuts)
+        return jnp.stack([_tile_losses(error, factor, column_weight) for error in errors])
 
     @property
     def search(self) -> ScaleSearch:
-        """The scale search of the tuned walk that comes nearest: stock's where the chosen one is a plain function."""
-        return TUNED_SEARCHES.get(self.scales.name, search_scales)
+        """The scale search of the walk."""
+        return OWN_SEARCHES.get(self.scales.name) or SizedSearch(choice=self.scales)
 
     @property
-    def _tuned_walk(self) -> ScaleSearch | None:
-        """The scale search to walk with, None where the walk must be the plain one."""
-        return TUNED_SEARCHES.get(self.scales.name) if self.rounding == STOCK.rounding else None
+    def walks(self) -> bool:
+        """Whether the rounding is GPTQ itself, so that the walk of `ops` runs with the search that was chosen."""
+        return self.rounding == ROUNDING
 
 
 STOCK = Method()
 """What stock does."""
 
 
-@partial(jax.jit, static_argnames="walked")
-def _tile_losses(error: jax.Array, factor: HessianFactor, column_weight: jax.Array, *, walked: bool) -> jax.Array:
+@jax.jit
+def _tile_losses(error: jax.Array, factor: HessianFactor, column_weight: jax.Array) -> jax.Array:
     """Tiles of `sum_n c_n (E^T H E)_nn` for a weight error `E [K, N]`: `E^T (H + l I) E` is `|U^-T E|^2`.
 
-    Rounding that `walked` with feedback has scaled errors that are uncorrelated; any other gives the exact sum only.
+    Only the sum is exact: errors of a rounding that is no walk with feedback are correlated.
     """
     ordered = error[factor.perm]
     scaled = jax.scipy.linalg.solve_triangular(factor.u, ordered, trans=1, lower=False)
-    if walked:
-        return walk_tile_losses(scaled, factor.u, factor.damping, column_weight)
     rows = (jnp.square(scaled) - factor.damping * jnp.square(ordered)) @ column_weight
     return jnp.maximum(jnp.sum(rows.reshape(-1, ROW_MULTIPLE), axis=1), 0.0)
-
-
-@partial(jax.jit, static_argnames=("order", "damping"))
-def _factorize(h: jax.Array, *, order: Choice, damping: Choice) -> HessianFactor:
-    """`ops.factorize` with its order and damping exchanged."""
-    perm = order.function(jnp.diagonal(h), order.settings)
-    ordered = h[perm][:, perm]
-    first, growth = damping.function(ordered, damping.settings)
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
-
-    def attempt(value: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky((ordered + value * eye)[::-1, ::-1], symmetrize_input=False)
-
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        lower, _, attempts = state
-        return ~jnp.all(jnp.isfinite(lower)) & (attempts < MAX_ATTEMPTS)
-
-    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        _, value, attempts = state
-        return attempt(value * growth), value * growth, attempts + 1
-
-    lower, value, attempts = lax.while_loop(failed, again, (attempt(first), first, jnp.int32(1)))
-    u = lower_inverse(lower)[::-1, ::-1]
-    ok = jnp.all(jnp.isfinite(u)) & jnp.isfinite(value)
-    return HessianFactor(perm, jnp.argsort(perm), u, value, attempts, ok)

@@ -1,47 +1,12 @@
-"""Orders of the rows: which come first, with the wider codes, and are made up for by those after them."""
-
-from dataclasses import dataclass
+"""Order of the rows: which come first, with the wider codes, and are made up for by those after them."""
 
 import jax
-import jax.numpy as jnp
 
-from exl2jax.qparams import ROW_MULTIPLE
+from exl2jax.ops.hessian import descending
 from exl2jax.variants.registry import NoSettings, variant
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupSettings:
-    """Rows that stay together."""
-
-    rows: int = 32
-
-    def __post_init__(self) -> None:
-        """Refuse what does not tile a matrix."""
-        if self.rows < ROW_MULTIPLE or self.rows % ROW_MULTIPLE:
-            raise ValueError(f"rows must be a multiple of {ROW_MULTIPLE}")
 
 
 @variant("order", "stock")
 def stock(diagonal: jax.Array, settings: NoSettings) -> jax.Array:
     """Act-order: rows by descending diagonal of the Hessian (the GPTQ authors' act-order; docs/format.md 2.4)."""
-    return jnp.argsort(-diagonal, stable=True)
-
-
-@variant("order", "none")
-def none(diagonal: jax.Array, settings: NoSettings) -> jax.Array:
-    """Rows as they are (GPTQ, arXiv:2210.17323, section 3.3, "arbitrary order")."""
-    return jnp.arange(diagonal.shape[0])
-
-
-@variant("order", "group", GroupSettings)
-def group(diagonal: jax.Array, settings: GroupSettings) -> jax.Array:
-    """Blocks of rows by descending mean diagonal, rows within a block as they are: memory stays local."""
-    k, size = diagonal.shape[0], settings.rows
-    blocks = -(-k // size)
-    padded = jnp.pad(diagonal, (0, blocks * size - k))
-    count = jnp.minimum(size, k - size * jnp.arange(blocks))
-    means = padded.reshape(blocks, size).sum(axis=1) / count.astype(diagonal.dtype)
-    # A short last block stays last, lest its padding fall among the rows.
-    key = jnp.where(count < size, -jnp.inf, means)
-    first = jnp.argsort(-key, stable=True) * size
-    return (first[:, None] + jnp.arange(size)).reshape(-1)[:k]
+    return descending(diagonal)

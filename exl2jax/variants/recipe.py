@@ -8,13 +8,7 @@ import jax
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import relative_frobenius
-from exl2jax.variants import (
-    KINDS,
-    Choice,
-    Method,
-    choose,
-    solvers,  # noqa: F401  (they register themselves)
-)
+from exl2jax.variants import KINDS, Choice, Method, choose
 from exl2jax.variants.candidates import STOCK_TABLE, Table, parse_candidates
 
 type Pricing = Literal["fisher", "divergence", "accuracy"]

@@ -1,7 +1,7 @@
 """The one door that every variant comes in by."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Any
 
 from exl2jax.errors import SettingsError
@@ -90,12 +90,21 @@ def variant[F: Callable[..., Any]](kind: str, name: str, settings: type = NoSett
             raise SettingsError(f"{where}: the name is taken; choose another")
         if not (function.__doc__ or "").strip():
             raise SettingsError(f"{where}: needs a docstring that says what it does and where it is from")
-        if not is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        if not is_dataclass(settings) or not _frozen(settings):
             raise SettingsError(f"{where}: its settings must be a frozen dataclass")
         _registry[kind, name] = Variant(kind=kind, name=name, function=function, settings=settings, source=_source)
         return function
 
     return register
+
+
+def _frozen(settings: type) -> bool:
+    """Whether a dataclass is frozen: only from such a one can another frozen one be derived."""
+    try:
+        make_dataclass("Derived", [], bases=(settings,), frozen=True)
+    except TypeError:
+        return False
+    return True
 
 
 def find(kind: str, name: str) -> Variant:

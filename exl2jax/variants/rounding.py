@@ -1,4 +1,7 @@
-"""Roundings of a whole matrix in permuted order: codes and scales, group by group, with or without feedback."""
+"""Roundings of a whole matrix in permuted order, in plain code that is made to be read and copied.
+
+GPTQ itself (`stock`) runs in the walk of `exl2jax.ops`; the one here is what other roundings begin with.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,14 +51,8 @@ class DescentSettings:
 
 @variant("rounding", "stock")
 def stock(walk: Ordered, search: Search, settings: NoSettings) -> Rounded:
-    """GPTQ: each row's error, over `U_ii`, goes to the rows after it (arXiv:2210.17323; docs/format.md 2.5)."""
-    return _walk(walk, walk.factor.u, search)
-
-
-@variant("rounding", "nearest")
-def nearest(walk: Ordered, search: Search, settings: NoSettings) -> Rounded:
-    """Round to nearest: every weight for itself, no feedback."""
-    return _walk(walk, jnp.diag(jnp.diagonal(walk.factor.u)), search)
+    """GPTQ: the rows after a row make up for its error over `U_ii` (arXiv:2210.17323; docs/format.md 2.5)."""
+    return walk_groups(walk, walk.factor.u, search)
 
 
 @variant("rounding", "descent", DescentSettings)
@@ -63,32 +60,16 @@ def descent(walk: Ordered, search: Search, settings: DescentSettings) -> Rounded
     """GPTQ, then coordinate descent on the codes with the scales held: row by row the best code given all others
     (QuantEase, arXiv:2309.01885).
     """  # noqa: D205
-    found = _walk(walk, walk.factor.u, search)
+    found = walk_groups(walk, walk.factor.u, search)
     scale, bits = by_row(found, walk.groups)
-    h = _hessian(walk.factor.u)
+    h = damped_hessian(walk.factor.u)
     codes = found.codes
     for _ in range(settings.sweeps):
         codes = _sweep(walk.w, h, codes, scale, bits)
     return found._replace(codes=codes)
 
 
-@variant("rounding", "refit")
-def refit(walk: Ordered, search: Search, settings: NoSettings) -> Rounded:
-    """GPTQ, then each group's `q_scale_max` by least squares on `tr(E^T H E)` with the codes held, kept where it helps
-    (the closed form of AWQ-style scale fitting: `<Q, H W> / <Q, H Q>`, group after group).
-    """  # noqa: D205
-    found = _walk(walk, walk.factor.u, search)
-    h = _hessian(walk.factor.u)
-    error = dequantize(found.codes, *by_row(found, walk.groups)) - walk.w
-    maxima = found.qscale_max
-    for g, group in enumerate(walk.groups):
-        place, bits = jnp.int32(group.start), jnp.float32(group.bits)
-        better, error = _refit(error, h, found.codes, found.qs[g], maxima[g], place, bits, group.rows)
-        maxima = maxima.at[g].set(better)
-    return found._replace(qscale_max=maxima)
-
-
-def _walk(walk: Ordered, u: jax.Array, search: Search) -> Rounded:
+def walk_groups(walk: Ordered, u: jax.Array, search: Search) -> Rounded:
     """Left-looking walk: a group owes the rows before it `U[:a, a:b]^T E`, then goes row by row."""
     errors, codes, scales = jnp.zeros_like(walk.w), jnp.zeros(walk.w.shape, jnp.uint8), []
     for group in walk.groups:
@@ -131,7 +112,7 @@ def _group(
 
 
 @jax.jit
-def _hessian(u: jax.Array) -> jax.Array:
+def damped_hessian(u: jax.Array) -> jax.Array:
     """The damped Hessian in permuted order: its inverse is `U^T U`."""
     inverse = jax.scipy.linalg.solve_triangular(u, jnp.eye(u.shape[0], dtype=u.dtype), lower=False)
     return jnp.matmul(inverse, inverse.T, precision=lax.Precision.HIGHEST)
@@ -163,30 +144,3 @@ def _sweep(w: jax.Array, h: jax.Array, codes: jax.Array, scale: jax.Array, bits:
         return error, codes.at[i].set(code.astype(jnp.uint8))
 
     return lax.fori_loop(0, w.shape[0], row, (dequantize(codes, scale, bits) - w, codes))[1]
-
-
-@partial(jax.jit, static_argnames="rows")
-def _refit(
-    error: jax.Array,
-    h: jax.Array,
-    codes: jax.Array,
-    qs: jax.Array,
-    qscale_max: jax.Array,
-    start: jax.Array,
-    bits: jax.Array,
-    rows: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The group's maximum after least squares and the errors with it; as before where rounding undoes the gain."""
-    own = lax.dynamic_slice_in_dim(codes, start, rows, 0)
-    across = lax.dynamic_slice_in_dim(h, start, rows, 0)
-    corner = lax.dynamic_slice_in_dim(across, start, rows, 1)
-    before = dequantize(own, half_scale(qscale_max, qs), bits)
-    pull = jnp.matmul(across, error, precision=lax.Precision.HIGHEST)
-    energy = jnp.sum(before * jnp.matmul(corner, before, precision=lax.Precision.HIGHEST))
-    factor = 1 - jnp.sum(before * pull) / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
-    tried = (qscale_max.astype(jnp.float32) * factor).astype(jnp.float16)
-    change = dequantize(own, half_scale(tried, qs), bits) - before
-    gain = jnp.sum(change * (2 * pull + jnp.matmul(corner, change, precision=lax.Precision.HIGHEST)))
-    helps = (gain < 0) & (tried > 0) & jnp.isfinite(tried)
-    moved = lax.dynamic_slice_in_dim(error, start, rows, 0) + jnp.where(helps, change, 0)
-    return jnp.where(helps, tried, qscale_max), lax.dynamic_update_slice_in_dim(error, moved, start, 0)

@@ -9,7 +9,7 @@ import numpy as np
 from exl2jax.errors import MeasurementError
 from exl2jax.ops.annealing import RUNS, anneal
 from exl2jax.ops.knapsack import solve
-from exl2jax.variants import NoSettings, variant
+from exl2jax.variants.registry import NoSettings, variant
 
 NORM_RANGE = (1.5, 3.5)
 NORM_STEP = 0.075

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from exl2jax.models import HFModel, LinearSpec, ModuleSpec, build_decoder, module_specs
+from exl2jax.estimate.work import Work, factor_work, forward_work, gptq_work, hessian_work
+from exl2jax.models import HFModel, LinearSpec, Module, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND
 from exl2jax.ops import QuantizedLinear
 from exl2jax.quantize.linear import Task, module_factors, pack_checked, quantize_many
 from exl2jax.stream.forward import forward, relative_error
 from exl2jax.stream.hessians import collect
-from scripts.bench.stages import SETTING, PassSizes, Work, factor_work, forward_work, gptq_work, hessian_work
+from exl2jax.stream.streams import Rows, Stream
+from scripts.bench.stages import SETTING, PassSizes
 
 ROWS = 16
 """Rows of tokens that the parts are timed on; enough to fill four chunks."""
@@ -24,7 +26,7 @@ class Part(NamedTuple):
 
     name: str
     run: Callable[[], Any]
-    work: Work = Work(0)
+    work: Work = Work()
     moved: float = 0.0
 
 
@@ -36,8 +38,10 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         states = np.random.default_rng(0).standard_normal((ROWS, length, model.config.hidden_size)).astype(np.float32)
         params = model.module_params(spec)
         ahead = forward_work(spec, model.config, length).times(ROWS)
-        yield Part(f"{name} forward", partial(forward, decoder, spec.kind, params, states), ahead)
-        run = partial(collect, decoder, spec, params, states, None)
+        module, rows = decoder.module(spec), Rows.of(np.ones(states.shape[:2]), states.shape[-1])
+        stream, out = rows.place(states), rows.place(states)
+        yield Part(f"{name} forward", lambda m=module, p=params, s=stream, o=out: _forward(m, p, s, o), ahead)
+        run = partial(collect, module, spec, params, rows, stream, out)
         both = ahead + hessian_work(spec, length).times(ROWS)
         yield Part(f"{name} forward and Hessians", lambda run=run: run().hessians, both)
         yield Part(
@@ -45,13 +49,18 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         )
         hessians = run().hessians
         cubes = [factor_work(group[0].rows) for group in spec.groups]
-        yield Part(f"{name} factors", partial(_factors, spec, hessians), sum(cubes, Work(0)))
+        yield Part(f"{name} factors", partial(_factors, spec, hessians), sum(cubes, Work()))
         factors = module_factors(spec, hessians)
         tasks = [Task(params[x.name]["kernel"], factors[x.name], SETTING, x) for x in spec.linears]
         walks = [gptq_work(x.rows, x.columns) for x in spec.linears]
-        yield Part(f"{name} GPTQ", lambda tasks=tasks: [x.weight for x in quantize_many(tasks)], sum(walks, Work(0)))
+        yield Part(f"{name} GPTQ", lambda tasks=tasks: [x.weight for x in quantize_many(tasks)], sum(walks, Work()))
         done = list(zip(quantize_many(tasks), spec.linears, strict=True))
         yield Part(f"{name} packing and check", partial(_packed, done), moved=4 * sum(x.weights for x in spec.linears))
+
+
+def _forward(module: Module, params: Any, states: Stream, out: Stream) -> list[jax.Array]:
+    forward(module, params, states, out)
+    return out.parts()
 
 
 def _packed(done: list[tuple[QuantizedLinear, LinearSpec]]) -> list[jax.Array]:

@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from exl2jax.estimate import Work
 from exl2jax.testing.compilations import compilations
-
-SEARCH_OPS = 11
-"""Element-wise operations of one weight at one multiplier: scale, round, two clamps, scale, subtract, magnitude, three
-products and a square root with its sum counted as one."""
 
 CHAIN = 64
 """Products and sums in a row that the element-wise rate is measured by."""
-
-WALK_OPS = 12
-"""Element-wise operations of one weight in the walk: divide, round, shift, two clamps, shift, scale, two conversions,
-subtract, divide by the diagonal, convert the code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +41,10 @@ class Rates:
         time of moving the bytes.
         """  # noqa: D205
         return max(products / self.products + elementwise / self.elementwise, moved / self.bandwidth)
+
+    def limit_of(self, work: Work, moved: float = 0.0) -> float:
+        """Seconds that counted work takes, all its products being float32 ones."""
+        return self.limit(work.products, work.elementwise, moved)
 
 
 def timed(run: Callable[[], Any], repeat: int, first: Callable[[], Any] | None = None) -> Spent:

@@ -1,7 +1,7 @@
 """The two passes of a conversion on a model, module by module, with the work that their shapes call for."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,40 +9,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from exl2jax.errors import SettingsError
+from exl2jax.estimate.work import Work, candidates_work, distinct_settings, forward_work, gptq_work, hessian_work
 from exl2jax.measure.accuracy import MeasureStep
 from exl2jax.measure.measurement import candidate_rows
-from exl2jax.measure.trials import plan
-from exl2jax.models import HFModel, ModelConfig, ModuleSpec, build_decoder, module_specs
+from exl2jax.models import HFModel, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND, MLP_KIND
-from exl2jax.ops.scales import TRIALS, search_scales
-from exl2jax.qparams import QParams, q
+from exl2jax.qparams import q
 from exl2jax.quantize.step import QuantizeStep
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
 from exl2jax.stream.scan import STATES
+from exl2jax.stream.streams import Rows
 from exl2jax.variants.recipe import find_recipe
 from scripts.bench.plain import plain_attention, plain_gptq, plain_mlp
-from scripts.bench.rates import SEARCH_OPS, WALK_OPS, plain_seconds
+from scripts.bench.rates import plain_seconds
 
 SETTING = q("4", "1", "128")
 """Every linear's setting in the timed quantization pass."""
 
 PLAIN_COLUMNS = 64
 """Columns of a matrix that the plain loop quantizes; its time is scaled to all of them."""
-
-
-class Work(NamedTuple):
-    """Floating-point operations: matrix products, and element-wise ones of the scale search and the walk."""
-
-    products: float
-    elementwise: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
-        return Work(self.products + other.products, self.elementwise + other.elementwise)
-
-    def times(self, count: int) -> "Work":
-        """The work `count` times over."""
-        return Work(self.products * count, self.elementwise * count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,64 +49,17 @@ class Stage(NamedTuple):
     whole: Work
 
 
-def gptq_work(rows: int, columns: int) -> Work:
-    """GPTQ of one matrix as stock does it: the feedback is a triangle of products, the search a grid of scales."""
-    return Work(rows * rows * columns, rows * columns * (TRIALS[search_scales] * SEARCH_OPS + WALK_OPS))
-
-
-def forward_work(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:
-    """Products of one row's forward pass."""
-    return _products(spec, config, length, {linear.name: 1 for linear in spec.linears}, 1, 1)
-
-
-def candidates_work(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:
-    """Products of one row's forward passes under all candidates, shared ones counted once."""
-    rows, settings = candidate_rows(spec), distinct_settings(spec)
-    counts = {name: len(found) for name, found in settings.items()}
-    first = [[settings[x.name].index(row[x.name]) for row in rows] for x in spec.groups[0]]
-    (last,) = spec.groups[-1]
-    counts[last.name] = len({tuple(row.values()) for row in rows})
-    groups = plan(first)
-    return _products(spec, config, length, counts, len(groups), sum(len(group.last) for group in groups))
-
-
-def distinct_settings(spec: ModuleSpec) -> dict[str, list[QParams]]:
-    """The settings that candidates give each linear, once each."""
-    rows = candidate_rows(spec)
-    return {linear.name: list(dict.fromkeys(row[linear.name] for row in rows)) for linear in spec.linears}
-
-
-def _products(
-    spec: ModuleSpec, config: ModelConfig, length: int, counts: Mapping[str, int], scores: int, values: int
-) -> Work:
-    """Products of a row with every linear `counts` times, and `scores` and `values` products of the attention core."""
-    products = float(sum(2 * length * linear.weights * counts[linear.name] for linear in spec.linears))
-    if spec.kind == ATTENTION_KIND:
-        causal = length * (length + 1) / 2
-        products += 2 * causal * config.num_heads * config.head_dim * (scores + values)
-    return Work(products)
-
-
-def hessian_work(spec: ModuleSpec, length: int) -> Work:
-    """Both Hessians of one row, half of each being the mirror of the other."""
-    return Work(sum(length * k * k for k in (group[0].rows for group in spec.groups)))
-
-
-def factor_work(rows: int) -> Work:
-    """The factor of one Hessian: a Cholesky and a triangular inverse."""
-    return Work(2 / 3 * rows**3)
-
-
 def measurement(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
     """Stock's exact measurement of the first `modules` modules."""
     specs, decoder, ids = _specs(model, modules), build_decoder(model.config), _tokens(model, sizes.measured, sizes)
 
     def run(count: int) -> None:
-        carry, step = {STATES: embed(model, ids)}, MeasureStep(decoder=decoder, mask=None)
+        rows = Rows.of(np.ones(ids.shape), model.config.hidden_size)
+        carry, step = {STATES: rows.place(embed(model, ids))}, MeasureStep(decoder=decoder, rows=rows)
         for spec in specs[:count]:
             carry, _ = step(carry, Block.of(model, spec))
 
-    forward = whole = Work(0)
+    forward = whole = Work()
     for spec in specs:
         row = forward_work(spec, model.config, sizes.length) + candidates_work(spec, model.config, sizes.length)
         forward += row.times(sizes.measured)
@@ -144,15 +83,15 @@ def quantization(model: HFModel, modules: int, sizes: PassSizes) -> Stage:
                 strategy={s.key: {x.name: SETTING for x in s.linears} for s in specs},
                 head_bits=6,
                 input_ids=ids,
-                mask=None,
+                rows=Rows.of(np.ones(ids.shape), model.config.hidden_size),
                 out_tensor=Path(folder),
                 check_rows=check,
             )
-            carry = step.start(embed(model, ids))
+            carry = {name: step.rows.place(x) for name, x in step.start(embed(model, ids)).items()}
             for spec in specs[:count]:
                 carry, _ = step(carry, Block.of(model, spec))
 
-    forward = whole = Work(0)
+    forward = whole = Work()
     for spec in specs:
         rows = forward_work(spec, model.config, sizes.length).times(2 * sizes.quantized + check)
         forward += rows

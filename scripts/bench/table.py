@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from exl2jax.estimate.work import factor_work, gptq_work
 from exl2jax.models import HFModel, open_model
 from exl2jax.ops import HessianFactor, Kernels, accumulate_hessian, factorize, gptq, pack_codes
 from exl2jax.pallas import kernels_for
@@ -27,7 +29,7 @@ from exl2jax.qparams import q
 from scripts.bench.parts import parts
 from scripts.bench.plain import plain_gptq, plain_pack
 from scripts.bench.rates import Rates, Spent, cost, measure_rates, plain_seconds, timed
-from scripts.bench.stages import PLAIN_COLUMNS, PassSizes, factor_work, gptq_work, measurement, plain_pass, quantization
+from scripts.bench.stages import PLAIN_COLUMNS, PassSizes, measurement, plain_pass, quantization
 
 SIZES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096))
 GPU_SIZES = (*SIZES[3:], (8192, 8192), (8192, 28672), (28672, 8192))
@@ -80,7 +82,7 @@ def operations(
         h = add(zero, x)
         spent = timed(lambda h=h: factorize(h), 2)
         yield row(
-            f"factorize {k}", spent, rates.limit(*factor_work(k)), _plain_factor(np.asarray(h)) if plain else None
+            f"factorize {k}", spent, rates.limit_of(factor_work(k)), _plain_factor(np.asarray(h)) if plain else None
         )
         factor = factorize(h)
         for n in (n for size, n in sizes if size == k):
@@ -99,7 +101,7 @@ def _matrix(
         for name, chosen in kernels.items():
             run = partial(gptq, w, factor, setting.groups(k), chosen)
             label = f"gptq {k}x{n} {width} bits" + (f" {name}" if len(kernels) > 1 else "")
-            yield row(label, timed(lambda run=run: run().weight, 2), rates.limit(*work), slow)
+            yield row(label, timed(lambda run=run: run().weight, 2), rates.limit_of(work), slow)
     codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, (k, n)), jnp.uint8)
     spent = timed(lambda: pack_codes(codes, bits=4), 3)
     host = np.asarray(codes)
@@ -130,14 +132,14 @@ def stages(rates: Rates, model: HFModel, modules: int, sizes: PassSizes, plain: 
         stage = build(model, modules, sizes)
         spent = timed(lambda stage=stage: stage.run(modules), 1, first=lambda stage=stage: stage.run(BLOCK))
         slow = plain_pass(model, modules, sizes, measure=name == "measure") if plain else None
-        yield row(name, spent, rates.limit(*stage.forward), slow)
-        yield row(f"{name}, all its work", spent, rates.limit(*stage.whole), slow)
+        yield row(name, spent, rates.limit_of(stage.forward), slow)
+        yield row(f"{name}, all its work", spent, rates.limit_of(stage.whole), slow)
 
 
 def profile(rates: Rates, model: HFModel, sizes: PassSizes) -> Iterator[Row]:
     """The first block's parts of the quantization pass."""
     for part in parts(model, sizes):
-        yield row(part.name, timed(part.run, 5), rates.limit(*part.work, moved=part.moved))
+        yield row(part.name, timed(part.run, 5), rates.limit_of(part.work, part.moved))
 
 
 def against_plain(found: Row) -> tuple[str, str]:
@@ -165,6 +167,11 @@ def show(rates: Rates, rows: Sequence[Row]) -> None:
     Console(width=130).print(table)
 
 
+def as_json(rates: Rates, rows: Sequence[Row]) -> str:
+    """The rates of the machine and the lines of the table."""
+    return json.dumps({"rates": dataclasses.asdict(rates), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table of docs/performance.md."""
     head = ("", "seconds", "core seconds", "limit", "ratio", "plain loop", "times faster")
@@ -189,7 +196,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", default=f"{standard.measured},{standard.quantized}", help="rows of the two passes")
     parser.add_argument("--length", type=int, default=standard.length, help="tokens of a row")
+    parser.add_argument("--kernels", choices=("xla", "pallas"), help="on gpu: only these, not both side by side")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--keep", type=Path, help="also write the JSON to this file, after every line of the table")
     parser.add_argument("--markdown", type=Path, help="run nothing; print what a run with --json left here as Markdown")
     return parser.parse_args(argv)
 
@@ -207,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown([Row(**found) for found in json.loads(given.markdown.read_text())["rows"]]))
         return 0
     jax.config.update("jax_platforms", "cuda" if given.device == "gpu" else "cpu")
-    kernels = {n: kernels_for(n) for n in (("xla", "pallas") if given.device == "gpu" else ("xla",))}
+    both = (given.kernels,) if given.kernels else ("xla", "pallas")
+    kernels = {n: kernels_for(n) for n in (both if given.device == "gpu" else ("xla",))}
     every = GPU_SIZES if given.device == "gpu" else SIZES[:3] if given.quick else SIZES
     sizes = [_size(s) for s in given.sizes.split(",")] if given.sizes else every
     runs: list[Callable[[Rates], Iterator[Row]]] = []
@@ -223,9 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.only != "parts":
             runs.append(lambda rates: stages(rates, model, modules, passes, not given.no_plain))
     rates = measure_rates()
-    rows = [found for run in runs for found in run(rates)]
+    rows: list[Row] = []
+    for found in chain.from_iterable(run(rates) for run in runs):
+        rows.append(found)
+        if given.keep:
+            given.keep.write_text(as_json(rates, rows))
     if given.json:
-        print(json.dumps({"rates": dataclasses.asdict(rates), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
+        print(as_json(rates, rows))
     else:
         show(rates, rows)
     return 0

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from exl2jax.errors import SettingsError
+from exl2jax.estimate.work import candidates_work, distinct_settings, forward_work
 from exl2jax.models import HFModel, module_specs, open_model
 from exl2jax.stock_tables import ATTENTION, MLP
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import write_tiny
 from scripts.bench import table as bench
 from scripts.bench.rates import Rates
-from scripts.bench.stages import PassSizes, candidates_work, distinct_settings, forward_work, measurement
+from scripts.bench.stages import PassSizes, measurement
 
 RATES = Rates(products=1e9, elementwise=1e8, bandwidth=1e9)
 """Round figures in place of a measurement of the machine."""

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exl2jax.allocate.allocate import allocate, feasible_bpw
-from exl2jax.errors import MeasurementError
+from exl2jax.allocate.allocate import allocate, feasible_bpw, reach, require_reachable, unspent_note
+from exl2jax.allocate.limits import Limits
+from exl2jax.errors import MeasurementError, SettingsError
 from exl2jax.measure.measurement import Candidate, Measurement, candidate_rows, module_bits, read_measurement
 from exl2jax.models import ModuleSpec, module_specs, open_model
 from exl2jax.ops import annealing
@@ -61,6 +62,23 @@ def test_exact_is_the_optimum(measurement: Measurement, specs: tuple[ModuleSpec,
     assert total_error(measurement, strategy.qparams) == pytest.approx(best, rel=1e-9)
     assert strategy.gap == 0
     assert strategy.bpw == strategy.total_bits / weights <= bits
+
+
+def test_bits_that_no_step_explains_are_named(specs: tuple[ModuleSpec, ...]) -> None:
+    linears = [linear.weights for spec in specs for linear in spec.linears]
+    step = 2 * max(linears) / sum(linears)
+    assert unspent_note(4.0 - 0.99 * step, 4.0, specs, rows=False) is None
+    assert "only 2.2400 of the 4 bits per weight" in str(unspent_note(2.24, 4.0, specs, rows=False))
+    assert unspent_note(4.0 - 1.01 * step, 4.0, specs, rows=True) is None  # a module is more than a linear
+
+
+def test_limits_count_before_anything_is_measured(specs: tuple[ModuleSpec, ...]) -> None:
+    pinned = Limits.parse(["*=8"], [])
+    assert reach(specs, "fisher", None, pinned)[0] > 8
+    with pytest.raises(MeasurementError, match=r"these candidates reach 8\."):
+        require_reachable(specs, 4.0, "fisher", None, pinned)
+    with pytest.raises(SettingsError, match="keeps to --pin and --exclude-bits"):
+        reach(specs, "accuracy", None, Limits.parse(["*.q_proj=2"], [2, 3]))
 
 
 def test_what_a_strategy_says_is_what_it_chose(measurement: Measurement, specs: tuple[ModuleSpec, ...]) -> None:

@@ -1,6 +1,7 @@
-"""The best mixture of widths within a matrix: against every mixture there is, and as options of the allocation by linear."""
+"""The best mixture of widths within a matrix against every mixture there is, and the allocation by linear."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,51 @@ def test_allocation_by_linear_spends_the_budget_and_proves_its_gap() -> None:
         assert 0 <= chosen.gap < 0.02 * cost
         assert cost < before
         before = cost
+
+
+def scaled(costs: LinearCosts, scale: float, zeros: int, ties: bool) -> LinearCosts:
+    """Costs of another scale, the first tiles free of cost, or all tiles and widths of one cost."""
+    measured = {}
+    for setting, tiles in costs.measured.items():
+        values = np.full_like(tiles, scale) if ties else tiles * scale
+        values[:zeros] = 0.0
+        measured[setting] = values
+    return replace(costs, measured=measured)
+
+
+@example(exponent=-30.0, bits=4.0, zeros=0, ties=False, seed=0)
+@example(exponent=30.0, bits=4.0, zeros=0, ties=False, seed=0)
+@example(exponent=-15.0, bits=4.0, zeros=0, ties=False, seed=0)
+@example(exponent=0.0, bits=4.0, zeros=99, ties=False, seed=0)
+@given(
+    exponent=st.floats(-30, 30),
+    bits=st.floats(2.7, 8.2),
+    zeros=st.sampled_from([0, 0, 2, 99]),
+    ties=st.booleans(),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_budget_is_spent_whatever_the_scale_of_costs(
+    exponent: float, bits: float, zeros: int, ties: bool, seed: int
+) -> None:
+    plain = {f"l{i}": linear(4 + 4 * (i % 2), seed=seed + i) for i in range(6)}
+    linears = {key: scaled(x, 10.0**exponent, zeros, ties) for key, x in plain.items()}
+    weights = sum(x.rows * x.columns for x in linears.values())
+    chosen = allocate_by_linear(linears, int(bits * weights))
+    spent = sum(m.total_bits for m in chosen.mixtures.values())
+    step = max(x.rows * x.columns for x in linears.values()) * 2.0
+    assert bits * weights - step <= spent <= bits * weights
+    assert chosen.gap >= 0
+
+
+def test_the_choice_follows_the_scale_of_costs() -> None:
+    """Costs a million million times smaller are allocated by just the same."""
+    linears = {f"l{i}": linear(6 + i % 3 * 6, seed=i) for i in range(9)}
+    budget = 4 * sum(x.rows * x.columns for x in linears.values())
+    ordinary = allocate_by_linear(linears, budget)
+    for scale in (1e-15, 1e12):
+        other = allocate_by_linear({k: scaled(x, scale, 0, False) for k, x in linears.items()}, budget)
+        assert {k: m.qparams for k, m in other.mixtures.items()} == {k: m.qparams for k, m in ordinary.mixtures.items()}
 
 
 def test_allocation_by_linear_at_both_ends() -> None:

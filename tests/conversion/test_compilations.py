@@ -16,6 +16,7 @@ from exl2jax.quantize.step import QuantizeStep
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
 from exl2jax.stream.progress import RunControl
+from exl2jax.stream.streams import Rows
 from exl2jax.testing.compilations import compilations
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants.recipe import find_recipe
@@ -100,11 +101,11 @@ def test_eight_blocks_are_quantized_with_the_compilations_of_four(path: Path, pr
         strategy={s.key: {x.name: SETTINGS[i // 2 % len(SETTINGS)] for x in s.linears} for i, s in enumerate(specs)},
         head_bits=6,
         input_ids=ids,
-        mask=None,
+        rows=Rows.of(np.ones(ids.shape), model.config.hidden_size),
         out_tensor=tmp_path,
         check_rows=2,
     )
-    carry, after = step.start(embed(model, ids)), [0]
+    carry, after = {name: step.rows.place(x) for name, x in step.start(embed(model, ids)).items()}, [0]
     with compilations() as seen:
         for spec in specs:
             carry, _ = step(carry, Block(spec, model.module_params(spec)))

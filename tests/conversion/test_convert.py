@@ -358,15 +358,21 @@ def test_padded_calibration_rows_count_as_if_unpadded(model: Path, tmp_path: Pat
     """Rows padded with a mask give the very Hessians, and so the very bytes of the linears, that bare rows give."""
     from exl2jax.models import build_decoder, module_specs, open_model
     from exl2jax.stream.forward import embed
-    from exl2jax.stream.hessians import collect
+    from exl2jax.stream.hessians import Collected, collect
+    from exl2jax.testing.states import rows_of, stream_of
 
     source = open_model(model)
-    decoder, spec = build_decoder(source.config), module_specs(source.config)[0]
+    spec = module_specs(source.config)[0]
     ids = np.random.default_rng(2).integers(0, 300, (4, 32)).astype(np.int32)
     padded = np.pad(ids, ((0, 0), (0, 16)))
     mask = np.pad(np.ones_like(ids), ((0, 0), (0, 16)))
     params = source.module_params(spec)
-    bare = collect(decoder, spec, params, embed(source, ids), None)
-    with_padding = collect(decoder, spec, params, embed(source, padded), mask)
+    module = build_decoder(source.config).module(spec)
+
+    def found(ids: np.ndarray, mask: np.ndarray | None) -> Collected:
+        states = embed(source, ids)
+        return collect(module, spec, params, rows_of(states, mask), stream_of(states), stream_of(states))
+
+    bare, with_padding = found(ids, None), found(padded, mask)
     np.testing.assert_allclose(np.asarray(with_padding.hessians[0]), np.asarray(bare.hessians[0]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.asarray(with_padding.hessians[1]), np.asarray(bare.hessians[1]), rtol=1e-4, atol=1e-5)

@@ -12,8 +12,9 @@ from exl2jax.measure.measurement import Candidate, Measurement, candidate_rows, 
 from exl2jax.models import ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.models.modules import MOE_KIND
 from exl2jax.quantize.diagnostics import starved_experts
-from exl2jax.quantize.propagate import Strengths, stage_terms
-from exl2jax.stream.hessians import collect
+from exl2jax.quantize.propagate import StageTask, Strengths, stage_terms
+from exl2jax.stream.hessians import Collected, collect
+from exl2jax.testing.states import rows_of, stream_of
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import EXPERTS, HIDDEN, write_tiny
 
@@ -31,7 +32,12 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     states += 2.0
     params["router"] = {"weight": params["router"]["weight"].copy()}
     params["router"]["weight"][LOST] = -1.0
-    return build_decoder(model.config), spec, params, states
+    return build_decoder(model.config).module(spec), spec, params, states
+
+
+def collected(moe: Any, **settings: Any) -> Collected:
+    module, spec, params, states = moe
+    return collect(module, spec, params, rows_of(states), stream_of(states), stream_of(states), **settings)
 
 
 def normed(params: Any, h: np.ndarray) -> np.ndarray:
@@ -47,8 +53,8 @@ def chosen(params: Any, x: np.ndarray) -> np.ndarray:
 
 
 def test_hessians_of_experts_come_from_their_tokens(moe: Any) -> None:
-    decoder, spec, params, states = moe
-    found = collect(decoder, spec, params, states, None)
+    _, _, params, states = moe
+    found = collected(moe)
     x = normed(params, states).reshape(-1, HIDDEN)
     mask = chosen(params, x)
     assert mask[:, LOST].sum() == 0 and mask.sum() == 2 * len(x)
@@ -63,8 +69,8 @@ def test_hessians_of_experts_come_from_their_tokens(moe: Any) -> None:
 
 
 def test_all_tokens_on_request(moe: Any) -> None:
-    decoder, spec, params, states = moe
-    found = collect(decoder, spec, params, states, None, routed_only=False)
+    _, _, params, states = moe
+    found = collected(moe, routed_only=False)
     assert found.tokens == [ROWS * LENGTH] * 2 * EXPERTS
     x = normed(params, states).reshape(-1, HIDDEN)
     for e in range(EXPERTS):
@@ -72,7 +78,7 @@ def test_all_tokens_on_request(moe: Any) -> None:
 
 
 def test_the_output_is_the_chosen_experts_weighted(moe: Any) -> None:
-    decoder, spec, params, states = moe
+    module, _, params, states = moe
     x = normed(params, states).reshape(-1, HIDDEN)
     logits = x @ params["router"]["weight"].astype(np.float64).T
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True)) * chosen(params, x)
@@ -82,16 +88,17 @@ def test_the_output_is_the_chosen_experts_weighted(moe: Any) -> None:
         inner = x @ params[f"w1.{e}"]["kernel"]
         inner = inner / (1 + np.exp(-inner)) * (x @ params[f"w3.{e}"]["kernel"])
         expected = expected + weights[:, e, None] * (inner @ params[f"w2.{e}"]["kernel"])
-    out = jax.jit(decoder.forward, static_argnums=0)(spec.kind, params, states).hidden
+    out = jax.jit(module.forward)(params, states).hidden
     np.testing.assert_allclose(np.asarray(out).reshape(-1, HIDDEN), expected, atol=1e-3)
 
 
 def test_cross_terms_of_experts(moe: Any) -> None:
     """With nothing quantized there is nothing to correct, and the Hessians are those of the plain pass."""
-    decoder, spec, params, states = moe
-    plain = collect(decoder, spec, params, states, None)
+    module, spec, params, states = moe
+    plain, rows, stream = collected(moe), rows_of(states), stream_of(states)
     for stage in range(2):
-        terms, tokens, *_ = stage_terms(decoder, spec, stage, params, params, states, states, None, Strengths(0.5, 0.5))
+        task = StageTask(module, spec, stage, params, params, rows, stream, stream, Strengths(0.5, 0.5))
+        terms, tokens, *_ = stage_terms(task)
         start = stage * EXPERTS
         assert tokens == plain.tokens[start : start + EXPERTS]
         for g, term in enumerate(terms):

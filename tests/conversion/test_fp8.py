@@ -114,6 +114,15 @@ def test_a_weight_without_its_factors_is_refused(pair: tuple[Path, Path], tmp_pa
         convert(settings(source, tmp_path))
 
 
+def test_factors_of_another_shape_are_refused_by_the_headers(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(pair[0], tmp_path / "source")
+    (file,) = source.glob("*.safetensors")
+    stored, cut = TensorFiles([file]), "model.layers.1.mlp.up_proj.weight_scale_inv"
+    save_file({name: stored.read(name)[:-1] if name == cut else stored.read(name) for name in stored}, file)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight_scale_inv has shape .* need"):
+        open_model(source)
+
+
 @pytest.mark.parametrize("block", [..., None, [128], [0, 128], "128x128"])
 def test_factors_of_whole_tensors_are_refused(pair: tuple[Path, Path], tmp_path: Path, block: Any) -> None:
     source = shutil.copytree(pair[0], tmp_path / "source")

@@ -6,24 +6,13 @@ from pathlib import Path
 import pytest
 
 from exl2jax.conversion.config import ConversionConfig
-from exl2jax.conversion.operations import (
-    GPTQ_EFFICIENCY,
-    MODEL_ERROR,
-    PASSES,
-    SETTINGS_MEASURED,
-    Speed,
-    durations,
-    machine_speed,
-    pass_operations,
-)
+from exl2jax.conversion.operations import MODEL_ERROR, Speed, durations, machine_speed, pass_operations
 from exl2jax.conversion.sizes import Size, set_operations
+from exl2jax.estimate import Passes, conversion_work
 from exl2jax.models import read_config
-from exl2jax.ops.scales import TRIALS
-
-HIDDEN, INNER, KEYS, VOCABULARY, LAYERS = 64, 160, 32, 320, 2
 
 
-def test_passes_by_hand(tiny_llama: Path) -> None:
+def test_each_pass_counts_its_own_rows_and_length(tiny_llama: Path) -> None:
     config = ConversionConfig(
         in_dir=tiny_llama,
         out_dir=Path("work"),
@@ -34,19 +23,12 @@ def test_passes_by_hand(tiny_llama: Path) -> None:
         preset="fast",
     )
     model, _, _ = read_config(tiny_llama)
-    trials = TRIALS[config.recipe.method.search]
-    shapes = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER)]
-    shapes = LAYERS * [*shapes, (INNER, HIDDEN)]
-    weights = sum(rows * columns for rows, columns in shapes)
-    hessians = LAYERS * 2 * (3 * HIDDEN**2 + INNER**2)
-    walk = sum(rows * columns * (rows + 6 * trials) for rows, columns in shapes) / GPTQ_EFFICIENCY
-    head = HIDDEN * VOCABULARY * (HIDDEN + 6 * trials) / GPTQ_EFFICIENCY
+    measuring = conversion_work(model, config.recipe, Passes(rows=3, measurement_rows=2, length=10))
+    quantizing = conversion_work(model, config.recipe, Passes(rows=3, measurement_rows=2, length=20))
+    works = {**{name: measuring[name] for name in config.recipe.passes}, "quantize": quantizing["quantize"]}
+    expected = {name: work.fast + work.exact + 107 / 49 * work.elementwise for name, work in works.items()}
     found = pass_operations(config, model)
-    assert tuple(found) == (*config.recipe.passes, "quantize")
-    assert found["forward"] == 20 * 2 * weights
-    assert found["forward"] + found["backward"] == 20 * 2 * weights * PASSES["fisher"]
-    assert found["price"] == pytest.approx(20 * hessians + walk * SETTINGS_MEASURED["fisher"])
-    assert found["quantize"] == pytest.approx(60 * (6 * weights + hessians) + walk + head)
+    assert found == pytest.approx(expected) and list(found) == list(expected)
     only = pass_operations(replace(config, output_measurement=Path("m.json")), model)
     assert only == {name: found[name] for name in config.recipe.passes}
     assert pass_operations(replace(config, measurement=Path("m.json")), model) == {"quantize": found["quantize"]}

@@ -146,6 +146,75 @@ def test_missing_linear_says_that_a_module_is_all_or_none(copy: Path) -> None:
     assert "q_proj, v_proj, o_proj" in fault.message and "all or none" in fault.message
 
 
+LOADER: dict[str, tuple[Damage, str, str]] = {
+    "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json", "is missing"),
+    "tokenizer.json cut short": (
+        lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"'),
+        "tokenizer.json",
+        "not a readable tokenizer",
+    ),
+    "tokenizer_config.json no object": (
+        lambda d: (d / "tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json",
+        "JSON object",
+    ),
+    "an added token without its content": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"3": {"special": true}}}'),
+        "tokenizer_config.json",
+        "content and special",
+    ),
+    "added_tokens.json with a text": (
+        lambda d: (d / "added_tokens.json").write_text('{"<x>": "7"}'),
+        "added_tokens.json",
+        "whole number",
+    ),
+    "generation_config.json cut short": (
+        lambda d: (d / "generation_config.json").write_text("{"),
+        "generation_config.json",
+        "cannot be read",
+    ),
+    "generation_config.json with a text": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        "generation_config.json",
+        "eos_token_id",
+    ),
+    "no eos among none": (config(eos_token_id=[]), CONFIG, "eos_token_id"),
+    "bos a list": (config(bos_token_id=[1]), CONFIG, "bos_token_id"),
+    "rotary base in the new spelling only": (
+        config(rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        CONFIG,
+        "rope_theta is None for the loader, and means 500000.0",
+    ),
+    "scaling with two types": (
+        config(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2.0}),
+        CONFIG,
+        "rope_scaling",
+    ),
+    "vision without a preprocessor": (
+        config(vision_config={"model_type": "pixtral"}),
+        "preprocessor_config.json",
+        "is missing",
+    ),
+}
+"""What stock's loader opens besides the weights: damage, the file to be named, and words of the message."""
+
+
+@pytest.mark.parametrize("kind", LOADER)
+def test_files_that_the_loader_opens(kind: str, copy: Path) -> None:
+    damage, file, words = LOADER[kind]
+    damage(copy)
+    report = verify(copy)
+    assert names(report) == {file}, "\n".join(map(str, report.faults))
+    assert all(words in fault.message for fault in report.faults)
+
+
+def test_the_image_processor_must_be_one_that_the_loader_knows(copy: Path) -> None:
+    config(vision_config={"model_type": "pixtral"})(copy)
+    (copy / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor", "size": {}}')
+    messages = [fault.message for fault in verify(copy).faults]
+    assert any("PixtralImageProcessor" in m for m in messages) and any("lacks image_mean" in m for m in messages)
+
+
 @pytest.mark.parametrize(
     "harmless",
     [
@@ -184,7 +253,7 @@ def test_directories_that_are_none(tmp_path: Path, copy: Path) -> None:
     edit_config(copy, {"num_hidden_layers": 10**9})
     assert names(verify(copy)) == {str(copy), CONFIG}  # no model has so many
     (tmp_path / "empty").mkdir()
-    assert names(verify(tmp_path / "empty")) == {str(tmp_path / "empty"), CONFIG}
+    assert names(verify(tmp_path / "empty")) == {str(tmp_path / "empty"), CONFIG, "tokenizer.json"}
 
 
 def test_unquantized_model_fails_by_every_linear(tmp_path: Path) -> None:
@@ -204,7 +273,7 @@ def test_stock_linears_have_no_faults(shared: Path, tmp_path: Path) -> None:
         key = file.name.removesuffix(".3.0bpw.safetensors")
         save_file({f"{key}.{name}": tensors[name] for name in kept}, tmp_path / file.name)
     report = verify(tmp_path)
-    assert names(report) == {CONFIG} and report.linears == len(files)
+    assert names(report) == {CONFIG, "tokenizer.json"} and report.linears == len(files)
 
 
 def test_report_is_frozen(sound: Path) -> None:

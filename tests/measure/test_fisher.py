@@ -16,6 +16,7 @@ from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
 from exl2jax.stream.scan import GRADIENT, STATES
 from exl2jax.stream.token_classes import CLASSES, TOKENS
+from exl2jax.testing.states import rows_of, stream_of
 from exl2jax.testing.tiny_model import write_tiny_llama
 from tests.oracles.fisher import Llama, Probe, slope
 from tests.oracles.llama import plain_frequencies
@@ -71,16 +72,18 @@ def walk(
 ) -> tuple[dict[str, Columns], np.ndarray, np.ndarray]:
     """Forward, head, backward: the information by module key, the gradients at the embedding, the final states."""
     stack = InputStack(path, specs, (ROWS, LENGTH, 64))
-    carry = {STATES: states}
+    stack.write(0, states)
+    carry = {STATES: stream_of(states)}
     forward = ForwardStep(decoder=decoder, stack=stack)
     for spec in specs:
         carry, _ = forward(carry, Block(spec, model.module_params(spec)))
-    carry = {GRADIENT: head_gradients(decoder, model.head_params(), stack.final(), mask, seed=SEED)}
-    backward = BackwardStep(decoder=decoder, stack=stack, tokens=int(mask.sum()), mask=mask, weigh=weigh)
+    rows = rows_of(states, mask, single=True)
+    carry = {GRADIENT: rows.place(head_gradients(decoder, model.head_params(), stack.final(), mask, seed=SEED))}
+    backward = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=int(mask.sum()), weigh=weigh)
     found = {}
     for spec in reversed(specs):
         carry, found[spec.key] = backward(carry, Block(spec, model.module_params(spec)))
-    return found, carry[GRADIENT], np.asarray(stack.final())
+    return found, carry[GRADIENT].array(), np.asarray(stack.final())
 
 
 def labels(oracle: Llama, states: np.ndarray) -> np.ndarray:
@@ -160,7 +163,7 @@ def test_gradients_reach_the_embedding(
 
 def test_the_seed_decides_the_labels(model: Model, decoder: Decoder, states: np.ndarray) -> None:
     def gradients(seed: int) -> np.ndarray:
-        return head_gradients(decoder, model.head_params(), states, None, seed=seed)
+        return head_gradients(decoder, model.head_params(), states, np.ones_like(MASK), seed=seed)
 
     assert np.array_equal(gradients(0), gradients(0))
     assert not np.array_equal(gradients(0), gradients(1))
@@ -168,7 +171,7 @@ def test_the_seed_decides_the_labels(model: Model, decoder: Decoder, states: np.
 
 def test_rows_have_labels_of_their_own(model: Model, decoder: Decoder, states: np.ndarray) -> None:
     twice = np.stack([states[0], states[0]])
-    first, second = head_gradients(decoder, model.head_params(), twice, None, seed=0)
+    first, second = head_gradients(decoder, model.head_params(), twice, np.ones_like(MASK), seed=0)
     assert not np.array_equal(first, second)
 
 
@@ -176,8 +179,9 @@ def test_gradients_that_are_not_finite_are_named(
     model: Model, decoder: Decoder, specs: tuple[ModuleSpec, ...], states: np.ndarray, tmp_path: Path
 ) -> None:
     stack = InputStack(tmp_path / "inputs", specs, (ROWS, LENGTH, 64))
-    stack.write(specs[-1], states, states)
-    step = BackwardStep(decoder=decoder, stack=stack, tokens=10)
-    carry: dict[str, Any] = {GRADIENT: np.full_like(states, np.nan)}
+    stack.write(len(specs) - 1, states)
+    rows = rows_of(states, single=True)
+    step = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=10)
+    carry: dict[str, Any] = {GRADIENT: rows.place(np.full_like(states, np.nan))}
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp: the gradients hold NaN or infinity"):
         step(carry, Block(specs[-1], model.module_params(specs[-1])))

@@ -13,7 +13,8 @@ from exl2jax.measure.perturb import ROUNDING, TOKEN_STRIDE, PerturbStep, diverge
 from exl2jax.models import Decoder, Model, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed, forward
-from exl2jax.stream.scan import PERTURBED, STATES
+from exl2jax.stream.scan import PERTURBED, STATES, Carry
+from exl2jax.testing.states import stream_of
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants.recipe import Recipe
 from tests.oracles import gptq as oracle
@@ -36,7 +37,8 @@ def stack(model: Model, specs: tuple[ModuleSpec, ...], tmp_path_factory: pytest.
     """Inputs of all modules on `ROWS + 1` rows, of which the perturbation takes the first ones."""
     states = embed(model, np.random.default_rng(4).integers(0, 300, (ROWS + 1, LENGTH)).astype(np.int32))
     found = InputStack(tmp_path_factory.mktemp("stack") / "inputs.f32", specs, states.shape)
-    step, carry = ForwardStep(decoder=build_decoder(model.config), stack=found), {STATES: states}
+    found.write(0, states)
+    step, carry = ForwardStep(decoder=build_decoder(model.config), stack=found), {STATES: stream_of(states)}
     for spec in specs:
         carry, _ = step(carry, Block(spec, model.module_params(spec)))
     return found
@@ -51,14 +53,18 @@ def rounded(kernel: np.ndarray) -> np.ndarray:
 
 def exchanged(model: Model, decoder: Decoder, specs: tuple[ModuleSpec, ...], stack: InputStack, at: int) -> np.ndarray:
     """Final states of the model whose module `at` alone is rounded."""
-    states = np.array(stack.read(specs[0])[:ROWS])
+    states = stream_of(stack.read(specs[0])[:ROWS])
     for i, spec in enumerate(specs):
         params = model.module_params(spec)
         if i == at:
             kernels = {x.name: rounded(params[x.name]["kernel"]).astype(np.float16) for x in spec.linears}
             params |= {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
-        states = forward(decoder, spec.kind, params, states)
-    return states
+        forward(decoder.module(spec), params, states, states)
+    return states.array()
+
+
+def begun(step: PerturbStep, modules: int) -> Carry:
+    return {name: step.place(values) for name, values in step.start(modules).items()}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -72,20 +78,21 @@ def test_one_scan_is_as_many_models(model: Model, specs: tuple[ModuleSpec, ...],
         x.key: np.random.default_rng(x.rows).random(x.columns).astype(np.float32) for s in specs for x in s.linears
     }
     step = PerturbStep(decoder=decoder, stack=stack, rows=ROWS, fisher=fisher)
-    carry, found = step.start(len(specs)), []
+    carry, found = begun(step, len(specs)), []
     for spec in specs:
         carry, output = step(carry, Block(spec, model.module_params(spec)))
         found.append(output)
+    moved = carry[PERTURBED].array()
     for i in range(len(specs)):
-        ours = carry[PERTURBED][i * ROWS : (i + 1) * ROWS]
+        ours = moved[i * ROWS : (i + 1) * ROWS]
         np.testing.assert_allclose(ours, exchanged(model, decoder, specs, stack, i), rtol=1e-3, atol=1e-4)
     mask = np.ones((ROWS, LENGTH), np.int32)
     mask[1, 8:] = 0
     head, reference = model.head_params(), stack.final()[:ROWS]
-    measured = divergences(decoder, head, carry[PERTURBED], reference, mask)
+    measured = divergences(decoder, head, moved, reference, mask)
     logits = [
         np.asarray(decoder.logits(head, x), np.float64)[:, ::TOKEN_STRIDE]
-        for x in (reference, *carry[PERTURBED].reshape(len(specs), ROWS, LENGTH, -1))
+        for x in (reference, *moved.reshape(len(specs), ROWS, LENGTH, -1))
     ]
     full, *others = map(log_softmax, logits)
     weight = mask[:, ::TOKEN_STRIDE]
@@ -101,10 +108,10 @@ def test_prediction_is_the_weighted_error_of_the_outputs(
 ) -> None:
     decoder, spec = build_decoder(model.config), specs[1]
     params, inputs = model.module_params(spec), stack.read(spec)[:ROWS]
-    trace = decoder.forward(spec.kind, params, inputs)
+    trace = decoder.module(spec).forward(params, inputs)
     for fisher in ({x.key: np.linspace(1, 2, x.columns, dtype=np.float32) for x in spec.linears}, None):
         step = PerturbStep(decoder=decoder, stack=stack, rows=ROWS, fisher=fisher)
-        _, found = step(step.start(len(specs)), Block(spec, params))
+        _, found = step(begun(step, len(specs)), Block(spec, params))
         total = 0.0
         for linear in spec.linears:
             x = np.asarray(trace.inputs[int(linear in spec.groups[-1])][0], np.float64).reshape(-1, linear.rows)

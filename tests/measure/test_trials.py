@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from exl2jax.measure.trials import Shared, Stack, candidate_errors, plan
 from exl2jax.models import build_decoder, module_specs, open_model
 from exl2jax.models.modules import ATTENTION_KIND
-from exl2jax.stream import chunks as stream
+from exl2jax.stream import chunks
+from exl2jax.stream.forward import mean_of_rows
+from exl2jax.stream.streams import read
+from exl2jax.testing.states import rows_of
 from tests.oracles import llama as oracle
 
 PICKS = {"q_proj": (0, 1, 1, 0, 2), "k_proj": (0, 1, 1, 0, 0), "v_proj": (0, 0, 1, 0, 2), "o_proj": (0, 1, 1, 2, 0)} | {
@@ -27,7 +30,7 @@ PICKS = {"q_proj": (0, 1, 1, 0, 2), "k_proj": (0, 1, 1, 0, 0), "v_proj": (0, 0, 
 def test_errors_are_those_of_a_forward_pass_each(
     kind: str, masked: bool, tiny_llama_untied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK_TOKENS", 48)  # two rows a chunk, the last one padded
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 48)  # two rows a chunk, the last one padded
     model = open_model(tiny_llama_untied)
     spec = next(spec for spec in module_specs(model.config) if spec.kind == kind)
     params = model.module_params(spec)
@@ -38,7 +41,9 @@ def test_errors_are_those_of_a_forward_pass_each(
         x.name: Stack([_noisy(params[x.name]["kernel"], rng) for _ in range(3)], PICKS[x.name]) for x in spec.linears
     }
     reference = np.stack([_run(spec.kind, params, row) for row in h]).astype(np.float32)
-    found = candidate_errors(build_decoder(model.config), spec, params, stacks, h, reference, mask)
+    rows, module = rows_of(h, mask), build_decoder(model.config).module(spec)
+    errors = candidate_errors(module, spec, params, stacks, rows, rows.place(h), rows.place(reference))
+    found = [mean_of_rows(rows.spans, read(stream.parts())) for stream in errors]
     for i, error in enumerate(found):
         weights = {
             name: params[name] | {"kernel": np.asarray(stack.weights[stack.picks[i]])} for name, stack in stacks.items()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exl2jax.models import Decoder, ModelConfig, build_decoder
+from exl2jax.models import Decoder, ModelConfig, Module, build_decoder
 from exl2jax.models.attention import QUERY_BLOCK
 from exl2jax.models.rope import RopeConfig
 from tests.oracles import llama as oracle
@@ -36,7 +36,7 @@ SIZES = {
     "mlp": {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)},
 }
 
-forward = jax.jit(Decoder.forward, static_argnums=(0, 1))
+forward = jax.jit(Module.forward, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def close(got: jax.Array, expected: np.ndarray) -> None:
 def test_attention(decoder: Decoder, rows: int, length: int) -> None:
     """The last length crosses the border between two blocks of queries."""
     params, h = params_of("self_attn"), states_of(rows, length)
-    trace = forward(decoder, "self_attn", params, h)
+    trace = forward(Module(CONFIG, "self_attn"), params, h)
     for row in range(rows):
         hidden, first, second = oracle.attention_block(params, h[row], 4, 2, 1e-5, FREQUENCIES)
         close(trace.hidden[row], hidden)
@@ -75,7 +75,7 @@ def test_attention(decoder: Decoder, rows: int, length: int) -> None:
 
 def test_mlp(decoder: Decoder) -> None:
     params, h = params_of("mlp"), states_of(2, 20)
-    trace = forward(decoder, "mlp", params, h)
+    trace = forward(Module(CONFIG, "mlp"), params, h)
     hidden, first, second = oracle.mlp_block(params, h, 1e-5)
     close(trace.hidden, hidden)
     close(trace.inputs[0][0], first)
@@ -99,29 +99,29 @@ def test_kernels_may_be_stored_in_half_precision(decoder: Decoder, kind: str) ->
     params, h = params_of(kind), states_of(2, 20)
     halves = {n: p if n == "norm" else p | {"kernel": p["kernel"].astype(np.float16)} for n, p in params.items()}
     rounded = {n: p if n == "norm" else p | {"kernel": p["kernel"].astype(np.float32)} for n, p in halves.items()}
-    got = forward(decoder, kind, halves, h)
+    got = forward(Module(CONFIG, kind), halves, h)
     assert got.hidden.dtype == jnp.float32
-    close(got.hidden, np.asarray(forward(decoder, kind, rounded, h).hidden))
+    close(got.hidden, np.asarray(forward(Module(CONFIG, kind), rounded, h).hidden))
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_steps_make_up_the_whole(decoder: Decoder, kind: str) -> None:
     """Measurement swaps linears between the steps: they must give what `forward` gives."""
-    params, h = params_of(kind), jnp.asarray(states_of(2, 20))
-    trace = forward(decoder, kind, params, h)
-    outputs = decoder.linears(kind, 0, params, decoder.inputs(kind, 0, params, h, {}))
+    params, h, module = params_of(kind), jnp.asarray(states_of(2, 20)), Module(CONFIG, kind)
+    trace = forward(Module(CONFIG, kind), params, h)
+    outputs = module.linears(0, params, module.inputs(0, params, h, {}))
     assert set(outputs) == set(SIZES[kind]) - {"o_proj", "down_proj"}
-    second = decoder.inputs(kind, 1, params, h, outputs)
+    second = module.inputs(1, params, h, outputs)
     close(second[0], np.asarray(trace.inputs[1][0]))
-    outputs |= decoder.linears(kind, 1, params, second)
-    close(decoder.output(kind, params, h, outputs), np.asarray(trace.hidden))
+    outputs |= module.linears(1, params, second)
+    close(module.output(params, h, outputs), np.asarray(trace.hidden))
 
 
 def test_later_tokens_do_not_reach_earlier_ones(decoder: Decoder) -> None:
     params, h = params_of("self_attn"), states_of(2, 20)
     changed = h.copy()
     changed[:, 12:] += 3
-    before, after = (np.asarray(forward(decoder, "self_attn", params, x).hidden) for x in (h, changed))
+    before, after = (np.asarray(forward(Module(CONFIG, "self_attn"), params, x).hidden) for x in (h, changed))
     assert np.array_equal(before[:, :12], after[:, :12])
     assert not np.allclose(before[:, 12:] + 3, after[:, 12:], atol=1e-2)
 
@@ -130,10 +130,11 @@ def test_rows_do_not_reach_each_other(decoder: Decoder) -> None:
     params, h = params_of("self_attn"), states_of(2, 20)
     changed = h.copy()
     changed[1] = 0
-    before, after = (np.asarray(forward(decoder, "self_attn", params, x).hidden) for x in (h, changed))
+    before, after = (np.asarray(forward(Module(CONFIG, "self_attn"), params, x).hidden) for x in (h, changed))
     np.testing.assert_allclose(before[0], after[0], atol=1e-6)
 
 
 def test_a_decoder_is_a_static_value(decoder: Decoder) -> None:
     assert hash(decoder) == hash(build_decoder(CONFIG))
     assert decoder == build_decoder(CONFIG)
+    assert hash(Module(CONFIG, "mlp")) == hash(Module(CONFIG, "mlp")) != hash(Module(CONFIG, "self_attn"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from exl2jax.errors import ModelError, UnsupportedModelError
 from exl2jax.models import HFModel, open_model, read_config
@@ -125,6 +127,37 @@ def test_a_scale_that_the_architecture_does_not_know(name: str, key: str, tmp_pa
 def test_what_the_runtime_would_get_wrong(name: str, change: dict[str, Any], what: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=what):
         read(tmp_path, config_of(TINY[name]) | change)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_sound_model_causes_no_note(name: str, tmp_path: Path) -> None:
+    """Every stored tensor of an architecture is read, and its head is what its config says."""
+    model = open_model(write_tiny(tmp_path / "m", TINY[name]))
+    assert isinstance(model, HFModel)
+    model.check_headers()
+    assert model.notes == ()
+
+
+def test_a_bias_of_the_head_is_refused(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path / "m", TINY["qwen2"])
+    path = directory / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.bias": np.zeros(300, np.float16)}, path)
+    model = open_model(directory)
+    assert isinstance(model, HFModel)
+    with pytest.raises(ModelError, match=r"lm_head\.bias is there, config\.json implies no bias"):
+        model.check_headers()
+
+
+def test_the_language_models_section_may_say_tied_as_well(tmp_path: Path) -> None:
+    """Two sections of a config that contradict each other do not matter where the head is stored."""
+    for outer, inner in ((True, False), (False, True)):
+        tiny = TINY["mistral3"]
+        text = dict(tiny.config["text_config"]) | {"tie_word_embeddings": inner}
+        changed = replace(tiny, config={**tiny.config, "text_config": text, "tie_word_embeddings": outer})
+        model = open_model(write_tiny(tmp_path / str(outer), changed))
+        assert isinstance(model, HFModel)
+        assert not model.config.tie_word_embeddings
+        assert model.head_name == "language_model.lm_head.weight"
 
 
 def test_a_bias_that_the_config_does_not_announce(tmp_path: Path) -> None:

@@ -72,13 +72,6 @@ def test_float32(tmp_path: Path) -> None:
     check_all_weights(write_tiny_llama(tmp_path, dtype="float32"), TinyLlama(dtype="float32"))
 
 
-def test_a_tied_model_ignores_a_stored_head(tmp_path: Path, tiny_llama: Path) -> None:
-    """Some tied models carry a copy of the head; the config decides."""
-    directory = copy(tiny_llama, tmp_path)
-    edit(directory, lambda t: t | {"lm_head.weight": np.zeros((320, 64), np.float16)})
-    assert hf(directory).head_params()["lm_head"]["kernel"].any()
-
-
 def test_command_line_rope_reaches_the_config(tiny_llama: Path) -> None:
     model = open_model(tiny_llama, rope_scale=2.0, rope_alpha=3.0)
     assert (model.config.rope.scale, model.config.rope.alpha) == (2.0, 3.0)
@@ -236,5 +229,7 @@ def test_models_quantized_otherwise_are_refused(tmp_path: Path, tiny_llama: Path
     directory = copy(tiny_llama, tmp_path)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": given}), encoding="utf-8")
+    assert [note.split(": ")[0] for note in hf(directory).notes] == ["config.json"]  # the weights are plain
+    edit(directory, without(f"{Q_PROJ}.weight"))
     with pytest.raises(SettingsError, match=r"config\.json: the model is already quantized \((gptq|awq)\)"):
         open_model(directory)

@@ -11,12 +11,16 @@ import pytest
 from safetensors import safe_open
 
 from exl2jax.ops import (
+    XLA,
     QuantizedLinear,
+    ScaleChoice,
     factorize,
     gptq,
     gptq_tile_losses,
     pack_linear,
     round_to_nearest,
+    search_columns,
+    search_scales,
     unpack_linear,
 )
 from exl2jax.qparams import FORMAT_BITS, Group, QParams, q
@@ -47,8 +51,10 @@ def check_consistent(result: QuantizedLinear, groups: tuple[Group, ...]) -> None
     """Codes in range, and the weight is what codes, scales and permutation say, bit for bit."""
     codes, qs, maxima = (np.asarray(x) for x in (result.codes, result.qs, result.qscale_max))
     assert (codes.dtype, qs.dtype, maxima.dtype, result.weight.dtype) == (np.uint8, np.uint8, np.float16, np.float16)
-    assert qs.shape == (len(groups), codes.shape[1])
-    assert maxima.shape == (len(groups),)
+    assert qs.shape == (len(codes) // 32, codes.shape[1])
+    assert maxima.shape == (len(codes) // 32,)
+    assert (qs[len(groups) :] == 1).all()
+    assert (maxima[len(groups) :] == 1).all()
     assert qs.min() >= 1
     assert qs.max() <= 16
     packed = np.zeros(codes.shape, np.float16)
@@ -83,7 +89,7 @@ def test_tile_losses_add_up_to_the_weighted_loss(setting: QParams) -> None:
     w, h = problem(77)
     c = np.random.default_rng(3).uniform(0.1, 4.0, COLUMNS).astype(np.float32)
     factor, groups = factorize(jnp.asarray(h)), setting.groups(ROWS)
-    tiles = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, groups, jnp.asarray(c)))
+    (tiles,) = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, (groups,), jnp.asarray(c)))
     quantized = np.asarray(gptq(jnp.asarray(w), factor, groups).weight)
     assert tiles.shape == (ROWS // 32,)
     np.testing.assert_allclose(tiles.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
@@ -100,7 +106,7 @@ def test_tile_losses_are_what_rounding_a_row_costs_after_all_feedback(loud: floa
     h = (scale[:, None] * h * scale).astype(np.float32)
     c = np.random.default_rng(4).uniform(0.1, 4.0, COLUMNS).astype(np.float32)
     factor, groups = factorize(jnp.asarray(h)), q("3", "1", "64").groups(ROWS)
-    got = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, groups, jnp.asarray(c)))
+    (got,) = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, (groups,), jnp.asarray(c)))
     perm, u = np.asarray(factor.perm), np.asarray(factor.u, np.float64)
     quantized = np.asarray(gptq(jnp.asarray(w), factor, groups).weight, np.float64)
     scaled = np.linalg.solve(u.T, (w - quantized)[perm])
@@ -111,18 +117,48 @@ def test_tile_losses_are_what_rounding_a_row_costs_after_all_feedback(loud: floa
     np.testing.assert_allclose(got.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
 
 
+def test_widths_side_by_side_cost_what_they_cost_alone() -> None:
+    """One walk with a copy of the matrix for every width of a group size, beside a walk for each."""
+    w, h = problem(80, columns=24)
+    factor, weight = factorize(jnp.asarray(h)), jnp.linspace(0.1, 3, 24)
+    settings = (q("4", "1", "128"), q("3", "1", "32"), q("2", "1", "128"), q("2", "1", "32"), q("6/4", ".3/.7", "32"))
+    cuts = tuple(setting.groups(ROWS) for setting in settings)
+    for search in (search_scales, search_columns):
+        alone, beside = (
+            np.asarray(gptq_tile_losses(jnp.asarray(w), factor, cuts, weight, kernels, search))
+            for kernels in (XLA, XLA._replace(wide=True))
+        )
+        assert alone.shape == (len(settings), ROWS // 32)
+        np.testing.assert_allclose(beside, alone, rtol=0.03)
+
+
+def test_groups_are_no_shape() -> None:
+    """Settings of one matrix share a program, whatever the number and the sizes of their groups."""
+    w, h = problem(81, rows=160, columns=5)
+    factor, traced = factorize(jnp.asarray(h)), list[int]()
+
+    def search(*operands: Any) -> ScaleChoice:
+        traced.append(len(operands))
+        return search_columns(*operands)
+
+    gptq(jnp.asarray(w), factor, q("3", "1", "128").groups(160), search=search)
+    before = len(traced)
+    for setting in (q("4", "1", "32"), q("5/2", ".4/.6", "32/64"), q("8/6/2", ".2/.2/.6", "32/32/128")):
+        gptq(jnp.asarray(w), factor, setting.groups(160), search=search)
+    assert before and len(traced) == before
+
+
 def test_tiles_of_single_widths_price_a_mixture() -> None:
     """Tiles of a 4-bit run, then of a 2-bit run, come within a sixth of what the mixture really loses."""
     w, h = problem(78)
     factor, ones = factorize(jnp.asarray(h)), jnp.ones(COLUMNS)
-    wide, narrow, both = (
-        np.asarray(gptq_tile_losses(jnp.asarray(w), factor, setting.groups(ROWS), ones))
-        for setting in (
-            q("4", "1", "32"),
-            q("2", "1", "32"),
-            QParams(bits=(4, 2), bits_prop=(2 / 7, 5 / 7), group_size=(32, 32)),
-        )
+    settings = (
+        q("4", "1", "32"),
+        q("2", "1", "32"),
+        QParams(bits=(4, 2), bits_prop=(2 / 7, 5 / 7), group_size=(32, 32)),
     )
+    cuts = tuple(setting.groups(ROWS) for setting in settings)
+    wide, narrow, both = np.asarray(gptq_tile_losses(jnp.asarray(w), factor, cuts, ones))
     np.testing.assert_allclose(both.sum(), wide[:2].sum() + narrow[2:].sum(), rtol=0.16)
 
 
@@ -175,7 +211,7 @@ def test_rounding_to_nearest_is_the_walk_without_feedback() -> None:
     result = round_to_nearest(jnp.asarray(w), jnp.asarray(perm, jnp.int32), groups)
     expected = oracle.gptq(w, perm, np.eye(ROWS), cut(groups))
     assert (np.asarray(result.codes) == expected.codes).mean() > 0.999
-    assert np.array_equal(np.asarray(result.qs), expected.index)
+    assert np.array_equal(np.asarray(result.qs)[: len(groups)], expected.index)
     np.testing.assert_allclose(np.asarray(result.weight), expected.weight, atol=1e-3 * np.abs(w).max())
 
 
@@ -239,7 +275,9 @@ def test_golden_matrices_have_the_stock_loss_and_scales(golden: dict[str, Any]) 
     ours = oracle.proxy_loss(h, w, np.asarray(result.weight))
     stock = oracle.proxy_loss(h, w, golden["dequant_weight_out_in"].T)
     assert ours <= 1.005 * stock
-    ratio = np.asarray(result.qscale_max, np.float64) / golden["q_scale_max"].astype(np.float64)
+    ratio = np.asarray(result.qscale_max, np.float64)[: len(golden["groups"])] / golden["q_scale_max"].astype(
+        np.float64
+    )
     # One grid step is 0.5/96 of the base scale, at most 0.75 % of the product; halves round by another 0.1 %.
     assert (np.abs(ratio - 1) <= 0.5 / 96 / 0.7 + 1e-3).mean() >= 0.95
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exl2jax.ops import accumulate_hessian, factorize
+from exl2jax.ops import accumulate_hessian, factorize, solve
 from exl2jax.ops.hessian import lower_inverse
 from tests.oracles import hessian as oracle
 
@@ -139,3 +139,16 @@ def test_maps_over_matrices_that_need_different_attempts() -> None:
         alone = factorize(jnp.asarray(h))
         assert np.array_equal(np.asarray(results.perm[i]), np.asarray(alone.perm))
         np.testing.assert_allclose(results.u[i], alone.u, rtol=1e-3, atol=1e-4 * float(alone.u.max()))
+
+
+def test_solving_with_the_factor() -> None:
+    """`(H + l I)^-1 B` against a float64 solve; inputs that are never active are counted."""
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((200, 48))
+    x[:, [3, 17]] = 0
+    h = (x.T @ x).astype(np.float32)
+    factor, b = factorize(jnp.asarray(h)), rng.standard_normal((48, 5)).astype(np.float32)
+    expected = np.linalg.solve(h.astype(np.float64) + float(factor.damping) * np.eye(48), b)
+    np.testing.assert_allclose(solve(factor, jnp.asarray(b)), expected, rtol=1e-3, atol=1e-6)
+    assert int(factor.dead) == 2
+    assert bool(factor.finite) and not bool(factorize(jnp.asarray(h).at[0, 0].set(jnp.nan)).finite)

@@ -16,9 +16,24 @@ from exl2jax import convert
 from exl2jax.errors import Exl2JaxError, HessianError, ModelError, NumericalError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import LinearSpec
+from exl2jax.ops import HessianFactor
 from exl2jax.qparams import q
-from exl2jax.quantize.diagnostics import calibration_shortage, clamp_bias, hessian_diagnostics, linear_diagnostics
-from exl2jax.quantize.linear import factor_hessian, pack_checked, quantize_linear
+from exl2jax.quantize.diagnostics import (
+    calibration_shortage,
+    clamp_bias,
+    hessian_diagnostics,
+    linear_diagnostics,
+    overflow_warnings,
+)
+from exl2jax.quantize.linear import (
+    Checks,
+    factor_hessian,
+    pack_checked,
+    quantize,
+    quantize_linear,
+    read_checks,
+    require_sound,
+)
 from tests.reliability.scene import Scene, make_scene
 
 K, N = 64, 32
@@ -68,6 +83,12 @@ def test_degenerate_hessians_are_damped_and_serve(name: str) -> None:
     pack_checked(linear, SPEC, None)
 
 
+def checks_of(factor: HessianFactor) -> Checks:
+    """What a quantization by this factor reports."""
+    (checks,) = read_checks([quantize(RANDOM, factor, QPARAMS, SPEC).checks])
+    return checks
+
+
 def indefinite(ratio: float) -> np.ndarray:
     """A symmetric matrix with unit diagonal whose least eigenvalue is `1 - ratio`."""
     h = np.eye(K, dtype=np.float32)
@@ -82,7 +103,7 @@ def test_damping_grows_and_is_told(ratio: float, raises: int) -> None:
     assert int(factor.attempts) == raises + 1
     assert float(factor.damping) == pytest.approx(0.12 * 2**raises)
     assert float(factor.damping) > ratio - 1
-    said = hessian_diagnostics(hessian, factor, (SPEC,))
+    said = hessian_diagnostics(checks_of(factor), (SPEC,))
     assert said == ([f"{SPEC.key}: damping raised {raises} times, to {0.12 * 2**raises:.3g}"] if raises else [])
 
 
@@ -104,7 +125,7 @@ def test_hopeless_hessians_are_refused_by_name(hessian: np.ndarray, message: str
 def test_dead_inputs_are_told() -> None:
     hessian = jnp.asarray(HESSIANS["dead inputs"])
     factor = factor_hessian(hessian, SPEC.key)
-    said = hessian_diagnostics(hessian, factor, (SPEC, replace(SPEC, key="other")))
+    said = hessian_diagnostics(checks_of(factor), (SPEC, replace(SPEC, key="other")))
     assert said == [f"{SPEC.key} and other: 5 of {K} inputs are never active on this calibration data"]
 
 
@@ -133,12 +154,13 @@ KERNELS: dict[str, np.ndarray] = {
 def test_odd_weights_give_finite_ones(name: str) -> None:
     kernel = KERNELS[name].astype(np.float32)
     factor = factor_hessian(jnp.asarray(gram(200)), SPEC.key)
-    linear = quantize_linear(kernel, factor, QPARAMS, SPEC)
-    weight = np.asarray(linear.weight, np.float32)
+    done = quantize(kernel, factor, QPARAMS, SPEC)
+    weight = np.asarray(done.linear.weight, np.float32)
     assert np.isfinite(weight).all()
-    packed = pack_checked(linear, SPEC, None)
-    assert np.isfinite(packed.packed.q_scale_max).all()
-    said = linear_diagnostics(SPEC, kernel, linear)
+    assert np.isfinite(done.packed.stored(done.linear.groups).q_scale_max).all()
+    (checks,) = read_checks([done.checks])
+    require_sound(checks, SPEC, SPEC.key)
+    said = linear_diagnostics(SPEC, checks)
     if name == "tiny":
         assert said == [f"{SPEC.key}: the weights of 2 groups vanish in half precision and are stored as zero"]
         assert not weight.any()
@@ -166,6 +188,15 @@ def test_a_shortage_of_calibration_is_told() -> None:
     assert calibration_shortage(linears, 256) == []
     (line,) = calibration_shortage(linears, 63)
     assert "63 tokens for 2 of 3 linears" in line and "(up to 256, rows 256)" in line
+
+
+def test_states_near_the_end_of_half_precision_are_told_with_the_first_module() -> None:
+    near = 0.5 * 65504
+    peaks = [("a", 10.0, near - 1), ("b", 5.0, near), ("c", 4e5, 1.0)]
+    (line,) = overflow_warnings(peaks)
+    assert line.startswith("b: ") and "3.275e+04" in line and "4e+05 in 2 modules" in line
+    assert "Gemma 2 and 3" in line and "0.5 % of a row" in line
+    assert overflow_warnings(peaks[:1]) == []
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +231,7 @@ def test_a_troubled_model_is_converted_and_its_trouble_listed(scene: Scene, tmp_
     states = load_file(config.out_dir / "hidden_states.safetensors")
     assert max(np.abs(row).max() for row in states.values()) > 1e5, "float32 holds what half precision cannot"
     said = "\n".join(result.warnings)
+    assert "model.layers.0.mlp: states or outputs of linears reach" in said
     assert "model.layers.0.mlp.down_proj: 3 of 96 inputs are never active" in said
     assert "model.layers.1.self_attn.v_proj: the weights of" in said
     assert "measure pass under-calibrated: 64 tokens for 2 of 14 linears" in said
@@ -207,6 +239,8 @@ def test_a_troubled_model_is_converted_and_its_trouble_listed(scene: Scene, tmp_
     assert record["warnings"] == list(result.warnings)
     reports = json.loads((config.out_dir / "quantized.json").read_text(encoding="utf-8"))
     assert all(value > 0 for report in reports for value in report["damping"].values())
+    largest = max(np.abs(row).max() for name, row in states.items() if name.startswith("row"))
+    assert max(report["largest_state"] or 0 for report in reports) >= largest > 1e5
     assert set(reports[1]["damping"]) == {"gate_proj", "up_proj", "down_proj"}
     assert config.compile_full is not None and verify(config.compile_full).faults == ()
 

@@ -10,6 +10,7 @@ from exl2jax.ops import unpack_linear
 from exl2jax.quantize import head
 from exl2jax.quantize.head import head_terms, quantize_head
 from exl2jax.stock_tables import head_qparams
+from exl2jax.testing.states import rows_of
 from tests.oracles import gptq as oracle
 from tests.oracles.llama import rms_norm
 
@@ -31,7 +32,8 @@ def expected_hessian(params: dict[str, Any], states: np.ndarray, mask: np.ndarra
 def test_hessian_of_what_the_head_reads(setting: Any) -> None:
     decoder, _, params, states, mask = setting
     for m in (mask, np.ones_like(mask)):
-        got = head_terms(decoder, params, states, None, None if m.all() else m)
+        rows = rows_of(states, m)
+        got = head_terms(decoder, params, rows, rows.place(states), None)
         expected = expected_hessian(params, states, m)
         np.testing.assert_allclose(got.hessian, expected, rtol=1e-4, atol=1e-5 * expected.max())
         assert got.cross is None
@@ -43,26 +45,32 @@ def test_the_head_takes_back_what_the_states_lack(setting: Any) -> None:
     mixing = np.eye(64) + 0.1 * np.random.default_rng(1).standard_normal((64, 64))
     reference = (states @ mixing).astype(np.float32)
     inputs = [rms_norm(s, params["norm"]["weight"], 1e-5)[mask.astype(bool)] for s in (states, reference)]
-    terms = head_terms(decoder, params, states, reference, mask)
+    rows = rows_of(states, mask)
+    terms = head_terms(decoder, params, rows, rows.place(states), rows.place(reference))
     cross = inputs[0].T @ (inputs[1] - inputs[0]) / len(states)
     np.testing.assert_allclose(terms.cross, cross, rtol=1e-3, atol=1e-4 * np.abs(cross).max())
 
     wanted = inputs[1] @ params["lm_head"]["kernel"].astype(np.float64)
 
     def error(**correction: Any) -> float:
-        packed, _, _ = quantize_head(decoder, spec, params, states, mask, head_qparams(8), **correction)
+        packed, _, _ = quantize_head(decoder, spec, params, rows, rows.place(states), head_qparams(8), **correction)
         return float(np.linalg.norm(inputs[0] @ np.asarray(packed.weight, np.float64) - wanted))
 
-    assert error(reference=reference, strength=1.0) < error(reference=reference, strength=0.5) < 0.9 * error()
-    assert error(reference=reference) == error()
+    assert (
+        error(reference=rows.place(reference), strength=1.0)
+        < error(reference=rows.place(reference), strength=0.5)
+        < 0.9 * error()
+    )
+    assert error(reference=rows.place(reference)) == error()
 
 
 @pytest.mark.parametrize("bits", [3, 6])
 def test_gptq_below_the_limit_and_rounding_above(setting: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, spec, params, states, mask = setting
-    fed, damping, diagnostics = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
+    rows = rows_of(states, mask)
+    fed, damping, diagnostics = quantize_head(decoder, spec, params, rows, rows.place(states), head_qparams(bits))
     monkeypatch.setattr(head, "MAX_GPTQ_WEIGHTS", spec.weights - 1)
-    rounded, none, _ = quantize_head(decoder, spec, params, states, mask, head_qparams(bits))
+    rounded, none, _ = quantize_head(decoder, spec, params, rows, rows.place(states), head_qparams(bits))
     assert list(damping) == ["lm_head"] and diagnostics == ()
     assert none == {}
     kernel, hessian = params["lm_head"]["kernel"], expected_hessian(params, states, mask)

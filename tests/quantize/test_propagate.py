@@ -1,5 +1,6 @@
 """Error propagation against least squares in float64, its terms against a float64 Llama."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.models import Decoder, ModelConfig, Module, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import factorize
 from exl2jax.quantize import propagate
-from exl2jax.quantize.propagate import CrossTerms, StageTerms, Strengths, corrected_target, finish, stage_terms
+from exl2jax.quantize.propagate import (
+    CrossTerms,
+    StageTask,
+    StageTerms,
+    Strengths,
+    corrected_targets,
+    finish,
+    stage_terms,
+)
 from exl2jax.stream import chunks as stream
+from exl2jax.stream.forward import forward
+from exl2jax.testing.states import rows_of
 from tests.oracles import llama
 
 ROWS, LENGTH = 5, 12
@@ -40,9 +51,9 @@ def test_the_target_is_the_solution_of_least_squares(strength: float, residual: 
     factor = factorize(jnp.asarray(hessian, jnp.float32))
     h, c, o = (jnp.asarray(m, jnp.float32) for m in (hessian, cross, owed))
     strengths = Strengths(strength, residual)
-    got = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, owed=o), strengths)
+    (got,) = corrected_targets([jnp.asarray(kernel, jnp.float32)], factor, CrossTerms(h, owed=o), strengths)
     if not residual:
-        shared = corrected_target(jnp.asarray(kernel, jnp.float32), factor, CrossTerms(h, cross=c), strengths)
+        (shared,) = corrected_targets([jnp.asarray(kernel, jnp.float32)], factor, CrossTerms(h, cross=c), strengths)
         np.testing.assert_allclose(shared, got, atol=1e-4)
     outputs = (x_q + strength * (x_f - x_q)) @ kernel + residual * stream_error
     expected = closest(x_q, outputs, kernel, float(factor.damping), ROWS)
@@ -55,7 +66,8 @@ def test_no_strength_leaves_the_weight_alone() -> None:
     x = rng.standard_normal((50, 32))
     kernel = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
     terms = CrossTerms(*(jnp.asarray(x.T @ x, jnp.float32),) * 2)
-    assert np.array_equal(corrected_target(kernel, factorize(terms.hessian), terms, Strengths(0.0, 0.0)), kernel)
+    (got,) = corrected_targets([kernel], factorize(terms.hessian), terms, Strengths(0.0, 0.0))
+    assert np.array_equal(got, kernel)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +94,10 @@ def block(kind: str, params: Any, h: np.ndarray) -> list[np.ndarray]:
     return [np.stack(x) for x in zip(*rows, strict=True)]
 
 
+def normed(params: Any, h: np.ndarray) -> np.ndarray:
+    return llama.rms_norm(h, params["norm"]["weight"], 1e-5)
+
+
 def product(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """`X^T Y` over the tokens of the mask, per row."""
     kept = mask.astype(bool)
@@ -105,8 +121,10 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
         quantized[linear.name] = params[linear.name] | {"kernel": kernel + noise}
     kept = np.ones((ROWS, LENGTH), np.int32) if mask is None else mask
 
-    arrays = (states, reference, mask)
-    (first,), (tokens,), *_ = stage_terms(decoder, spec, 0, params, params, *arrays, Strengths(0.5, 0.5))
+    rows, module = rows_of(states, mask), decoder.module(spec)
+    streams = (rows, rows.place(states), rows.place(reference))
+    task = StageTask(module, spec, 0, params, params, *streams, Strengths(0.5, 0.5))
+    (first,), (tokens,), *_ = stage_terms(task)
     assert tokens == kept.sum()
     _, x_q, _ = block(spec.kind, params, states)
     expected_hidden, x_f, y_f = block(spec.kind, params, reference)
@@ -117,17 +135,26 @@ def test_terms_of_both_stages(setting: Any, index: int, mask: np.ndarray | None)
     ((last,),) = spec.stages[1]
     kernel = params[last.name]["kernel"].astype(np.float64)
     for strengths in (Strengths(0.7, 0.4), Strengths(1.0, 0.0)):
-        (second,), _, hidden, kept_inputs = stage_terms(decoder, spec, 1, params, quantized, *arrays, strengths)
+        out = rows.place(reference)
+        task = StageTask(module, spec, 1, params, quantized, *streams, strengths)
+        (second,), _, tally, kept_inputs = stage_terms(task, out)
         own_hidden, _, y_q = block(spec.kind, quantized, states)
         missing = strengths.inputs * (y_f - y_q) @ kernel + strengths.residual * (reference - states)
         close(second.hessian, product(y_q, y_q, kept))
         close(second.owed, product(y_q, missing, kept))
         assert second.cross is None
-        np.testing.assert_allclose(hidden, expected_hidden, atol=2e-4)
+        np.testing.assert_allclose(out.array(), expected_hidden, atol=2e-4)
         assert kept_inputs is not None
-        np.testing.assert_allclose(kept_inputs[0], y_q, atol=2e-4)
-        finished = finish(decoder, spec, quantized, states, kept_inputs, np.empty_like(states))
-        np.testing.assert_allclose(finished, own_hidden, atol=2e-4)
+        np.testing.assert_allclose(kept_inputs[0].array(), y_q, atol=2e-4)
+        finished = rows.place(states)
+        whole = forward(module, quantized, rows.place(states), rows.place(states))
+        tally = finish(module, quantized, finished, kept_inputs, finished, tally)
+        np.testing.assert_allclose(finished.array(), own_hidden, atol=2e-4)
+        np.testing.assert_allclose(tally[1:], whole[1:], rtol=1e-4)
+        x = normed(params, states)
+        first = [x @ quantized[i.name]["kernel"] + quantized[i.name].get("bias", 0) for i in spec.groups[0]]
+        own = y_q @ kernel + params[last.name].get("bias", 0)
+        np.testing.assert_allclose(tally.linear, max(np.abs(y).max() for y in (*first, own)), rtol=1e-3)
 
 
 def test_inputs_of_the_last_stage_are_kept_only_where_there_is_room(
@@ -136,15 +163,16 @@ def test_inputs_of_the_last_stage_are_kept_only_where_there_is_room(
     decoder, specs, all_params, states, reference = setting
 
     def terms(stage: int) -> StageTerms:
-        params = all_params[1]
-        return stage_terms(decoder, specs[1], stage, params, params, states, reference, None, Strengths(0.5, 0.5))
+        params, rows = all_params[1], rows_of(states)
+        streams = (rows, rows.place(states), rows.place(reference))
+        task = StageTask(decoder.module(specs[1]), specs[1], stage, params, params, *streams, Strengths(0.5, 0.5))
+        return stage_terms(task)
 
     kept, room = terms(1), specs[1].linears[-1].rows * states[..., 0].size * 4
     assert terms(0).inputs is None
-    assert kept.inputs is not None and kept.inputs[0].nbytes == room
+    assert kept.inputs is not None and kept.inputs[0].array().nbytes == room
     monkeypatch.setattr(propagate, "KEPT_BYTES", room - 1)
     assert terms(1).inputs is None
-    assert np.array_equal(terms(1).reference, kept.reference)
 
 
 def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
@@ -152,7 +180,11 @@ def test_the_share_of_the_residual(tiny_llama_untied: Path) -> None:
     config = open_model(tiny_llama_untied).config
     multiplied = replace(config, scales=replace(config.scales, residual=0.25))
     normed = replace(config, architecture="Gemma2ForCausalLM")
-    plain, scaled, hidden = (build_decoder(c).residual_share for c in (config, multiplied, normed))
+
+    def share(config: ModelConfig) -> Callable[[str], float]:
+        return lambda kind: Module(config, kind).residual_share
+
+    plain, scaled, hidden = map(share, (config, multiplied, normed))
     assert plain("self_attn") == plain("mlp") == plain("block_sparse_moe") == 1
     assert plain("parallel_decoder") == 0.5
     assert scaled("self_attn") == scaled("mlp") == 4

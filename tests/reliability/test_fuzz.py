@@ -194,13 +194,16 @@ def copied(directory: Path, target: Path) -> set[str]:
     return {path.name for path in target.iterdir()}
 
 
-def test_links_out_of_the_model_are_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("key", encoding="utf-8")
+def test_links_are_followed_to_regular_files_of_known_names_only(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("{}", encoding="utf-8")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=r"notes\.txt: a link to .*secret, outside of the model"):
-        copied(model, tmp_path / "out")
+    (model / "notes.txt").symlink_to(tmp_path / "elsewhere")
+    (model / "generation_config.json").symlink_to(tmp_path / "elsewhere")
+    assert copied(model, tmp_path / "out") == {"generation_config.json", "config.json"}
+    (model / "tokenizer.model").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"tokenizer\.model \(a link to /dev/zero\): is no file"):
+        copied(model, tmp_path / "other")
 
 
 def test_the_links_of_the_hub_cache_are(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from exl2jax.quantize.step import QuantizeStep
 from exl2jax.stream import blocks
 from exl2jax.stream.blocks import Block, cut, expert_bytes
 from exl2jax.stream.scan import GRADIENT, PERTURBED, REFERENCE, STATES
+from exl2jax.testing.states import rows_of, stream_of
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import EXPERTS, HIDDEN, write_tiny
 from exl2jax.variants.recipe import find_recipe
@@ -48,9 +49,9 @@ def tight(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     on_host, on_device, most = list[weakref.ref[Any]](), list[weakref.ref[Any]](), 0
     read, make = HFModel.linear_params, Block._piece
 
-    def counted_read(self: HFModel, linear: Any) -> dict[str, np.ndarray]:
+    def counted_read(self: HFModel, linear: Any, *, narrow: bool) -> dict[str, np.ndarray]:
         nonlocal most
-        params = read(self, linear)
+        params = read(self, linear, narrow=narrow)
         on_host[:] = [ref for ref in on_host if ref() is not None] + [weakref.ref(params["kernel"])]
         most = max(most, len(on_host))
         return params
@@ -97,10 +98,12 @@ def test_forward_and_backward(scene: Scene, tight: Callable[[], None], tmp_path:
 
     def run(name: str) -> tuple[np.ndarray, np.ndarray, Any]:
         stack = InputStack(tmp_path / name, (spec,), (ROWS, LENGTH, HIDDEN))
-        out, _ = ForwardStep(decoder=decoder, stack=stack)({STATES: states}, Block.of(model, spec))
-        step = BackwardStep(decoder=decoder, stack=stack, tokens=ROWS * LENGTH)
-        back, columns = step({GRADIENT: gradient}, Block.of(model, spec))
-        return out[STATES], back[GRADIENT], columns
+        stack.write(0, states)
+        out, _ = ForwardStep(decoder=decoder, stack=stack)({STATES: stream_of(states)}, Block.of(model, spec))
+        rows = rows_of(states, single=True)
+        step = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=ROWS * LENGTH)
+        back, columns = step({GRADIENT: rows.place(gradient)}, Block.of(model, spec))
+        return out[STATES].array(), back[GRADIENT].array(), columns
 
     whole = run("whole")
     tight()
@@ -119,14 +122,14 @@ def test_prices_and_perturbations(
     model, decoder, spec, states = scene
     fisher = {x.key: np.linspace(1, 2, x.columns, dtype=np.float32) for x in spec.linears}
     stack = InputStack(tmp_path / "stack", (spec,), (ROWS, LENGTH, HIDDEN))
-    stack.write(spec, states, states)
+    stack.write(0, states)
 
     def run() -> tuple[np.ndarray, Any, np.ndarray, Any]:
-        costing = PriceStep(decoder=decoder, mask=None, fisher=fisher)
+        costing = PriceStep(decoder=decoder, rows=rows_of(states), fisher=fisher)
         perturb = PerturbStep(decoder=decoder, stack=stack, rows=2, fisher=fisher)
-        carry, costs = costing({STATES: states}, Block.of(model, spec))
-        moved, found = perturb(perturb.start(1), Block.of(model, spec))
-        return carry[STATES], costs, moved[PERTURBED], found
+        carry, costs = costing({STATES: stream_of(states)}, Block.of(model, spec))
+        moved, found = perturb({PERTURBED: perturb.place(perturb.start(1)[PERTURBED])}, Block.of(model, spec))
+        return carry[STATES].array(), costs, moved[PERTURBED].array(), found
 
     out, costs, moved, found = run()
     tight()
@@ -143,11 +146,11 @@ def test_prices_and_perturbations(
 
 def test_candidates(scene: Scene, tight: Callable[[], None]) -> None:
     model, decoder, spec, states = scene
-    step = MeasureStep(decoder=decoder, mask=None)
-    whole, found = step({STATES: states}, Block.of(model, spec))
+    step = MeasureStep(decoder=decoder, rows=rows_of(states))
+    whole, found = step({STATES: stream_of(states)}, Block.of(model, spec))
     tight()
-    pieces, again = step({STATES: states}, Block.of(model, spec))
-    close(pieces[STATES], whole[STATES])
+    pieces, again = step({STATES: stream_of(states)}, Block.of(model, spec))
+    close(pieces[STATES].array(), whole[STATES].array())
     assert [(c.qparams, c.total_bits) for c in again[spec.key]] == [(c.qparams, c.total_bits) for c in found[spec.key]]
     ours, theirs = ([1 - c.accuracy for c in rows[spec.key]] for rows in (again, found))
     np.testing.assert_allclose(ours, theirs, rtol=0.01)
@@ -165,14 +168,15 @@ def test_quantization(preset: str, scene: Scene, tight: Callable[[], None], tmp_
             strategy={spec.key: {x.name: q("4", "1", "32") for x in spec.linears}},
             head_bits=6,
             input_ids=np.zeros((ROWS, LENGTH), np.int32),
-            mask=None,
+            rows=rows_of(states),
             out_tensor=folder,
             check_rows=2,
         )
         rows = ROWS if step.recipe.propagates else 2
-        carry = {STATES: states.copy(), REFERENCE: states[:rows] + np.float32(0.01)}
+        carry = {STATES: stream_of(states), REFERENCE: stream_of(states[:rows] + np.float32(0.01))}
         carry, report = step(carry, Block.of(model, spec))
-        return carry, report, {k: v for path in folder.glob("*") for k, v in load_file(path).items()}
+        arrays = {name: stream.array() for name, stream in carry.items()}
+        return arrays, report, {k: v for path in folder.glob("*") for k, v in load_file(path).items()}
 
     whole, report, packed = run(tmp_path / "whole")
     tight()

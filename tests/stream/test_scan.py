@@ -10,7 +10,9 @@ from jax import lax
 
 from exl2jax.errors import Interrupted
 from exl2jax.stream.progress import RunControl, StopFlag
-from exl2jax.stream.scan import Carry, scan
+from exl2jax.stream.scan import Form, scan
+
+type Carry = dict[str, np.ndarray]
 
 BLOCKS = [3.0, -1.0, 0.5, 2.0, 7.0]
 
@@ -66,6 +68,7 @@ def run(
         step,
         begin,
         BLOCKS,
+        form=Form[Carry](dict, dict),
         load=load,
         describe=lambda spec, output: f"{spec}: {output:.1f}",
         checkpoint=memory,

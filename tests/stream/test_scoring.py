@@ -10,7 +10,7 @@ from exl2jax import evaluate
 from exl2jax.conversion.result import perplexity_warnings
 from exl2jax.models import Decoder, build_decoder, open_model
 from exl2jax.stream import chunks as stream
-from exl2jax.stream.chunks import chunks
+from exl2jax.stream.chunks import row_spans
 from exl2jax.stream.forward import embed, relative_error
 from exl2jax.stream.scoring import perplexity, score
 from tests.oracles.llama import log_softmax, rms_norm
@@ -97,7 +97,7 @@ def test_relative_error_is_a_mean_over_rows_without_padding() -> None:
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (5, 512), (19, 512), (7, 300), (3, 5000), (115, 2048)])
 def test_chunks_cover_every_row_once_in_one_shape(rows: int, length: int) -> None:
-    found = chunks(rows, length)
+    found = row_spans(rows, length, 64)
     assert [i for chunk in found for i in range(chunk.start, chunk.stop)] == list(range(rows))
     assert len({chunk.rows for chunk in found}) == 1
     assert all(chunk.stop - chunk.start <= chunk.rows for chunk in found)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl2jax.models import Decoder, ModuleSpec, build_decoder, module_specs, open_model
-from exl2jax.quantize.propagate import Strengths, stage_terms
+from exl2jax.quantize.propagate import StageTask, Strengths, stage_terms
 from exl2jax.stream import chunks as stream
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.token_classes import (
@@ -22,6 +22,7 @@ from exl2jax.stream.token_classes import (
     token_classes,
     token_factors,
 )
+from exl2jax.testing.states import rows_of
 from tests.oracles import llama
 
 ROWS, LENGTH = 3, 40
@@ -146,24 +147,27 @@ def test_hessians_and_cross_terms_weigh_tokens(
     quantized_states = states + 0.1 * rng.standard_normal(states.shape).astype(np.float32)
     kinds = classes_of(states, MASK)  # those of the full-precision stream
 
-    found = collect(decoder, spec, params, states, MASK, tables=group_tables(spec.groups, tables))
+    rows, module = rows_of(states, MASK), decoder.module(spec)
+    streams = (rows.place(states), rows.place(states))
+    found = collect(module, spec, params, rows, *streams, tables=group_tables(spec.groups, tables))
     full, own = (inputs_of(spec.kind, params, h) for h in (states, quantized_states))
     for stage, (group,) in enumerate(spec.stages):
         weights = np.asarray(tables[group[0].key], np.float32)[kinds] * MASK
         close(found.hessians[stage], weighed(full[stage], full[stage], weights))
         assert found.tokens[stage] == MASK.sum()
-        (terms,), (tokens,), *_ = stage_terms(
-            decoder,
-            spec,
-            stage,
-            params,
-            params,
-            quantized_states,
-            states,
-            MASK,
-            Strengths(0.6, 0.3),
+        task = StageTask(
+            module=module,
+            spec=spec,
+            stage=stage,
+            params=params,
+            quantized=params,
+            rows=rows,
+            states=rows.place(quantized_states),
+            reference=rows.place(states),
+            strengths=Strengths(0.6, 0.3),
             tables=group_tables(spec.stages[stage], tables),
         )
+        (terms,), (tokens,), *_ = stage_terms(task)
         assert tokens == MASK.sum()
         close(terms.hessian, weighed(own[stage], own[stage], weights))
         if terms.cross is not None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from exl2jax import ConversionConfig, cli, convert
+from exl2jax.contrib.transforms import orthogonal
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.preflight import make_plan
 from exl2jax.errors import Interrupted, JobError, NumericalError, SettingsError
@@ -30,7 +31,7 @@ from exl2jax.testing.tiny_layout import write_tiny
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants import Choice, choose, registry, variant
 from exl2jax.variants.recipe import PRESETS, recipe_from
-from exl2jax.variants.transforms import Layout, Pair, Read, Rewritten, orthogonal
+from exl2jax.variants.transforms import Layout, Pair, Read, Rewritten
 from tests.oracles import llama
 
 BIASED: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}

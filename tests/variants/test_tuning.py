@@ -19,6 +19,7 @@ from exl2jax.storage import read_json
 from exl2jax.stream.forward import embed, forward
 from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.stream.scoring import perplexity, score
+from exl2jax.testing.states import stream_of
 from exl2jax.testing.tiny_model import write_tiny_llama
 from exl2jax.variants import choose
 from exl2jax.variants.recipe import recipe_from
@@ -117,8 +118,10 @@ def test_the_tuned_model_is_the_one_that_was_judged(base: ConversionConfig, tmp_
     model = open_model(out)
     ids = load_file(tmp_path / "work" / "cal_data.safetensors")["input_ids"]
     decoder, states = build_decoder(model.config), embed(model, ids)
+    stream = stream_of(states)
     for spec in module_specs(model.config):
-        states = forward(decoder, spec.kind, jax.device_put(model.module_params(spec)), states)
+        forward(decoder.module(spec), jax.device_put(model.module_params(spec)), stream, stream)
+    states = stream.array()
     rows = base.measurement_rows
     again = perplexity(score(decoder, model.head_params(), states[:rows], ids[:rows]).nll)
     assert again == pytest.approx(reports(tmp_path)[-1].perplexity, rel=1e-6)

@@ -46,7 +46,7 @@ def damped_loss(problem: tuple[np.ndarray, np.ndarray], linear, factor) -> float
 
 def test_the_plain_walk_is_gptq(problem: tuple[np.ndarray, np.ndarray]) -> None:
     w, _ = problem
-    plain, factor = quantized(problem, scales="grid")  # stock's own grid, by the plain walk
+    plain, factor = quantized(problem, scales="grid")  # stock's own grid, as a plain function
     tuned = gptq(jnp.asarray(w), factor, GROUPS)
     assert np.mean(np.asarray(plain.codes) == np.asarray(tuned.codes)) > 0.98
     assert damped_loss(problem, plain, factor) == pytest.approx(damped_loss(problem, tuned, factor), rel=0.02)
@@ -193,7 +193,7 @@ def test_tile_losses_sum_to_the_weighted_error(problem: tuple[np.ndarray, np.nda
     w, h = problem
     chosen, weight = method(**choices), np.linspace(0.5, 2, COLUMNS, dtype=np.float32)
     linear, factor = quantized(problem, **choices)
-    tiles = chosen.tile_losses(jnp.asarray(w), factor, GROUPS, jnp.asarray(weight))
+    (tiles,) = chosen.tile_losses(jnp.asarray(w), factor, (GROUPS,), jnp.asarray(weight))
     error = np.asarray(linear.weight, np.float64) - w
     expected = np.sum(weight * np.einsum("kn,kl,ln->n", error, np.asarray(h, np.float64), error))
     assert tiles.shape == (ROWS // 32,)
@@ -204,5 +204,5 @@ def test_tile_losses_sum_to_the_weighted_error(problem: tuple[np.ndarray, np.nda
 def test_tile_losses_of_stocks_own_grid_are_stocks(problem: tuple[np.ndarray, np.ndarray]) -> None:
     w, weight = jnp.asarray(problem[0]), jnp.ones(COLUMNS)
     factor = STOCK.factorize(jnp.asarray(problem[1]))
-    plain, tuned = (m.tile_losses(w, factor, GROUPS, weight) for m in (method(scales="grid"), STOCK))
+    plain, tuned = (m.tile_losses(w, factor, (GROUPS,), weight)[0] for m in (method(scales="grid"), STOCK))
     np.testing.assert_allclose(plain, tuned, rtol=0.1)

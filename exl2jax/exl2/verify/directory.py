@@ -12,6 +12,7 @@ from exl2jax.errors import Exl2JaxError
 from exl2jax.exl2.verify.config import bits_faults, quantization_faults, stated_bits, stated_head_bits
 from exl2jax.exl2.verify.files import Shards, leftover_faults, open_shards
 from exl2jax.exl2.verify.linear import is_quantized, linear_faults, stored_bits
+from exl2jax.exl2.verify.loader import loader_faults
 from exl2jax.exl2.verify.report import Fault, VerifyReport
 from exl2jax.models import (
     LinearSpec,
@@ -81,7 +82,7 @@ def verify(directory: Path) -> VerifyReport:
         return VerifyReport(faults=faults, bits_per_weight=None, head_bits_per_weight=None, linears=0, bytes=0)
     shards, faults = open_shards(directory)
     config, raw, unreadable = _read_config(directory)
-    faults += unreadable
+    faults += [*unreadable, *loader_faults(directory, raw)]
     if config is None:
         return _report(shards, [*faults, *_faults_without_config(shards)], None, None)
     faults += quantization_faults(raw)

@@ -1,0 +1,151 @@
+"""Memory and time of a conversion on a named device: the counted work over the device's published rates."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from exl2jax.estimate.devices import Device
+from exl2jax.estimate.passes import Passes, conversion_work, priced
+from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
+from exl2jax.stream.blocks import cut
+from exl2jax.variants.recipe import Recipe
+
+FLOAT, STORED = 4, 2
+"""Bytes of a weight in computing, and as it is read."""
+
+LAUNCH = 12e-6
+"""Seconds that a launch takes where the device does next to nothing: an H200's GPTQ times over its launches."""
+
+PER_GROUP, PER_SPAN, SPAN = 10, 3, 256
+"""Launches of a group of rows and of a span of groups, and rows of a span: within 7 % of what XLA's text of the walks
+of 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
+
+PER_ROW = 3
+"""Launches of a row where XLA's loops walk in place of the kernels."""
+
+TYPICAL_GROUP = 128
+"""Rows of a group in the quantization, where the strategy is not known yet."""
+
+CHUNK = 2048
+"""Tokens of a chunk of states, whose activations are on the device together."""
+
+HELD = 4 * FLOAT + 1 + 2
+"""Bytes that GPTQ holds of a weight: itself, its target, both in walking order, its error; its code; the result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceEstimate:
+    """A conversion on a device, counted and not measured.
+
+    `memory` is what it takes beside the streams of hidden states, `streams` what these take; where both do not fit
+    together, the streams cross the bus for every module. `seconds` are those of every part at published rates,
+    `bound` is the part that takes longest, `total` counts the bus only where it takes longer than all the rest.
+    Compiling, reading and writing files are not in it.
+    """
+
+    device: str
+    memory: int
+    memory_present: int
+    streams: int
+    streams_fit: bool
+    fits: bool
+    launches: int
+    bytes_up: int
+    work: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    total: float
+    bound: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object in JSON."""
+        return asdict(self)
+
+
+def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device: Device) -> DeviceEstimate:
+    """Count a conversion and divide by the rates of a device."""
+    work = conversion_work(config, recipe, passes)
+    whole = [sum(each) for each in zip(*work.values(), strict=True)]
+    memory, streams = device_memory(config), _streams(config, recipe, passes)
+    fits_with = memory + streams <= device.memory
+    launches = conversion_launches(config, recipe, device) if device.launches else 0
+    up = bytes_up(config, recipe) + (0 if fits_with else _stream_bytes(config, recipe, passes))
+    seconds = {
+        "products, default precision": whole[0] / device.fast,
+        "products, float32": whole[1] / device.exact,
+        "element-wise": whole[2] / device.elementwise,
+        "launches": launches * LAUNCH,
+        "bus": up / device.bus,
+    }
+    computing = sum(value for name, value in seconds.items() if name != "bus")
+    return DeviceEstimate(
+        device=device.title,
+        memory=memory,
+        memory_present=int(device.memory),
+        streams=streams,
+        streams_fit=fits_with,
+        fits=memory <= device.memory,
+        launches=launches,
+        bytes_up=up,
+        work={name: each._asdict() for name, each in work.items()},
+        seconds=seconds,
+        total=max(computing, seconds["bus"]),
+        bound=max(seconds, key=lambda name: seconds[name]),
+    )
+
+
+def device_memory(config: ModelConfig) -> int:
+    """Bytes of the largest piece that is worked on at a time, states of a chunk included, streams apart.
+
+    Its weights in float32 beside those of the next as they are read; Hessian, cross product and factor of every group;
+    what GPTQ holds of the largest linear; the activations of a chunk. The head counts as a piece.
+    """
+    pieces = [piece for spec in module_specs(config) for piece in cut(spec)]
+    head = head_spec(config)
+    return max(*map(_piece_bytes, pieces), (STORED + HELD) * head.weights)
+
+
+def _piece_bytes(piece: ModuleSpec) -> int:
+    weights = (FLOAT + STORED) * piece.weights
+    squares = 3 * FLOAT * sum(group[0].rows ** 2 for group in piece.groups)
+    largest = HELD * max(linear.weights for linear in piece.linears)
+    chunk = FLOAT * CHUNK * sum(linear.rows + linear.columns for linear in piece.linears)
+    return weights + squares + largest + 2 * chunk
+
+
+def _streams(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
+    """Bytes of the quantization's hidden states, the full-precision ones among them where they are carried."""
+    return (2 if recipe.carries_reference else 1) * FLOAT * passes.rows * passes.length * config.hidden_size
+
+
+def bytes_up(config: ModelConfig, recipe: Recipe) -> int:
+    """Bytes of weights that go up: those of every module once a pass."""
+    weights = sum(spec.weights for spec in module_specs(config)) + head_spec(config).weights
+    return STORED * weights * (len(recipe.passes) + 1)
+
+
+def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
+    """Bytes of hidden states that cross the bus where they do not stay: up once and back once for every piece."""
+    pieces = sum(len(cut(spec)) for spec in module_specs(config))
+    return 2 * pieces * _streams(config, recipe, passes)
+
+
+def conversion_launches(config: ModelConfig, recipe: Recipe, device: Device) -> int:
+    """Launches of the walks of GPTQ, which are all but a few of a conversion's."""
+    walks = _walks(config, recipe, side_by_side=device.kernels)
+    return sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+
+
+def _walks(config: ModelConfig, recipe: Recipe, *, side_by_side: bool) -> Iterator[tuple[LinearSpec, int]]:
+    """Every walk with the size of its groups; widths of one size are priced side by side where that is faster."""
+    for spec in module_specs(config):
+        if "price" in recipe.passes:
+            found = priced(spec)
+            yield from dict.fromkeys(found) if side_by_side else found
+        yield from ((linear, TYPICAL_GROUP) for linear in spec.linears)
+    yield head_spec(config), TYPICAL_GROUP
+
+
+def gptq_launches(linear: LinearSpec, size: int, *, kernels: bool) -> int:
+    """Launches of one walk: those of every group and every span, and without the kernels those of every row."""
+    groups, spans = -(-linear.rows // size), -(-linear.rows // SPAN)
+    return PER_GROUP * groups + PER_SPAN * spans + (0 if kernels else PER_ROW * linear.rows)
