@@ -27,7 +27,10 @@ class InputStack:
 
     def write(self, place: int, states: np.ndarray) -> None:
         """Keep a module's input `[R, T, D]`; that after the last module is the final output."""
-        self._states[place] = states
+        # Through the file: pages of a mapping that are written for the first time each cost a fault.
+        with storing(self._path), self._path.open("r+b") as file:
+            file.seek(place * self._states[0].nbytes)
+            np.ascontiguousarray(states, np.float32).tofile(file)
 
     @property
     def shape(self) -> tuple[int, ...]:

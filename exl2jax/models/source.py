@@ -30,6 +30,7 @@ from exl2jax.models.stored_head import settle_head
 from exl2jax.models.tensors import SourceTensors
 from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
 from exl2jax.storage import TensorFiles
+from exl2jax.storage.arrays import all_finite, transposed
 
 SAMPLES, SAMPLE_BYTES = 256, 4096
 """Evenly spread pieces of a weight file that tell it from others: a megabyte, whatever the file's size."""
@@ -136,7 +137,7 @@ class Model:
         self._check(name, shape)
         value = self.files.read(name)
         value = value if narrow else value.astype(np.float32)
-        if not np.isfinite(value).all():
+        if not all_finite(value):
             raise ModelError(f"{self.files.file(name)}: {name} holds NaN or infinity; the source model is damaged")
         return value
 
@@ -228,7 +229,7 @@ class HFModel(Model):
         value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow)
         if self.config.scales.norm_head and spec == head_spec(self.config):
             value = value / np.maximum(np.linalg.norm(value, axis=1, keepdims=True), 1e-12)
-        return np.ascontiguousarray(value.T)
+        return transposed(value)
 
     def _kernel_name(self, spec: LinearSpec) -> str:
         name = self.head_name if spec == head_spec(self.config) else f"{spec.key}.weight"
