@@ -55,7 +55,7 @@ DEVICES = {
     "rtx4090": _gpu("RTX 4090 24 GB", gigabytes=24, fast=82.6, exact=82.6, bandwidth=1.01, bus=PCIE_4, hopper=False),
     "rtx3090": _gpu("RTX 3090 24 GB", gigabytes=24, fast=35.6, exact=35.6, bandwidth=0.936, bus=PCIE_4, hopper=False),
 }
-"""Devices by the name that a device takes; `cpu` is this machine."""
+"""Devices by name; `cpu` is this machine."""
 
 CPU = "cpu"
 CORE = {"products": 107e9, "elementwise": 49e9}

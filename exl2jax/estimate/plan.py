@@ -57,7 +57,7 @@ class DeviceEstimate:
     bound: str
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in JSON."""
+        """The estimate as a JSON object."""
         return asdict(self)
 
 

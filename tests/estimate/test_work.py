@@ -187,6 +187,6 @@ def test_a_7b_against_a_count_by_hand() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(SettingsError, match="--device is 'h1000'; it must be one of h100, "):
+    with pytest.raises(SettingsError, match="`device` is 'h1000'; it must be one of h100, "):
         find_device("h1000")
     assert find_device("cpu").memory > 0
