@@ -184,7 +184,7 @@ def _folder(bits: float, head_bits: int) -> str:
 
 
 def _filled(base: ConversionConfig, target: str, bits: float, head_bits: int) -> str:
-    name = (cached_source(base.in_dir) or base.in_dir.resolve().name).partition("@")[0].rpartition("/")[2]
+    name = (cached_source(base.in_dir) or base.in_dir.absolute().name).partition("@")[0].rpartition("/")[2]
     return target.replace("{name}", name).replace("{bits}", f"{bits:g}").replace("{head_bits}", str(head_bits))
 
 

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from exl2jax.calibration import Tokenizer, load_tokenizer
 from exl2jax.errors import ModelError
 from exl2jax.models import Decoder, Model, build_decoder, open_model
 from exl2jax.storage import read_json
-from exl2jax.stream.stepping import Walk, resident_walk
+from exl2jax.stream.stepping import Walk, in_single, resident_walk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +51,7 @@ def load_resident(directory: Path, tokenizer: Tokenizer | None = None) -> Reside
         decoder=build_decoder(model.config),
         tokenizer=tokenizer,
         table=model.embedding(),
-        head=jax.tree.map(jnp.asarray, model.head_params()),
+        head=in_single(model.head_params()),
         walk=resident_walk(model),
         ends=_end_ids(directory, tokenizer),
     )

@@ -65,7 +65,7 @@ def _head(record: SizeRecord) -> str:
 
 
 def _origin(record: SizeRecord) -> str:
-    source = f"[{record.base_model}](https://huggingface.co/{record.base_model})" if record.base_model else record.name
+    source = f"`{record.base_model}`" if record.base_model else record.name
     commit = f" at commit `{record.revision}`" if record.revision else ""
     return (
         f"{source}{commit}, quantized to EXL2 with exl2jax {record.versions['exl2jax']}. It loads in\n"

@@ -13,7 +13,7 @@ from exl2jax.storage.hub_cache import cached_source
 def command_of(config: ConversionConfig) -> str:
     """`exl2jax convert` with every flag that decides bytes and is not at its default; paths by their last name."""
     out = config.compile_full.name if config.compile_full else "EXL2"
-    source = cached_source(config.in_dir) or config.in_dir.resolve().name
+    source = cached_source(config.in_dir) or config.in_dir.absolute().name
     words = ["exl2jax", "convert", "-i", source, "-o", "WORK", "-cf", out, "-b", f"{config.bits:g}"]
     for setting in settings_of(ConversionConfig):
         value = getattr(config, setting.name)

@@ -16,6 +16,7 @@ from exl2jax.evaluation.rows import HELDOUT
 from exl2jax.hub.command import command_of
 from exl2jax.models import Model, ModelConfig, open_model
 from exl2jax.storage import is_shard, read_json, write_json
+from exl2jax.storage.digests import digest
 from exl2jax.storage.hub_cache import cached_source
 from exl2jax.version import VERSION
 
@@ -85,7 +86,7 @@ def record_size(
     found = None if evaluation is None else {k: v for k, v in asdict(evaluation[0]).items() if k not in _SPEED}
     calibration = (result.calibration or {}).items()
     return SizeRecord(
-        name=(base_model or name or config.in_dir.resolve().name).rpartition("/")[2],
+        name=(base_model or name or config.in_dir.absolute().name).rpartition("/")[2],
         base_model=base_model or name or None,
         revision=revision or None,
         quantized_by=quantized_by,
@@ -104,6 +105,7 @@ def record_size(
         fingerprints={
             "model config": model.config_digest,
             **_weights(model),
+            **({"measurement": digest(config.measurement)} if config.measurement else {}),
             **{f"calibration rows, {stage} pass": rows["sha256"] for stage, rows in calibration},
         },
         files={p.name: _sha256(p) for p in sorted(config.compile_full.iterdir()) if is_shard(p.name)},

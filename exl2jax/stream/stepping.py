@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,18 @@ def resident_walk(model: Model) -> Walk:
             log.warning("memory: %d of %d modules do not fit and are read for every token",
                         len(specs) - len(kept), len(specs))  # fmt: skip
             break
-        kept.append(Block(spec, jax.tree.map(jnp.asarray, model.module_params(spec))))
+        kept.append(Block(spec, in_single(model.module_params(spec))))
 
     def walk() -> Iterator[Block]:
         for index, spec in enumerate(specs):
             yield kept[index] if index < len(kept) else Block.of(model, spec)
 
     return walk
+
+
+def in_single(params: Any) -> Any:
+    """Parameters in float32, once: a dequantized weight would be widened again for every token."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
 def empty_caches(config: ModelConfig, batch: int, span: int) -> list[KeyValues]:
