@@ -40,7 +40,7 @@ def found_in(directory: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
 def main(arguments: Sequence[str]) -> int:
     """Write the file."""
     result, directory, rows = map(Path, arguments)
-    np.savez(result, **found_in(directory, load_file(rows)["input_ids"][:1]))
+    np.savez(result, allow_pickle=False, **found_in(directory, load_file(rows)["input_ids"][:1]))
     return 0
 
 

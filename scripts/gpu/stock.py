@@ -171,7 +171,7 @@ def compared(directory: Path, rows: Path, plain: Path | None) -> Iterator[dict[s
     import torch  # type: ignore[import-not-found]
 
     ids = load_file(rows)["input_ids"]
-    found = {"tokens": int(ids.shape[0] * (ids.shape[1] - 1))}
+    found: dict[str, Any] = {"tokens": int(ids.shape[0] * (ids.shape[1] - 1))}
     found |= agreement(perplexity(directory, ids, **MASKED), our_perplexity(directory, rows))
     yield found
     with tempfile.TemporaryDirectory() as folder:
