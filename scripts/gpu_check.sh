@@ -2,6 +2,7 @@
 # Check a conversion on a machine with one CUDA GPU and no network, in under ten minutes.
 #
 #   scripts/gpu_check.sh              on the machine: all steps
+#   scripts/gpu_check.sh --stock      there: only the kernels' tests and, in detail, the comparison with stock ExLlamaV2
 #   scripts/gpu_check.sh --rehearse   on any machine: the same steps at tiny sizes on the CPU, without stock
 #
 # It needs the folder .gpu, which `python -m scripts.gpu.prepare .gpu --wheels .whl` makes, and for the comparison with
@@ -15,8 +16,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 mode=${1:-check}
 case "$mode" in
-    check | --rehearse) ;;
-    *) echo "usage: scripts/gpu_check.sh [--rehearse]" >&2 && exit 2 ;;
+    check | --stock | --rehearse) ;;
+    *) echo "usage: scripts/gpu_check.sh [--stock | --rehearse]" >&2 && exit 2 ;;
 esac
 OUT=${OUT:-build/gpu}
 CARRIED=${CARRIED:-.gpu}
@@ -102,7 +103,7 @@ cut_model(source, out, layers=layers, vocabulary=None)' "$scratch/source" "$scra
         rm -rf "$scratch/source" && mv "$scratch/cut" "$scratch/source"
 fi
 
-if [ "$mode" = check ]; then
+if [ "$mode" != --rehearse ]; then
     if ! timeout 60 "$PYTHON" -c 'import jax; raise SystemExit(jax.default_backend() != "gpu")' >>"$log" 2>&1; then
         say "JAX finds no GPU: the steps from here on need one; --rehearse runs them on the CPU"
         exit 3
@@ -119,6 +120,21 @@ if [ "$mode" = check ]; then
     fi
 fi
 
+run_tests() { step "tests" 90 "$PYTHON" -m pytest -q -p no:cacheprovider "${tests[@]}"; }
+
+compare() { # compare EXL2 [ARGUMENT...]: with stock, when it is built
+    step "stock's kernels" 240 bash -c "while kill -0 $building 2>/dev/null; do sleep 1; done"
+    TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR="$scratch/extensions" step "stock ExLlamaV2" 120 "$PYTHON" \
+        -m scripts.gpu.stock compare "$OUT/stock.json" "$1" "$CARRIED/heldout.safetensors" "${@:2}"
+}
+
+if [ "$mode" = --stock ]; then
+    run_tests
+    [ -z "$building" ] || compare "$CARRIED/model" --diagnose "$scratch/source"
+    "$PYTHON" -m scripts.gpu.summary "$OUT" | tee -a "$log"
+    exit $failed
+fi
+
 whole() { # whole NAME LIMIT
     step "whole conversion, $1" "$2" "$PYTHON" -m scripts.gpu.whole "$OUT/$1.json" --model "$scratch/source" \
         --work "$scratch/$1" --calibration "$CARRIED/calibration.safetensors" "${rows[@]}"
@@ -131,20 +147,15 @@ print(a, b)
 sys.exit(a != b)' "$OUT/first.json" "$OUT/second.json"
 rm -rf "$scratch/second"
 step "block of 7B" 200 "$PYTHON" -m scripts.gpu.block "$OUT/block.json" "${shape[@]}"
-if [ -n "$building" ]; then
-    # What is built goes on being built while the next steps run, unless it is done by now.
-    if ! kill -0 "$building" 2>/dev/null; then
-        compared=1
-        TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR="$scratch/extensions" step "stock ExLlamaV2" 90 "$PYTHON" \
-            -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" "$CARRIED/heldout.safetensors"
-    fi
+# What is built goes on being built while the next steps run, unless it is done by now.
+if [ -n "$building" ] && ! kill -0 "$building" 2>/dev/null; then
+    compared=1
+    compare "$scratch/first/exl2"
 fi
-step "tests" 90 "$PYTHON" -m pytest -q -x -p no:cacheprovider "${tests[@]}"
+run_tests
 step "GPTQ per shape" 90 "$PYTHON" -m scripts.bench.table --only operations --no-plain "${table[@]}" --keep "$OUT/gptq.json"
 if [ -n "$building" ] && [ -z "${compared:-}" ]; then
-    step "stock's kernels" 200 bash -c "while kill -0 $building 2>/dev/null; do sleep 1; done"
-    TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR="$scratch/extensions" step "stock ExLlamaV2" 90 "$PYTHON" \
-        -m scripts.gpu.stock compare "$OUT/stock.json" "$scratch/first/exl2" "$CARRIED/heldout.safetensors"
+    compare "$scratch/first/exl2"
 fi
 "$PYTHON" -m scripts.gpu.summary "$OUT" | tee -a "$log"
 say "done; results are in $OUT"

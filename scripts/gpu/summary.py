@@ -44,6 +44,14 @@ def _stock(name: str, found: Mapping[str, Any]) -> Iterator[str]:
         f"{name}: perplexity {found['stock']:.4f} in stock, {found['exl2jax']:.4f} here ({found['tokens']} tokens), "
         f"{100 * found['difference']:+.3f} %"
     )
+    if "linears" in found:
+        yield f"{name}: {found['linears']['equal']} of {found['linears']['of']} weights have the same bits"
+    if "modules" in found:
+        yield f"{name}: hidden states differ first after {found['modules']['first that differs'] or 'no module'}"
+    if plain := found.get("plain"):
+        yield f"{name}, float16: perplexity {plain['stock']:.4f} in stock, {plain['exl2jax']:.4f} here"
+    for setting, value in found.get("settings", {}).items():
+        yield f"{name}, {setting}: {value}"
 
 
 def _gptq(name: str, found: Mapping[str, Any]) -> Iterator[str]:

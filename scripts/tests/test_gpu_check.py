@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from exl2jax.models import module_specs, open_model
 from exl2jax.testing.tiny_model import write_tiny_llama
 from scripts.gpu.block import parts, whole_model
 from scripts.gpu.prepare import cut_model, cut_tokenizer
+from scripts.gpu.stock import digest, first_that_differs, state_error, weights_compared
 from scripts.gpu.summary import summary
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,7 @@ def test_the_time_of_a_whole_model() -> None:
 
 def test_the_summary_says_what_is_there(tmp_path: Path) -> None:
     stock = {"stock": 26.5, "exl2jax": 26.4, "tokens": 7154, "difference": 26.5 / 26.4 - 1}
+    stock |= {"linears": {"equal": 2, "of": 3}, "modules": {"first that differs": None}, "settings": {"a": 1.5}}
     (tmp_path / "stock.json").write_text(json.dumps(stock))
     (tmp_path / "block.json").write_text(json.dumps({"cold": {"stages": {}, "peak_device_bytes": None}}))
     rows = [{"name": "gptq 64x32 4 bits", "seconds": 0.0025, "ratio": 2.5}]
@@ -75,8 +78,53 @@ def test_the_summary_says_what_is_there(tmp_path: Path) -> None:
         "block, cold, two blocks: ",
         f"block: cut off before 'warm' was known, see {tmp_path / 'block.json'}",
         "stock: perplexity 26.5000 in stock, 26.4000 here (7154 tokens), +0.379 %",
+        "stock: 2 of 3 weights have the same bits",
+        "stock: hidden states differ first after no module",
+        "stock, a: 1.5",
         "gptq 64x32 4 bits: 2.50 ms, 2.50 times its limit",
     ]
+
+
+class Tensor:
+    """As much of a torch tensor as a comparison asks for."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __getitem__(self, index: tuple[slice, slice]) -> "Tensor":
+        return Tensor(self.values[index])
+
+    def cpu(self) -> "Tensor":
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self.values
+
+
+def stock_linear(weight: np.ndarray) -> SimpleNamespace:
+    """A linear as stock holds it: with columns that pad it."""
+    padded = np.pad(weight, ((0, 0), (0, 2)), constant_values=1)
+    return SimpleNamespace(get_weight_tensor_dq=lambda: Tensor(padded))
+
+
+def test_weights_are_compared_bit_for_bit() -> None:
+    weights = {name: np.full((4, 3), n, np.float16) for n, name in enumerate("abc")}
+    ours = {
+        "linears": np.array(list(weights)),
+        "columns": np.array([3] * 3),
+        "digests": np.array([digest(weight) for weight in weights.values()]),
+    }
+    weights["b"][1, 2] = np.nextafter(np.float16(1), np.float16(2))
+    stock = SimpleNamespace(modules_dict={name: stock_linear(weight) for name, weight in weights.items()})
+    assert weights_compared(stock, ours) == {"equal": 2, "of": 3, "different": ["b"]}
+
+
+def test_states_are_compared_token_by_token() -> None:
+    """A token of a thousand times the norm does not hide that another one differs."""
+    expected = np.array([[3000.0, 4000.0], [3.0, 4.0]])
+    assert state_error(expected + np.array([[0, 0], [0, 5]]), expected) == pytest.approx(0.5)
+    assert first_that_differs({"embedding": 0.0, "attention": float("nan"), "mlp": 0.5}) == "attention"
+    assert first_that_differs({"embedding": 0.0, "attention": 0.001}) is None
 
 
 def check(tmp_path: Path, python: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +171,12 @@ def test_without_a_gpu_it_says_how_far_it_came(tmp_path: Path, carried: Path) ->
     done = check(tmp_path, 'case "$*" in *default_backend*) exit 1 ;; esac')
     assert done.returncode == 3 and "JAX finds no GPU: the steps from here on need one" in done.stdout
     assert "dequantize: passed" in done.stdout
+
+
+def test_only_stock_leaves_the_conversions_out(tmp_path: Path, carried: Path) -> None:
+    done = check(tmp_path, "exit 0", "--stock")
+    assert done.returncode == 1 and "stock: nvcc or the wheel exllamav2 is missing" in done.stdout
+    assert "tests: passed" in done.stdout and "whole conversion" not in done.stdout
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
