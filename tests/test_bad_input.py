@@ -261,4 +261,4 @@ def test_a_measurement_of_another_model(
 def test_resuming_where_there_is_nothing(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "work").mkdir()
     assert cli.main(["convert", "-o", str(tmp_path / "work")]) == 1
-    assert "holds no job to resume; name the source model with -i" in complaint(capsys)
+    assert "holds no job to resume; name the source model as -i" in complaint(capsys)

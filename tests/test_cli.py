@@ -39,6 +39,14 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _a_model_here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands name a source that must be there: `model` in the working directory."""
+    here = tmp_path_factory.mktemp("here")
+    (here / "model").mkdir()
+    monkeypatch.chdir(here)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
     """The settings that the command would convert with."""
@@ -49,6 +57,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConversionConfig]:
         return ConversionResult(output="nowhere", bits=config.bits, preset=config.recipe.name)
 
     monkeypatch.setattr(command, "convert", convert)
+    monkeypatch.setattr(command, "finish_size", lambda config, result, wishes: None)
     return found
 
 
@@ -154,7 +163,7 @@ def test_a_job_is_resumed_by_its_directory_alone(
     [
         (["convert"], "--out_dir"),
         (["convert", "-i", "model"], "--out_dir"),
-        (["convert", "-i", "model", "-o", "work", "-b", "many"], "--bits"),
+        (["convert", "-i", "model", "-o", "work", "-b", "many"], "-b is 'many'"),
         (["convert", "-i", "model", "-o", "work", "--frobnicate"], "--frobnicate"),
         (["frobnicate"], "frobnicate"),
         (["convert", "-i", "model", "-o", "work", "-b", "9"], "-b is 9.0"),

@@ -178,9 +178,9 @@ def test_old_files_of_a_reused_directory_are_named(
 @pytest.mark.parametrize(
     ("flags", "prepare", "words"),
     [
-        (("-ss", "0.01"), None, ("-ss/--shard_size is 0.01 MB", "model.embed_tokens.weight")),
+        (("-ss", "0.01"), None, ("-ss is 0.01 MB", "model.embed_tokens.weight")),
         ((), "stray", ("extra.safetensors: not of this conversion",)),
-        ((), "file", ("exl2: -cf/--compile_full is not a writable directory",)),
+        ((), "file", ("exl2: -cf is not a writable directory",)),
         (("--pin", "*.none=4"), None, ("--pin *.none=4: no linear is named so",)),
         (("--exclude-bits", "2", "--exclude-bits", "3", "--pin", "*.q_proj=2"), None, ("keeps to --pin",)),
     ],
@@ -218,7 +218,7 @@ def test_a_measurement_that_cannot_be_delivered_is_refused_at_once(
     (tmp_path / "file").write_text("", encoding="utf-8")
     job = ["convert", "-i", tmp_path / "model", "-o", tmp_path / "work", "-om", tmp_path / "file" / "m.json"]
     assert cli.main([str(part) for part in (*job, "-c", home / "rows.safetensors", "-mr", "2")]) == 1
-    assert "-om/--output_measurement is not a writable directory" in capsys.readouterr().err
+    assert "-om is not a writable directory" in capsys.readouterr().err
     assert passes == []
 
 

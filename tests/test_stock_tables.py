@@ -94,7 +94,7 @@ def test_head_table() -> None:
 
 @pytest.mark.parametrize("head_bits", [0, 1, 7, 9, -6])
 def test_other_head_bits_are_refused_with_the_choices(head_bits: int) -> None:
-    with pytest.raises(SettingsError, match=rf"head_bits is {head_bits}; it must be one of 2, 3, 4, 5, 6, 8"):
+    with pytest.raises(SettingsError, match=rf"`head_bits` is {head_bits}; it must be one of 2, 3, 4, 5, 6, 8"):
         head_qparams(head_bits)
 
 

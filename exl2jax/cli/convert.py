@@ -82,13 +82,16 @@ def convert_command(
     config = conversion_config(settings | _given(bits, head_bits, single or sizes[0]))
     wishes = CardWishes(card=card, evaluate=evaluate, base_model=base_model, quantized_by=quantized_by)
     progress = make_progress(console, status=status_output)
-    work = pass_operations(config, read_config(config.in_dir)[0]) if single else set_operations(config, sizes)
+
+    def work() -> dict[str, float]:
+        return pass_operations(config, read_config(config.in_dir)[0]) if single else set_operations(config, sizes)
+
     control = RunControl(progress=JobClock(progress, work), stop=called.stop)
     if single is None:
         return _several(config, sizes, wishes, control, called, as_json)
-    config = with_target(config)
-    result = convert(config, control)
-    finish_size(config, result, wishes)
+    target = with_target(config)
+    result = convert(target, control)
+    finish_size(target, result, wishes)
     result = called.spelled(result, "warnings")
     deliver(as_json, result.to_json(), lambda: conversion_table(result))
     return 0

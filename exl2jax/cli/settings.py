@@ -3,6 +3,7 @@
 import inspect
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,13 +56,12 @@ def conversion_config(settings: dict[str, Any], out_dir: Path | None = None) -> 
     `out_dir` serves where no work directory was named.
     """
     folder = settings.get("out_dir", out_dir)
-    if "in_dir" in settings:
-        settings = {**settings, "in_dir": source_directory(settings["in_dir"])}
     if "in_dir" not in settings and "out_dir" in settings:
         return resumed_config(folder, WorkDirectory(folder).settings(), settings)
     if "in_dir" not in settings:
         raise SettingsError("`in_dir`: name the source model")
-    return ConversionConfig(**{**settings, "out_dir": folder})
+    config = ConversionConfig(**{**settings, "out_dir": folder})  # wrong usage is told before anything is fetched
+    return replace(config, in_dir=source_directory(config.in_dir))
 
 
 def settings_file(context: typer.Context, path: Path | None) -> Path | None:

@@ -54,7 +54,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size such as `5.5GB`; `SettingsError` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]I?B)", text.strip().upper())
     if found is None or not float(found[1]):
-        raise SettingsError(f"--size {text!r}: a size is a number with MB, GB, MiB or GiB, such as 5.5GB")
+        raise SettingsError(f"`size` is {text!r}; a size is a number with MB, GB, MiB or GiB, such as 5.5GB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -119,7 +119,7 @@ def with_target(config: ConversionConfig) -> ConversionConfig:
 
 
 def require_distinct(base: ConversionConfig, sizes: Sequence[tuple[float, int]], *, several: bool) -> None:
-    """Refuse sizes that are given twice, and a `-cf` that would put several into one directory."""
+    """Refuse sizes that are given twice, and a `compile_full` that would put several into one directory."""
     twice = next((size for size in sizes if sizes.count(size) > 1), None)
     if twice is not None:
         raise SettingsError(f"the size of {twice[0]:g} bits with a head of {twice[1]} is given twice")

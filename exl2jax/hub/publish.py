@@ -50,18 +50,18 @@ def plan_uploads(
         bits = f"{_bits(directory):g}"
         target = repo.replace("{bits}", bits)
         if REPO.fullmatch(target) is None:
-            raise SettingsError(f"--repo is {repo!r}; it must be USER/NAME, with {{bits}} for a repository each")
+            raise SettingsError(f"`repo` is {repo!r}; it must be USER/NAME, with {{bits}} for a repository each")
         branch = f"{bits}bpw" if branches else MAIN
         placed.append(Upload(repo=target, branch=branch, files=_files_of(directory)))
     places = [(each.repo, each.branch) for each in placed]
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
-        advice = "give sizes that differ" if branches else "take --branches, or a --repo with {bits}"
+        advice = "give sizes that differ" if branches else "take `branches`, or a `repo` with {bits}"
         raise SettingsError(f"{twice[0]}: several directories would go to its branch {twice[1]}; {advice}")
     if not main_files:
         return tuple(placed)
     if not branches:
-        raise SettingsError("the files of a set go to main beside its branches; give --branches")
+        raise SettingsError("the files of a set go to main beside its branches; give `branches`")
     return (Upload(repo=placed[0].repo, branch=MAIN, files=tuple((p.name, p) for p in main_files)), *placed)
 
 

@@ -79,7 +79,7 @@ def record_size(
     base_model: str | None = None,
     quantized_by: str | None = None,
 ) -> SizeRecord:
-    """The record of a finished conversion with `-cf`; `evaluation` comes with the source's perplexity."""
+    """The record of a finished conversion with `compile_full`; `evaluation` comes with the source's perplexity."""
     assert config.compile_full is not None and result.bpw is not None and result.size is not None
     model = open_model(config.in_dir)
     name, _, revision = (cached_source(config.in_dir) or "").partition("@")

@@ -9,19 +9,23 @@ from exl2jax.stream.progress import Progress
 class JobClock:
     """Another progress, with the time left of the whole job after each message.
 
-    `work` is the work of each stage by name, in any unit. The work done so far and the time that it took give the speed
-    of the rest, the stage that runs before all others: a stage that goes slower than the estimate slows the forecast.
+    `work` gives the work of each stage by name, in any unit; it is asked when the first stage starts. The work done so
+    far and the time that it took give the speed of the rest, the stage that runs before all others: a stage that goes
+    slower than the estimate slows the forecast.
     """
 
-    def __init__(self, inner: Progress, work: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, inner: Progress, work: Callable[[], Mapping[str, float]], now: Callable[[], float] = time.monotonic
+    ) -> None:
         """Expect the stages of `work`."""
-        self._inner, self._now = inner, now
-        self._left = dict(work)
+        self._inner, self._work, self._now = inner, work, now
+        self._left: dict[str, float] | None = None
         self._spent, self._done = 0.0, 0.0
         self._stage, self._total, self._begun, self._resumed, self._steps = "", 1, 0.0, 0, 0
 
     def start(self, stage: str, total: int, done: int) -> None:
         """Begin a stage; stages that come before it in `work` are over, by an earlier run."""
+        self._left = dict(self._work()) if self._left is None else self._left
         for name in list(self._left):
             if stage not in self._left or name == stage:
                 break
@@ -38,7 +42,7 @@ class JobClock:
 
     def finish(self) -> None:
         """End a stage and learn from it."""
-        work = self._left.pop(self._stage, None)
+        work = None if self._left is None else self._left.pop(self._stage, None)
         if work is not None:
             self._done += work * (1 - self._resumed / self._total)
             self._spent += self._now() - self._begun
@@ -46,8 +50,8 @@ class JobClock:
 
     def left(self) -> float | None:
         """Seconds left of the whole job, None before anything is known of its speed."""
-        work = self._left.get(self._stage)
-        if work is None:
+        work = None if self._left is None else self._left.get(self._stage)
+        if work is None or self._left is None:
             return None
         here = work * (self._steps - self._resumed) / self._total
         done, spent = self._done + here, self._spent + self._now() - self._begun

@@ -77,7 +77,7 @@ def test_limits_count_before_anything_is_measured(specs: tuple[ModuleSpec, ...])
     assert reach(specs, "fisher", None, pinned)[0] > 8
     with pytest.raises(MeasurementError, match=r"these candidates reach 8\."):
         require_reachable(specs, 4.0, "fisher", None, pinned)
-    with pytest.raises(SettingsError, match="keeps to --pin and --exclude-bits"):
+    with pytest.raises(SettingsError, match="keeps to `pins` and `exclude_bits`"):
         reach(specs, "accuracy", None, Limits.parse(["*.q_proj=2"], [2, 3]))
 
 

@@ -104,7 +104,7 @@ def test_huge_texts_are_cut_at_white_space(tokenizer: Tokenizer) -> None:
         ("a.txt", b"x" * BLOCK + b"\xc3", rf"not valid UTF-8 at byte {BLOCK}"),
         ("a.txt.gz", b"not packed", r"a\.txt\.gz: not readable"),
         ("a.jsonl", '"abc"\n{"text": 1}\n', r"a\.jsonl, line 2: field 'text' holds a number, not text"),
-        ("a.jsonl", '{"body": "b"}\n', r"line 1: no field 'text' \(it has 'body'\); choose one with --cal-column"),
+        ("a.jsonl", '{"body": "b"}\n', r"line 1: no field 'text' \(it has 'body'\); choose one with `cal_columns`"),
         ("a.jsonl", "[1]\n", "line 1: holds a list"),
         ("a.jsonl", '{"text": \n', "line 1: not valid JSON"),
         ("a.json", "7", r"a\.json: holds a number; a list of strings"),

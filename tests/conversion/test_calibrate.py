@@ -146,12 +146,12 @@ def test_other_rows_under_the_same_name_are_refused_on_resume(tiny_llama: Path, 
         convert(config)
 
 
-def test_the_command_passes_on_what_is_said_about_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_passes_on_what_is_said_about_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[ConversionConfig] = []
     monkeypatch.setattr(command, "convert", lambda config, control: asked.append(config) or pytest.skip("seen"))
     source = "-c a.parquet --cal-column title --cal-column text --cal-dir local --cal-split validation --cal-fill"
     with pytest.raises(pytest.skip.Exception):
-        cli.main(["convert", "-i", "m", "-o", "w", *source.split()])
+        cli.main(["convert", "-i", str(tmp_path), "-o", "w", *source.split()])
     assert asked[0].calibration(measure=True) == CalibrationConfig(
         source="a.parquet",
         measure=True,

@@ -154,7 +154,7 @@ def test_kill_and_resume_give_the_same_bytes(
         "-cf",
         config.compile_full,
     ]
-    command += ["-c", tokens, "-b", "4.5", "-r", str(ROWS), "-mr", "3", "--checkpoint-interval", "0"]
+    command += ["-c", tokens, "-b", "4.5", "-r", str(ROWS), "-mr", "3", "--checkpoint-interval", "0", "--no-card"]
     for moment in ("measurement.json", "out_tensor", "quantized.json"):
         with subprocess.Popen([str(c) for c in command], stderr=subprocess.DEVNULL) as child:
             deadline = time.monotonic() + 120

@@ -86,5 +86,5 @@ def test_states_may_live_anywhere(config: ConversionConfig, tmp_path: Path, monk
 
 
 def test_a_negative_budget_is_refused(config: ConversionConfig) -> None:
-    with pytest.raises(SettingsError, match="device-memory is -1"):
+    with pytest.raises(SettingsError, match="`device_memory` is -1"):
         replace(config, device_memory=-1)

@@ -109,7 +109,7 @@ def test_cross_terms_of_experts(moe: Any) -> None:
 def test_experts_that_starve_are_named(moe: Any) -> None:
     _, spec, _, _ = moe
     (line,) = starved_experts(spec, [50, 40, 0, 60] * 2)
-    assert f"{spec.key}: expert {LOST} saw 0 calibration tokens" in line and "--moe-calibration all" in line
+    assert f"{spec.key}: expert {LOST} saw 0 calibration tokens" in line and "`moe_calibration` all" in line
     assert starved_experts(spec, [50, 40, 10, 60] * 2) == []
 
 

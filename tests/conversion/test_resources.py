@@ -71,10 +71,11 @@ def test_later_layers_compile_nothing_new(watched: tuple[Watch, Path]) -> None:
 
 
 def test_later_layers_hold_no_more_memory(watched: tuple[Watch, Path]) -> None:
+    """Linears of a module may still be written while the next is quantized: two layers show all there is to hold."""
     watch, _ = watched
     for stage, steps in watch.stages.items():
         alive = [amount for _, amount in steps[1 : 2 * LAYERS]]
-        assert max(alive) <= alive[0], stage
+        assert max(alive[4:]) <= max(alive[:4]), stage
 
 
 def test_the_work_directory_has_the_names_that_stock_users_know(watched: tuple[Watch, Path]) -> None:

@@ -141,13 +141,13 @@ def test_a_token_without_write_rights(hub: Hub, sizes: list[Path], monkeypatch: 
 
 
 def test_plans_that_make_no_sense(sizes: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="take --branches, or a --repo with"):
+    with pytest.raises(SettingsError, match="take `branches`, or a `repo` with"):
         plan_uploads(sizes, "user/tiny", branches=False)
     with pytest.raises(SettingsError, match="give sizes that differ"):
         plan_uploads([sizes[0], sizes[0]], "user/tiny", branches=True)
     with pytest.raises(SettingsError, match="must be USER/NAME"):
         plan_uploads(sizes, "tiny", branches=True)
-    with pytest.raises(SettingsError, match="give --branches"):
+    with pytest.raises(SettingsError, match="give `branches`"):
         plan_uploads(sizes[:1], "user/tiny", branches=False, main_files=[tmp_path / "measurement.json"])
     edit_config(sizes[0], {"quantization_config": None})
     with pytest.raises(FormatError, match="names no bits"):

@@ -32,7 +32,14 @@ def accumulate_hessian(h: Float32[Array, "K K"], x: Float32[Array, "*tokens K"])
 def factorize(
     h: Float32[Array, "K K"],
 ) -> tuple[
-    Int32[Array, " K"], Int32[Array, " K"], Float32[Array, "K K"], Float32[Array, ""], Int32[Array, ""], Bool[Array, ""]
+    Int32[Array, " K"],
+    Int32[Array, " K"],
+    Float32[Array, "K K"],
+    Float32[Array, ""],
+    Int32[Array, ""],
+    Bool[Array, ""],
+    Bool[Array, ""],
+    Int32[Array, ""],
 ]:
     return tuple(ops.factorize(h))  # type: ignore[return-value]
 
@@ -57,8 +64,8 @@ def round_to_nearest(
 @checked
 def gptq_tile_losses(
     w: Float32[Array, "K N"], h: Float32[Array, "K K"], c: Float32[Array, " N"], groups: tuple[Group, ...]
-) -> Float32[Array, " {len(groups)}"]:
-    return ops.gptq_tile_losses(w, ops.factorize(h), groups, c)
+) -> Float32[Array, "1 {len(groups)}"]:
+    return ops.gptq_tile_losses(w, ops.factorize(h), (groups,), c)
 
 
 @checked

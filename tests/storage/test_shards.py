@@ -54,7 +54,7 @@ def test_a_fraction_of_a_megabyte(tmp_path: Path) -> None:
 
 def test_a_tensor_that_fits_no_shard_is_refused_by_name(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 1)
-    with pytest.raises(StorageError, match=r"lm_head\.q_weight: 2 MB do not fit a shard; raise -ss"):
+    with pytest.raises(StorageError, match=r"lm_head\.q_weight: 2 MB do not fit a shard; raise `shard_size`"):
         writer.add("lm_head.q_weight", np.zeros(2 * 1024 * KILOBYTE, np.uint8))
 
 
