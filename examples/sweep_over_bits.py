@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from exl2jax.lab import Plan, run_sweep
+from exl2jax.lab import SweepPlan, run_sweep
 from exl2jax.lab.page import sweep_page
 from exl2jax.lab.plan import EvaluationPlan, VariantPlan
 from exl2jax.report.page import write_page
@@ -12,7 +12,7 @@ from exl2jax.variants.recipe import PRESETS
 
 def main(model: str, out: Path, targets: list[float]) -> None:
     """Run the sweep and write its table and page to `out`."""
-    plan = Plan(
+    plan = SweepPlan(
         models=(model,),
         targets=tuple(targets),
         variants=(VariantPlan(name="fast", recipe=PRESETS["fast"]),),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exl2jax.errors import Exl2JaxError, SettingsError
+from exl2jax.errors import Exl2JaxError, JobError, SettingsError
 from exl2jax.qparams import FORMAT_BITS, QParams
 from exl2jax.stock_tables import ATTENTION, MLP, Row
 from exl2jax.variants.registry import NoSettings, variant
@@ -43,7 +43,7 @@ class FileSettings:
         """Read and check the file: a wrong row is named before anything runs."""
         found = hashlib.sha256(_bytes(self.file)).hexdigest()
         if self.sha256 and self.sha256 != found:
-            raise SettingsError(f"candidates {self.file}: changed since the job began; start over with `no_resume`")
+            raise JobError(f"candidates {self.file}: changed since the job began; start over with `no_resume`")
         object.__setattr__(self, "sha256", found)
         read_table(self.file)
 

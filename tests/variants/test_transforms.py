@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from exl2jax import ConversionConfig, cli, convert
 from exl2jax.contrib.transforms import orthogonal
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.preflight import make_plan
+from exl2jax.conversion.preflight import preflight
 from exl2jax.errors import Interrupted, JobError, NumericalError, SettingsError
 from exl2jax.evaluation import model_logits
 from exl2jax.evaluation.logits import final_states
@@ -312,7 +312,7 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None
     errors = [x.error or 1 for x in inspect(out, source=base.in_dir)]
     assert max(errors) < 0.3 and np.mean(errors) < 0.05, "against the rewritten source, else above one"
     config = chosen(base, tmp_path, text, measurement=tmp_path / "work" / "measurement.json")
-    plan = make_plan(Context.open(config, RunControl()), {})
+    plan = preflight(Context.open(config, RunControl()), {})
     assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
     assert job["inputs"]["preset"]["variants"][-1]["kind"] == "transform"
