@@ -315,7 +315,7 @@ def test_a_conversion(base: ConversionConfig, tmp_path: Path, text: str) -> None
     plan = preflight(Context.open(config, RunControl()), {})
     assert plan.output_exact and plan.output_size == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     job = json.loads((tmp_path / "work" / "job_new.json").read_text())
-    assert job["inputs"]["preset"]["variants"][-1]["kind"] == "transform"
+    assert f"transform={text.partition(':')[0]}" in str(job["inputs"]["variants"])
     measured = json.loads((tmp_path / "work" / "measurement.json").read_text())
     assert measured["method"] == f"scales=columns, transform={text}"
 
@@ -327,7 +327,7 @@ def test_a_stopped_conversion_ends_in_the_same_bytes(base: ConversionConfig, tmp
     stop.asked = True
     with pytest.raises(Interrupted):
         convert(chosen(base, tmp_path / "again", "rotation"), RunControl(stop=stop))
-    with pytest.raises(JobError, match="preset"):
+    with pytest.raises(JobError, match="variants"):
         convert(chosen(base, tmp_path / "again", "rotation:seed=1"))
     convert(chosen(base, tmp_path / "again", "rotation"))
     found = [weights(tmp_path / name / "exl2") for name in ("whole", "again")]
