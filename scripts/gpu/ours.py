@@ -33,7 +33,7 @@ def found_in(directory: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
         "states": np.stack(states),
         "linears": np.array([x.key for x in linears]),
         "columns": np.array([x.columns for x in linears]),
-        "digests": np.array([digest(model.kernel(x)) for x in linears]),
+        "digests": np.array([digest(model.kernel(x), x.key) for x in linears]),
     }
 
 

@@ -103,9 +103,16 @@ def perplexity(
     return math.exp(sum(losses) / len(losses))
 
 
-def digest(weight: np.ndarray) -> str:
-    """Digest of a weight `[K, N]` in float16."""
-    return hashlib.sha256(np.ascontiguousarray(weight, np.float16).tobytes()).hexdigest()
+SHUFFLED = {"gate_proj": 1, "up_proj": 1, "down_proj": 0}
+"""Axis along which stock reorders a linear of an MLP as it loads: the order of `down_proj` moves into the other two."""
+
+
+def digest(weight: np.ndarray, name: str = "") -> str:
+    """Digest of a weight `[K, N]` in float16; the order along the axis that stock shuffles in `name` does not count."""
+    axis = SHUFFLED.get(name.rpartition(".")[2])
+    half = np.asarray(weight, np.float16)
+    lines = [half] if axis is None else list(np.moveaxis(half, axis, 0))
+    return hashlib.sha256(b"".join(sorted(np.ascontiguousarray(line).tobytes() for line in lines))).hexdigest()
 
 
 def weights_compared(model: Any, ours: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def weights_compared(model: Any, ours: Mapping[str, np.ndarray]) -> dict[str, An
     different = []
     for name, columns, expected in zip(ours["linears"], ours["columns"], ours["digests"], strict=True):
         weight = model.modules_dict[str(name)].get_weight_tensor_dq()[:, : int(columns)]
-        if digest(weight.cpu().numpy()) != expected:
+        if digest(weight.cpu().numpy(), str(name)) != expected:
             different.append(str(name))
     return {"equal": len(ours["linears"]) - len(different), "of": len(ours["linears"]), "different": different}
 

@@ -183,3 +183,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     done = check(tmp_path, "exit 0", "--rehearse")
     assert done.returncode == 2 and "make it with: python -m scripts.gpu.prepare" in done.stdout
     assert check(tmp_path, "exit 0", "--other").returncode == 2
+
+
+def test_the_order_that_stock_gives_an_mlp_does_not_count() -> None:
+    weight = np.random.default_rng(5).normal(size=(6, 4)).astype(np.float16)
+    order = np.array([2, 0, 3, 1])
+    gate, down = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"
+    assert digest(weight[:, order], gate) == digest(weight, gate)
+    assert digest(weight.T[order], down) == digest(weight.T, down)
+    assert digest(weight[::-1], gate) != digest(weight, gate)
+    assert digest(weight[:, order], "model.layers.0.self_attn.q_proj") != digest(
+        weight, "model.layers.0.self_attn.q_proj"
+    )
