@@ -195,6 +195,6 @@ def _row_strategy(
 
 
 def _errors(row: Sequence[Candidate], objective: Choice | None) -> np.ndarray:
-    """What each candidate of a module adds to the sum."""
+    """The contribution of each candidate of a module to the sum."""
     errors = np.asarray([candidate.error for candidate in row])
     return errors if objective is None else objective.function(errors, objective.settings)

@@ -58,7 +58,7 @@ def _costs_ahead(costs: np.ndarray, settings: Sequence[Setting], columns: int, p
 
 
 def _successors(c: int, settings: Sequence[Setting]) -> list[int]:
-    """What may follow a group of setting `c`: itself, or any narrower width."""
+    """The settings that may follow a group of setting `c`: itself, or any narrower width."""
     return [c, *(i for i, setting in enumerate(settings) if setting[0] < settings[c][0])]
 
 

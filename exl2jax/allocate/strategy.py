@@ -9,7 +9,7 @@ from exl2jax.variants.recipe import Pricing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strategy:
-    """What was chosen: `qparams` by module key and linear name, the bits it costs, and how it was found.
+    """The choice: `qparams` by module key and linear name, the bits it costs, and how it was found.
 
     `pricing` says what the bits were spent against. By `fisher` or `divergence`, `objective` is the expected KL
     divergence in nats per token; by `accuracy` it is `sum error^norm`, and `max_error` the largest error of a module.

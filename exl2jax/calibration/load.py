@@ -36,7 +36,7 @@ from exl2jax.calibration.tokenizer import Tokenizer
 from exl2jax.errors import CalibrationError, SettingsError
 
 DEFAULT_ROWS, DEFAULT_MEASURE_ROWS, DEFAULT_LENGTH = 100, 16, 2048
-"""What the stock converter takes where nothing is said and the source has no size of its own."""
+"""The stock converter's defaults, for a source that has no size of its own."""
 
 WITHOUT_FILE = ("standard", "exllamav2", "self", "random", "named")
 """Kinds of sources that name no file."""

@@ -35,7 +35,7 @@ def pack_texts(
 
 
 def _advice(have: int, rows: int, length: int) -> str:
-    """What would fit."""
+    """The amount that would fit."""
     if have >= length:
         return f"ask for at most {have // length} rows, shorter rows, or give more text"
     if have >= rows:

@@ -1,4 +1,4 @@
-"""What the user asks for (`CalibrationConfig`) and what the stages get (`CalibrationRows`)."""
+"""The user's request (`CalibrationConfig`) and the rows that the stages get (`CalibrationRows`)."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -30,7 +30,7 @@ class StandardRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Build:
-    """What every domain's rule needs; `available` ids are `0 .. vocab-1`."""
+    """The inputs of every domain's rule; `available` ids are `0 .. vocab-1`."""
 
     texts: StandardTexts
     tokenizer: Tokenizer

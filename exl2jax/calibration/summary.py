@@ -1,4 +1,4 @@
-"""What a person wants to see of calibration rows before converting."""
+"""A summary of calibration rows, for a person to see before converting."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -33,7 +33,7 @@ _FINGERPRINT_FILES = (
 
 
 class Backend(Protocol):
-    """What a tokenizer library must offer."""
+    """The interface that a tokenizer library must offer."""
 
     def encode(self, text: str, template: bool) -> Sequence[int]:
         """Token ids of a text; `template` adds the special tokens that the model's tokenizer adds by default."""

@@ -1,4 +1,4 @@
-"""What a conversion will take and give, and what would be refused, before anything is computed."""
+"""The preflight check: needs, result and refusals of a conversion, before anything is computed."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What headers, settings and directory entries tell before the first pass: what is refused, and what is said."""
+"""Refusals and notes from headers, settings and directory entries, before the first pass."""
 
 import os
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def early_refusals(context: Context) -> list[Exl2JaxError]:
 
 
 def early_notes(context: Context) -> tuple[str, ...]:
-    """What a person should know of the source and of the place of the result before anything is computed."""
+    """Notes on the source and on the place of the result, before anything is computed."""
     return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context))
 
 

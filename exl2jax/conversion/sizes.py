@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeOutcome:
-    """What became of a size: its settings and result, or why it was refused."""
+    """The outcome of a size: its settings and result, or the reason of its refusal."""
 
     size: Size
     config: ConversionConfig | None = None

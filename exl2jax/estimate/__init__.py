@@ -1,4 +1,4 @@
-"""What a conversion takes, counted from shapes: operations, launches, bytes, and the time they need on a device."""
+"""The cost of a conversion, counted from shapes: operations, launches, bytes, and their time on a device."""
 
 from exl2jax.estimate.devices import DEVICES, Device, find_device
 from exl2jax.estimate.passes import Passes, conversion_work

@@ -107,7 +107,7 @@ def _quantize(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pas
 
 
 def _propagation(spec: ModuleSpec, config: ModelConfig, passes: Passes) -> Work:
-    """What error propagation adds: both streams to the last stage, cross products, solves (`quantize/propagate.py`)."""
+    """Error propagation: both streams to the last stage, cross products, solves (`quantize/propagate.py`)."""
     tokens = passes.rows * passes.length
     *before, last = spec.stages
     first = [linear for stage in before for group in stage for linear in group]

@@ -1,4 +1,4 @@
-"""What an evaluation says: figures over all tokens, and the same over each domain of the text."""
+"""The results of an evaluation: figures over all tokens and over each domain of the text."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -63,12 +63,12 @@ def compiled_size(model: HFModel, qparams: Mapping[str, QParams], *, shard_mb: f
 
 
 def source_head(model: HFModel, name: str) -> TensorHead:
-    """What a shard's header will say of a tensor that is copied as the source stores it."""
+    """The header entry of a tensor that is copied as the source stores it."""
     return TensorHead(name, model.files.dtype(name), model.files.shape(name))
 
 
 def _heads(model: HFModel, qparams: Mapping[str, QParams]) -> Iterator[TensorHead]:
-    """What the shards' headers will say of every tensor, in the order of `_tensors`."""
+    """The header entry of every tensor, in the order of `_tensors`."""
 
     def plain(names: Iterable[str]) -> Iterator[TensorHead]:
         return (source_head(model, name) for name in names)

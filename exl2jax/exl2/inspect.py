@@ -1,4 +1,4 @@
-"""What the linears of an EXL2 directory are made of: widths, groups, scales, and error against the source."""
+"""The linears of an EXL2 directory: widths, groups, scales, and error against the source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from exl2jax.stream.stepping import Walk, in_single, resident_walk
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidentModel:
-    """What generation needs of a model.
+    """The parts of a model that generation needs.
 
     `ends` are the ids that end a text, `table` the embeddings `[vocab, D]`, `walk` a pass over its modules.
     """

@@ -14,7 +14,7 @@ from exl2jax.hub.record import SizeRecord, evaluate_sizes, record_size, write_re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardWishes:
-    """What the user wants of cards; `evaluate` of None evaluates sets and not single sizes."""
+    """The user's wishes for cards; `evaluate` of None evaluates sets and not single sizes."""
 
     card: bool = True
     evaluate: bool | None = None

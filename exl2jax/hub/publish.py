@@ -39,7 +39,7 @@ class Upload:
 def plan_uploads(
     directories: Sequence[Path], repo: str, *, branches: bool, main_files: Sequence[Path] = ()
 ) -> tuple[Upload, ...]:
-    """What goes where, main first where a set has files of its own.
+    """The files of each branch or repository, main first where a set has files of its own.
 
     `repo` is `USER/NAME`, and may hold `{bits}` for a repository each. With `branches`, each directory is a branch
     named by its bits, and `main_files` are on main. Raises `SettingsError` for directories that would overwrite each

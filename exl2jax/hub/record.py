@@ -1,4 +1,4 @@
-"""What a card says of one finished size, as `exl2jax.json` keeps it beside the weights."""
+"""The facts of one finished size for its card, kept in `exl2jax.json` beside the weights."""
 
 import hashlib
 import platform
@@ -129,7 +129,7 @@ def cache_bytes(config: ModelConfig) -> int:
 
 
 def source_metadata(directory: Path) -> dict[str, Any]:
-    """What the head of the source's card says of licence, language and tags; empty without a readable one."""
+    """Licence, language and tags from the head of the source's card; empty without a readable one."""
     from huggingface_hub import metadata_load
 
     path = directory / "README.md"

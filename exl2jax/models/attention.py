@@ -51,7 +51,7 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, *, sli
 
 
 def score_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by."""
+    """The factor of the scores."""
     return config.head_dim**-0.5 if config.scales.attention is None else config.scales.attention
 
 

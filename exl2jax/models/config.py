@@ -18,7 +18,7 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What the forward pass needs of a config; hashable, so it can be static under `jit`.
+    """The values of a config that the forward pass needs; hashable, so it can be static under `jit`.
 
     `sliding[i]` says whether layer `i` sees only `window` tokens back; sliding layers turn by `local_rope`, the others
     by `rope`, not at all where that is None. `scales` are the model's multipliers and soft caps.

@@ -85,7 +85,7 @@ class Fields:
         return bool(value)
 
     def switch(self, switch: Switch) -> bool:
-        """What a registry switch comes to."""
+        """The value of a registry switch."""
         return self.flag(switch) if isinstance(switch, str) else switch
 
     def token(self, key: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What to do about a tensor that is missing or misshapen: the usual causes, by what else the files hold."""
+"""Advice for a tensor that is missing or misshapen: the usual causes, judged by the other tensors."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ PREFIXES = {
     "module.": "the model was saved inside a parallel wrapper",
     "base_model.model.": "the model was saved inside an adapter; merge the adapter first",
 }
-"""What savers put before every name, and why."""
+"""Prefixes that savers put before every name, and the reason of each."""
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 

@@ -1,4 +1,4 @@
-"""What a source's `config.json` says of quantization, held against its weights."""
+"""The quantization settings of a source's `config.json`, held against its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ KEYS = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
-    """What the config says: the `key` that says it, the `method`, and all of its settings."""
+    """The quantization settings of a config: their `key`, the `method`, and all settings."""
 
     key: str
     method: str
@@ -26,7 +26,7 @@ class Quantization:
 
 
 def stated_quantization(raw: Mapping[str, Any]) -> Quantization | None:
-    """What a config says of quantization; None where it says nothing. An empty object says nothing."""
+    """The quantization settings of a config; None without any. An empty object counts as none."""
     for key in KEYS:
         value = raw.get(key)
         if value in (None, {}):

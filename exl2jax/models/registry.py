@@ -44,7 +44,7 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """What sets one Hugging Face architecture apart from Llama.
+    """The differences of one Hugging Face architecture from Llama.
 
     `prefix` stands before the tensor names of a language model inside a larger one, `copied` are the prefixes of the
     rest, which is copied as it is.

@@ -84,7 +84,7 @@ class SourceTensors:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know about the choice of the files."""
+        """Notes on the choice of the files."""
         return self._files.notes
 
     def unread(self, needed: Iterable[str]) -> list[str]:
@@ -166,12 +166,12 @@ def _joined(
 
 
 def canonical_name(name: str, arch: Architecture) -> str:
-    """What the stock runtime calls a tensor of the source."""
+    """The stock runtime's name of a tensor of the source."""
     return rename(name, arch.aliases + arch.renames)
 
 
 def source_name(name: str, arch: Architecture) -> str:
-    """What the source calls a tensor of the stock runtime: the renames undone, the last one first."""
+    """The source's name of a tensor of the stock runtime: the renames undone, the last one first."""
     undone = (("^" + new, old[1:]) if old.startswith("^") else (new, old) for old, new in reversed(arch.renames))
     return rename(name, tuple(undone))
 

@@ -130,7 +130,7 @@ class _RewrittenTensors:
 
 
 def layout_of(config: ModelConfig) -> Layout:
-    """What a transform is told of a model."""
+    """The description of a model that a transform gets."""
     specs, final, head = module_specs(config), head_norm_spec(config), head_spec(config)
     readers: dict[str, tuple[str, ...]] = {}
     for spec in specs:
@@ -154,7 +154,7 @@ def layout_of(config: ModelConfig) -> Layout:
 
 
 def _traits(config: ModelConfig) -> frozenset[str]:
-    """What the model has that a transform may founder on."""
+    """The parts of the model that a transform may not handle."""
     arch = config.arch
     found = {
         LAYER_NORM: arch.norm != "rms",

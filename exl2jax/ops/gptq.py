@@ -38,7 +38,7 @@ class QuantizedLinear(NamedTuple):
 
 
 class WalkOptions(NamedTuple):
-    """What a walk is made of: the search of a group's scales, and the inner loops. Static under `jit`."""
+    """The parts of a walk: the search of a group's scales, and the inner loops. Static under `jit`."""
 
     search: ScaleSearch = search_scales
     kernels: Kernels = XLA
@@ -54,7 +54,7 @@ class _Walk(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a walk follows: its groups, the width of each, its options, and what is static of the groups.
+    """The plan of a walk: its groups, the width of each, its options, and what is static of the groups.
 
     `widths [K / 32 or 1, 1 or columns]` are the bits of every group, or of all; `copies` of the matrix go side by side
     as columns. `size` is the most rows of a group; `rows` are those of each and `number` is how many there
@@ -134,7 +134,7 @@ def gptq_tile_losses(
     kernels: Kernels = XLA,
     search: ScaleSearch = search_scales,
 ) -> jax.Array:
-    """What `gptq` of `w [K, N]` would cost under each of several cuts, tile by tile: `[cuts, K / 32]` float32.
+    """The cost of `gptq` of `w [K, N]` under each of several cuts, tile by tile: `[cuts, K / 32]` float32.
 
     The sum over tiles of 32 permuted rows is about `sum_n c_n (E^T H E)_nn` for the weight error `E` and
     `column_weight` `c [N]`. The walk's scaled errors give it without a product. They make `E = U^T e`, and
@@ -261,7 +261,7 @@ def _walk_group(
 
 
 def _debt(errors: jax.Array, u: jax.Array, origin: jax.Array, a: jax.Array, span: int) -> jax.Array:
-    """What `span` rows from `origin` owe to the rows before `a`: `U[:a, rows]^T E[:a]`, panel by panel."""
+    """The feedback to `span` rows from `origin` of the rows before `a`: `U[:a, rows]^T E[:a]`, panel by panel."""
     rows, panel = len(u), min(_PANEL, len(u))
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -282,7 +282,7 @@ def _owed(
     span: int,
     size: int,
 ) -> jax.Array:
-    """What the group of `rows` rows at `row` owes to those from row `a`, where its span begins: `[size, N]`.
+    """The feedback to the group of `rows` rows at `row` of those from row `a`, where its span begins: `[size, N]`.
 
     `place = (origin, a, row, rows)`; `corner` begins at row `origin`. Rows beyond the group's own are anything.
     """

@@ -21,7 +21,7 @@ _STRIPS = 4
 
 
 class HessianFactor(NamedTuple):
-    """What GPTQ needs of a Hessian.
+    """The factored Hessian, as GPTQ needs it.
 
     `perm [K]` rows by descending diagonal, `inv_perm [K]`, `u [K, K]` the upper Cholesky factor of the permuted damped
     inverse, `damping []` the value added in the end, `attempts []` how often it was tried, `ok []` whether it worked,

@@ -10,7 +10,7 @@ from exl2jax.ops.walk import walk_group
 
 
 class WalkGroup(Protocol):
-    """What `walk_group` is, for whoever computes it otherwise."""
+    """The contract of `walk_group`, for other implementations."""
 
     def __call__(
         self,
@@ -26,7 +26,7 @@ class WalkGroup(Protocol):
 
 
 class PackTiles(Protocol):
-    """What `pack_tiles` is, for whoever computes it otherwise."""
+    """The contract of `pack_tiles`, for other implementations."""
 
     def __call__(self, codes: jax.Array, bits: jax.Array) -> jax.Array:
         """Words `[K / 32, 8, N]` of `codes [K, N]` at the width of each tile."""

@@ -90,7 +90,7 @@ class PackedArrays(NamedTuple):
     same: jax.Array
 
     def stored(self, groups: Sequence[Group], bias: np.ndarray | None = None) -> PackedLinear:
-        """What is written of them, read from the device."""
+        """The tensors to write, read from the device."""
         words = [group.words for group in groups]
         if sum(words) > np.iinfo(np.int16).max:
             raise FormatError(f"q_groups: {sum(words)} word rows do not fit the format's int16 group table")

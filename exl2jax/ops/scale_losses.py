@@ -29,7 +29,7 @@ MAX_INDEX = 16
 
 
 class ScaleLosses(Protocol):
-    """What `scale_losses` is, for whoever computes it otherwise."""
+    """The contract of `scale_losses`, for other implementations."""
 
     def __call__(
         self,
@@ -44,7 +44,7 @@ class ScaleLosses(Protocol):
 
 
 class IndexLosses(Protocol):
-    """What `index_losses` is, for whoever computes it otherwise."""
+    """The contract of `index_losses`, for other implementations."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class IndexLosses(Protocol):
 
 
 def raised(z: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """What errors `z >= 0` of a row lose: their squares times the row's weight, or stock's 3.5th power."""
+    """The loss of errors `z >= 0` of a row: their squares times the row's weight, or stock's 3.5th power."""
     return z * z * z * jnp.sqrt(z) if weight is None else z * z * weight
 
 

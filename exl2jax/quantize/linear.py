@@ -38,7 +38,7 @@ from exl2jax.variants import STOCK, Method
 
 
 class Checks(NamedTuple):
-    """What may be wrong with a linear, read from the device.
+    """The possible faults of a linear, read from the device.
 
     Of its Hessian: whether it was `factored`, after how many `attempts`, by which `damping`, whether it was
     `hessian_finite`, how many inputs are `dead`. Of the linear: its `largest` weight, whether the result is `finite`,
@@ -107,7 +107,7 @@ def price(
     spec: LinearSpec,
     method: Method = STOCK,
 ) -> Priced:
-    """What a linear's error costs under each of several settings, by tile of 32 permuted rows."""
+    """Price a linear's error under each of several settings, by tile of 32 permuted rows."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
     losses = method.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
     return Priced(losses, _price_checks(kernel, factor, losses))
@@ -211,6 +211,11 @@ def require_sound(checks: Checks, spec: LinearSpec, hessian: str) -> None:
             f"{spec.key}: quantization gave NaN or infinity; the weights come too close to the end of half precision, "
             "or the calibration data is degenerate: try other rows"
         )
+    _require_same(checks, spec)
+
+
+def _require_same(checks: Checks, spec: LinearSpec) -> None:
+    """Raise `FormatError` where packing does not keep the weight."""
     if not checks.same:
         raise FormatError(
             f"{spec.key}: the packed tensors do not dequantize to the quantized weight; please report this"
@@ -244,12 +249,6 @@ def factor_hessian(hessian: jax.Array, name: str, method: Method = STOCK) -> Hes
 @jax.jit
 def _factor_checks(factor: HessianFactor) -> jax.Array:
     return _record(jnp.zeros((1,)), factor, jnp.bool_(True), jnp.int32(0), jnp.bool_(True))
-
-
-def require_half_range(kernel: np.ndarray | jax.Array, spec: LinearSpec) -> None:
-    """Raise `NumericalError` where a weight is NaN or beyond what the format can hold."""
-    sound = Checks(True, 1, 0.0, True, 0, float(jnp.max(jnp.abs(kernel))), True, 0, True)
-    require_in_range(sound, spec)
 
 
 def quantize_linear(
@@ -294,10 +293,7 @@ def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
 def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | None) -> PackedWeight:
     """Pack a linear and prove that unpacking it gives back, bit for bit, the weight the pipeline goes on with."""
     done = repacked(linear, HessianFactor.identity(linear.perm), linear.weight)
-    if not read_checks([done.checks])[0].same:
-        raise FormatError(
-            f"{spec.key}: the packed tensors do not dequantize to the quantized weight; please report this"
-        )
+    _require_same(read_checks([done.checks])[0], spec)
     return PackedWeight(done.packed.stored(linear.groups, bias), linear.weight)
 
 

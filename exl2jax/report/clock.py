@@ -19,13 +19,15 @@ class JobClock:
     ) -> None:
         """Expect the stages of `work`."""
         self._inner, self._work, self._now = inner, work, now
-        self._left: dict[str, float] | None = None
+        self._left: dict[str, float] = {}
+        self._asked = False
         self._spent, self._done = 0.0, 0.0
         self._stage, self._total, self._begun, self._resumed, self._steps = "", 1, 0.0, 0, 0
 
     def start(self, stage: str, total: int, done: int) -> None:
         """Begin a stage; stages that come before it in `work` are over, by an earlier run."""
-        self._left = dict(self._work()) if self._left is None else self._left
+        if not self._asked:
+            self._left, self._asked = dict(self._work()), True
         for name in list(self._left):
             if stage not in self._left or name == stage:
                 break
@@ -42,7 +44,7 @@ class JobClock:
 
     def finish(self) -> None:
         """End a stage and learn from it."""
-        work = None if self._left is None else self._left.pop(self._stage, None)
+        work = self._left.pop(self._stage, None)
         if work is not None:
             self._done += work * (1 - self._resumed / self._total)
             self._spent += self._now() - self._begun
@@ -50,8 +52,8 @@ class JobClock:
 
     def left(self) -> float | None:
         """Seconds left of the whole job, None before anything is known of its speed."""
-        work = None if self._left is None else self._left.get(self._stage)
-        if work is None or self._left is None:
+        work = self._left.get(self._stage)
+        if work is None:
             return None
         here = work * (self._steps - self._resumed) / self._total
         done, spent = self._done + here, self._spent + self._now() - self._begun

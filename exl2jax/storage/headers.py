@@ -11,7 +11,7 @@ MAX_HEADER = 32 * 2**20
 """Largest header that is read: a hundred thousand tensors in one file need half of it."""
 
 POINTER = b"version https://git-lfs"
-"""What a small text file begins with that stands in a clone for a large file which was not downloaded."""
+"""The beginning of a small text file that stands in a clone for a large file which was not downloaded."""
 
 _DTYPES = (
     *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"),
@@ -21,7 +21,7 @@ _DTYPES = (
 
 
 class TensorHead(NamedTuple):
-    """What a header says of a tensor: name, dtype as safetensors spells it, shape."""
+    """The header entry of a tensor: name, dtype as safetensors spells it, shape."""
 
     name: str
     dtype: str

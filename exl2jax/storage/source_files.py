@@ -27,7 +27,7 @@ OTHER_FORMATS = {
     "*.msgpack": "save the model as safetensors first",
     "*.gguf": "GGUF is quantized already; take the original model",
 }
-"""What to do about a directory that holds its weights in another form only."""
+"""Advice for a directory that holds its weights in another form only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""What several test files share: builders of test data. Nothing here imports the package under test."""
+"""Builders of test data that several test files share. Nothing here imports the package under test."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import jax
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-"""What JAX calls the event."""
+"""JAX's name of the event."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What people bring to a converter that is not quite a sound model, and what must happen to it."""
+"""Models that people bring to a converter and that are not quite sound, with the required outcome of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

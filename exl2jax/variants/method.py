@@ -127,7 +127,7 @@ class Method:
         column_weight: jax.Array,
         kernels: Kernels = XLA,
     ) -> jax.Array:
-        """What `quantize` would cost under each cut, by tile of 32 permuted rows `[cuts, K / 32]`.
+        """The cost of `quantize` under each cut, by tile of 32 permuted rows `[cuts, K / 32]`.
 
         `ops.gptq_tile_losses` defines it.
         """
@@ -149,7 +149,7 @@ class Method:
 
 
 STOCK = Method()
-"""What stock does."""
+"""Stock's choices."""
 
 
 @jax.jit

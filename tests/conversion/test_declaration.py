@@ -127,7 +127,7 @@ def test_no_flag_is_spelled_below_the_command(path: Path) -> None:
 
     A style sheet has names that look alike, another program has flags of its own, and a card shows a whole command.
     """
-    if path.name == "command.py":
+    if path == PACKAGE / "hub" / "command.py":
         return
     texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
     found = [m[0] for text in texts if isinstance(text, str) and text not in (STYLE, "-m") for m in FLAG.finditer(text)]

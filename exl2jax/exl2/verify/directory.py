@@ -45,7 +45,7 @@ _UNQUANTIZED = "is the unquantized weight of a linear that must be quantized; re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Implied:
-    """What `config.json` says the files must hold."""
+    """The contents that `config.json` demands of the files."""
 
     modules: tuple[ModuleSpec, ...]
     head: LinearSpec
@@ -221,7 +221,7 @@ def _stray_faults(shards: Shards, implied: _Implied) -> Iterator[Fault]:
 
 
 def _faults_without_config(shards: Shards) -> Iterator[Fault]:
-    """What can be said of the stored linears when nothing says which there must be or how large."""
+    """Checks of the stored linears without a list of which there must be or how large."""
     for key in shards.quantized_keys():
         shapes = [shards.shape(f"{key}.{n}") if f"{key}.{n}" in shards else () for n in ("q_invperm", "q_weight")]
         rows, columns = shapes[0][:1], shapes[1][1:2]

@@ -50,7 +50,7 @@ def linear_faults(shards: Shards, spec: LinearSpec, widths: Sequence[int] | None
 
 
 def _header_faults(shards: Shards, spec: LinearSpec, present: Sequence[str]) -> dict[str, str]:
-    """What is wrong with dtypes and shapes, by tensor."""
+    """Faults of dtypes and shapes, by tensor."""
     groups, columns = _group_count(shards, spec, present), padded_columns(spec.columns)
     expected: dict[str, tuple[int | None, ...]] = {
         "q_weight": (None, columns),

@@ -1,4 +1,4 @@
-"""What verification says: faults by name, and the figures counted from the files."""
+"""The result of verification: faults by name, and the figures counted from the files."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ from tests import skip_policy
 if TYPE_CHECKING:
     from exl2jax import ConversionConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent
 DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"
 
 # Read by the libraries when they are imported, and passed on to test workers and to the commands that tests start.
