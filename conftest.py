@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from exl2jax.testing.tiny_model import write_tiny_llama
 from tests import skip_policy
 
 if TYPE_CHECKING:
@@ -63,12 +62,16 @@ def _compiled_programs_are_dropped() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in float16, one weight file, tied head. For reading only: other tests use it too."""
+    from exl2jax.testing.tiny_model import write_tiny_llama  # not before the environment is set
+
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in bfloat16, three weight files, a head of its own and biases. For reading only."""
+    from exl2jax.testing.tiny_model import write_tiny_llama  # not before the environment is set
+
     folder = tmp_path_factory.mktemp("tiny") / "llama-untied"
     return write_tiny_llama(
         folder, seed=1, tie=False, attention_bias=True, mlp_bias=True, dtype="bfloat16", shards=3, num_layers=3
