@@ -47,7 +47,8 @@ def summarize(
     unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
     found = [*early_notes(context), *([unspent] if unspent else [])]
     diagnostics = [line for report in reports for line in report.diagnostics]
-    diagnostics += overflow_warnings((x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports)
+    peaks = [(x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports]
+    diagnostics += overflow_warnings(peaks, wide_residual=context.model.config.arch.wide_residual)
     return ConversionResult(
         output=str(target),
         bits=config.bits,
