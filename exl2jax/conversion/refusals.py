@@ -104,9 +104,9 @@ def _shard_notes(context: Context) -> Iterator[str]:
         return
     if (beyond := _beyond_shards(context, _uniform(context, max))) is not None:
         yield (
-            f"`shard_size` is {config.shard_size:g} MB; {beyond.name} takes {beyond.nbytes / MEGABYTE:.2f} MB if it gets "
-            "the widest codes: the conversion stops before the quantization if its bits do not fit, and goes on with a "
-            "larger `shard_size`"
+            f"`shard_size` is {config.shard_size:g} MB; {beyond.name} takes {beyond.nbytes / MEGABYTE:.2f} MB if it "
+            "gets the widest codes: the conversion stops before the quantization if its bits do not fit, and goes on "
+            "with a larger `shard_size`"
         )
 
 
