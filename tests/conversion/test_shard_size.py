@@ -44,11 +44,11 @@ def test_a_size_that_no_allocation_fits_is_refused(home: Path, capsys: pytest.Ca
 
 
 def test_a_size_that_depends_on_the_allocation_is_a_warning(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, plan = planned(home, capsys, "-ss", str(FITS_FOUR))
+    code, plan = planned(home, capsys, "-ss", str(FITS_FOUR), "-b", "4.5")
     (note,) = [line for line in plan["warnings"] if "-ss" in line]
     assert code == 0 and plan["refused"] == [] and f"{GATE} takes 0.05 MB if it gets the widest codes" in note
     for enough in ("0", "0.05"):
-        code, plan = planned(home, capsys, "-ss", enough)
+        code, plan = planned(home, capsys, "-ss", enough, "-b", "4.5")
         assert code == 0 and not [line for line in plan["warnings"] if "-ss" in line]
 
 
@@ -73,7 +73,7 @@ def test_a_chosen_allocation_decides_before_the_quantization(home: Path, capsys:
     measured = ["-m", str(work.measurement), "-ss", str(FITS_FOUR)]
     code, plan = planned(home, capsys, *measured, "-b", "6.5")
     assert code == 1 and GATE in plan["refused"][0] and not [line for line in plan["warnings"] if "-ss" in line]
-    assert planned(home, capsys, *measured, "-b", "4.2")[0] == 0
+    assert planned(home, capsys, *measured, "-b", "4.5")[0] == 0
     made = work.measurement.stat().st_mtime_ns
     convert(replace(config, shard_size=0.05))
     assert work.measurement.stat().st_mtime_ns == made, "the measurement is not repeated"
