@@ -72,10 +72,7 @@ def convert_sizes(
     `base.compile_full` may hold `{name}`, `{bits}` and `{head_bits}`. `finished` is called after each size. Raises what
     `convert` raises for everything but the size itself.
     """
-    known = [s for s in sizes if s.bits is not None]
-    for size in known:  # values out of range are named before anything runs
-        replace(base, bits=size.bits, head_bits=size.head_bits)
-    require_distinct(base, [(s.bits or 0.0, s.head_bits) for s in known], several=len(sizes) > 1)
+    check_sizes(base, sizes)
     measured = _measure(base, control) if base.measurement is None else base.measurement
     outcomes: list[SizeOutcome] = []
     for number, size in enumerate(sizes, start=1):
@@ -92,6 +89,14 @@ def convert_sizes(
         finished(config, result)
         outcomes.append(SizeOutcome(size=size, config=config, result=result))
     return outcomes
+
+
+def check_sizes(base: ConversionConfig, sizes: Sequence[Size]) -> None:
+    """Raise `SettingsError` for sizes out of range, or that could not be told apart, before anything runs."""
+    known = [s for s in sizes if s.bits is not None]
+    for size in known:
+        replace(base, bits=size.bits, head_bits=size.head_bits)
+    require_distinct(base, [(s.bits or 0.0, s.head_bits) for s in known], several=len(sizes) > 1)
 
 
 def set_operations(base: ConversionConfig, sizes: Sequence[Size]) -> dict[str, float]:

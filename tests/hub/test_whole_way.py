@@ -15,9 +15,11 @@ from exl2jax.allocate.strategy import Strategy
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.preflight import exact_size
+from exl2jax.conversion.set_file import SET_NAME
 from exl2jax.conversion.sizes import MEASURED, Size, bits_within, largest_step, parse_bytes, require_distinct
 from exl2jax.errors import MeasurementError, SettingsError
 from exl2jax.exl2.verify.directory import verify
+from exl2jax.hub.finish import CardWishes
 from exl2jax.hub.record import read_record
 from exl2jax.testing.hub_server import Hub, Repo
 from tests.hub.conftest import WRITE
@@ -130,6 +132,32 @@ def test_bad_sizes(
     assert cli.main(["convert", "-i", str(tiny_llama), "-o", str(work), *ROWS, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not work.exists()
+
+
+SET = ["-b", "3,4.5", "-hb", "6,8", *ROWS, "--seed", "3", "--no-evaluate", "--quantized-by", "someone"]
+
+
+def test_a_set_resumes_by_its_work_directory_alone(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[ConversionConfig, list[Size]]] = []
+    wished: list[CardWishes] = []
+    monkeypatch.setattr("exl2jax.cli.convert.convert_sizes", lambda c, sizes, *_: asked.append((c, sizes)) or [])
+    monkeypatch.setattr("exl2jax.cli.convert.finish_set", lambda c, made, wishes: wished.append(wishes) or {})
+    work, template = str(tmp_path / "work"), str(tmp_path / "{name}-{bits}")
+    assert cli.main(["convert", "-i", str(tiny_llama), "-o", work, "-cf", template, *SET]) == 0
+    assert cli.main(["convert", "-o", work]) == 0
+    assert asked[1] == asked[0] and [s.head_bits for s in asked[0][1]] == [6, 8]
+    assert wished[1] == wished[0] == CardWishes(evaluate=False, quantized_by="someone")
+    assert cli.main(["convert", "-o", work, "--size", "1GB", "--evaluate"]) == 0
+    assert asked[2] == (asked[0][0], [Size(head_bits=6, most_bytes=10**9)])
+    assert wished[2] == CardWishes(evaluate=True, quantized_by="someone")
+    capsys.readouterr()
+    assert cli.main(["convert", "-o", work, "-hb", "8"]) == 2
+    assert "-hb belongs to sizes; name them too, by -b/--bits or --size" in capsys.readouterr().err
+    (tmp_path / "work" / SET_NAME).write_text("{}")
+    assert cli.main(["convert", "-o", work]) == 1
+    assert "not the record of a set" in capsys.readouterr().err
 
 
 def test_sizes_by_hand() -> None:
