@@ -173,6 +173,9 @@ def test_old_files_of_a_reused_directory_are_named(
     assert convert(tmp_path / "model", home, tmp_path) == 0
     said = "not of this model and stay where they are: pytorch_model.bin, tokenizer.model"
     assert any(line.endswith(said) for line in caplog.messages)
+    caplog.clear()
+    assert convert(tmp_path / "model", home, tmp_path) == 0
+    assert any(line.endswith(said) for line in caplog.messages), "the card of the first run is replaced, not left"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def _shard_notes(context: Context) -> Iterator[str]:
     config = context.config
     if config.output_measurement is not None or config.measurement is not None:
         return
-    if (beyond := _beyond_shards(context, _uniform(context, max))) is not None:
+    beyond = _beyond_shards(context, _uniform(context, max))
+    if beyond is not None and _beyond_shards(context, _uniform(context, min)) is None:
         yield (
             f"`shard_size` is {config.shard_size:g} MB; {beyond.name} takes {beyond.nbytes / MEGABYTE:.2f} MB if it "
             "gets the widest codes: the conversion stops before the quantization if its bits do not fit, and goes on "

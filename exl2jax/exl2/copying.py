@@ -38,6 +38,9 @@ COPIED = (
 LARGEST = 256 * 2**20
 """Bytes of the largest file that is copied; the largest published tokenizers have 40 MB."""
 
+CARD_FILE, RECORD_FILE = "README.md", "exl2jax.json"
+"""The card of a result, and the record that it is made from."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Endings of files that a loader takes for weights."""
 
@@ -73,12 +76,13 @@ def foreign_files(target: Path, written: Collection[str]) -> list[str]:
     """Files of a directory that a loader or a person would take for part of the result, and that are not `written`.
 
     They are left from an earlier result in the same directory. Weight files are not among them: `compile_model` refuses
-    those.
+    those. Nor are the record and the card of an earlier conversion, which the next one replaces.
     """
     if not target.is_dir():
         return []
+    replaced = (RECORD_FILE, CARD_FILE) if (target / RECORD_FILE).exists() else ()
     found = [p.name for p in sorted(target.iterdir()) if _is_copied(p.name) or p.suffix in (*WEIGHT_SUFFIXES, ".json")]
-    return [name for name in found if name not in written and not name.endswith(".safetensors")]
+    return [name for name in found if name not in (*written, *replaced) and not name.endswith(".safetensors")]
 
 
 def _is_copied(name: str) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from exl2jax.exl2.copying import CARD_FILE
 from exl2jax.hub.record import CONTEXT, SizeRecord, read_record
 from exl2jax.report.plots import LIGHT, Plot, Theme, label, render
 from exl2jax.storage import write_bytes
 
-CARD, PLOT = "README.md", "kl.png"
+CARD, PLOT = CARD_FILE, "kl.png"
 NAMES = (CARD, PLOT)
 
 

@@ -13,6 +13,7 @@ from exl2jax.conversion.result import ConversionResult
 from exl2jax.errors import FormatError
 from exl2jax.evaluation import EvalRows, Evaluation, evaluate_one, load_eval_rows, reference_pass
 from exl2jax.evaluation.rows import HELDOUT
+from exl2jax.exl2.copying import RECORD_FILE
 from exl2jax.hub.command import command_of
 from exl2jax.models import Model, ModelConfig, open_model
 from exl2jax.storage import is_shard, read_json, write_json
@@ -20,7 +21,6 @@ from exl2jax.storage.digests import digest
 from exl2jax.storage.hub_cache import cached_source
 from exl2jax.version import VERSION
 
-RECORD_FILE = "exl2jax.json"
 FORMAT = 1
 CONTEXT = 8192
 """Tokens of the cache that the card's memory is computed for."""

@@ -39,6 +39,7 @@ def planned(home: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tupl
 def test_a_size_that_no_allocation_fits_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, plan = planned(home, capsys, "-ss", "0.03")
     assert code == 1 and "-ss is 0.03 MB; model.embed_tokens.weight takes 0.03 MB" in plan["refused"][0]
+    assert not [line for line in plan["warnings"] if "-ss" in line]
     code, plan = planned(home, capsys, "-ss", "0.04", "--pin", "*.down_proj=6")
     assert code == 1 and f"{DOWN} takes 0.05 MB; raise it" in plan["refused"][0]
 
