@@ -146,7 +146,7 @@ def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
     return round_to_nearest(jnp.asarray(kernel, jnp.float32), rows, ROUNDING.groups(linear.rows)).weight
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="module")
 def _energies(
     module: Module,
     params: Any,
@@ -171,6 +171,6 @@ def _energies(
     return {name: squares(name, *arrays) for group, *arrays in found for name in group}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def _divergence(decoder: Decoder, params: Any, h: jax.Array, full: jax.Array) -> jax.Array:
     return divergence(full, log_probabilities(decoder, params, h))

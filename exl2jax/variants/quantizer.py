@@ -1,4 +1,4 @@
-"""How one linear is quantized: the choices of order, damping, scales and rounding together."""
+"""The quantizer of a linear: the choices of order, damping, scale search and rounding together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -87,8 +87,8 @@ class Bound:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """The choices that quantize a linear. GPTQ runs in the walk of `ops`, any other rounding in plain functions."""
+class Quantizer:
+    """The four choices by which a linear is quantized. GPTQ runs in the walk of `ops`, any other rounding as it is."""
 
     order: Choice = ORDER
     damping: Choice = DAMPING
@@ -96,8 +96,8 @@ class Method:
     rounding: Choice = ROUNDING
 
     @classmethod
-    def of(cls, choices: Sequence[Choice]) -> "Method":
-        """The method that a recipe's choices make, stock where they say nothing."""
+    def of(cls, choices: Sequence[Choice]) -> "Quantizer":
+        """The quantizer of a recipe's choices, with stock's choice of every kind that they leave out."""
         known = {field.name for field in fields(cls)}
         return cls(**{choice.kind: choice for choice in choices if choice.kind in known})
 
@@ -148,8 +148,8 @@ class Method:
         return self.rounding == ROUNDING
 
 
-STOCK = Method()
-"""Stock's choices."""
+STOCK = Quantizer()
+"""The quantizer of stock ExLlamaV2."""
 
 
 @jax.jit
