@@ -251,34 +251,6 @@ def _factor_checks(factor: HessianFactor) -> jax.Array:
     return _record(jnp.zeros((1,)), factor, jnp.bool_(True), jnp.int32(0), jnp.bool_(True))
 
 
-def quantize_linear(
-    kernel: np.ndarray | jax.Array,
-    factor: HessianFactor,
-    qparams: QParams,
-    spec: LinearSpec,
-    quantizer: Quantizer = STOCK,
-) -> QuantizedLinear:
-    """Quantize a linear's weight `[K, N]` and wait for it; raises what `require_sound` does."""
-    done = quantize(kernel, factor, qparams, spec, quantizer)
-    require_sound(read_checks([done.checks])[0], spec, spec.key)
-    return done.linear
-
-
-class Task(NamedTuple):
-    """A linear to quantize: arguments of `quantize_linear`."""
-
-    kernel: np.ndarray | jax.Array
-    factor: HessianFactor
-    qparams: QParams
-    spec: LinearSpec
-    quantizer: Quantizer = STOCK
-
-
-def quantize_many(tasks: Sequence[Task]) -> list[QuantizedLinear]:
-    """Quantize independent linears side by side, results in order."""
-    return in_threads(lambda task: quantize_linear(*task), tasks)
-
-
 def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
     """Run independent pieces of work side by side, a thread per core, dealt out among the devices; results in order.
 
