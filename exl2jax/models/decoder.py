@@ -2,7 +2,7 @@
 
 A module computes in stages, so that its linears can be swapped, stacked or measured between them: `inputs(stage, ...)`
 gives the inputs of the groups of linears of a stage, `linears(stage, ...)` their outputs, `output(...)` the new hidden
-state. `Module` binds a kind to a configuration, and is the one object that passes around. Parameters are
+state. `Module` binds a kind to a configuration and is the object that callers hold. Parameters are
 `{"norm": {"weight", "bias"?}, NAME: {"kernel" [K, N], "bias" [N]?}}` and further norms, float32 or float16.
 """
 
@@ -52,7 +52,7 @@ def _gated(config: ModelConfig, outputs: Outputs) -> jax.Array:
 class Attention(nn.Module):
     """Causal grouped-query self-attention with its positions and norms; q, k, v first, then o.
 
-    `branch` leaves the residual out: the attention of a parallel block by itself.
+    With `branch` the residual is left out, as for the attention of a parallel block by itself.
     """
 
     config: ModelConfig
@@ -143,7 +143,7 @@ class Parallel(Attention):
 
 
 class Router(nn.Module):
-    """Chances of the experts for each token, of which the best few count, brought to a sum of one."""
+    """Weights of the experts for each token: the largest few probabilities, scaled to a sum of one."""
 
     experts: int
     chosen: int
@@ -161,7 +161,7 @@ class Router(nn.Module):
 class SparseMoe(nn.Module):
     """Experts that a router picks for each token: w1 and w3 of every expert first, then w2 of every expert.
 
-    `experts` are those at hand, None for all. The outputs of pieces add up: the residual is part of the first.
+    `experts` are those in memory, None for all. The outputs of pieces add up: the residual is part of the first.
     """
 
     config: ModelConfig
@@ -169,7 +169,7 @@ class SparseMoe(nn.Module):
 
     @property
     def held(self) -> range:
-        """The experts at hand."""
+        """The experts in memory."""
         return range(self.config.num_experts) if self.experts is None else self.experts
 
     def setup(self) -> None:
@@ -185,11 +185,11 @@ class SparseMoe(nn.Module):
         return tuple(act(outputs[f"w1.{e}"]) * outputs[f"w3.{e}"] for e in self.held)
 
     def routing(self, h: jax.Array) -> jax.Array:
-        """Weights of the experts at hand, `[B, T, experts]`; the router sees them all."""
+        """Weights of the experts in memory, `[B, T, experts]`; the router chooses among all experts."""
         return self.router(self.norm(h))[..., self.held.start : self.held.stop]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state, or the share of these experts in it."""
+        """The new hidden state, or the part of it that these experts add."""
         weights = self.routing(h)
         y = sum(weights[..., i, None] * outputs[f"w2.{e}"] for i, e in enumerate(self.held))
         y = _scaled(jnp.asarray(y), self.config.scales.residual)
@@ -252,7 +252,7 @@ class Module:
         return self._apply(params, "inputs", stage, states, outputs)
 
     def inputs_through(self, stage: int, params: Params, states: jax.Array) -> tuple[Inputs, dict[str, jax.Array]]:
-        """Inputs of the groups of linears of a stage, and the outputs of the stages before, through which they come."""
+        """Inputs of the groups of linears of a stage, and the outputs of the stages before it."""
         outputs: dict[str, jax.Array] = {}
         for before in range(stage):
             outputs |= self.linears(before, params, self.inputs(before, params, states, outputs))
@@ -267,7 +267,7 @@ class Module:
         return self._apply(params, "heads", outputs)
 
     def linears(self, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
-        """Outputs of a stage's linears; those of experts, which are of one shape, in one batched product."""
+        """Outputs of a stage's linears; linears of experts have one shape and are computed in one batched product."""
         groups = self.stages[stage]
         if self.kind != MOE_KIND:
             return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}

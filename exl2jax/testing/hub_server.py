@@ -32,7 +32,7 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server holds. After `refuse_after` objects it takes no more."""
+    """The contents of the server. After `refuse_after` objects it takes no more."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)

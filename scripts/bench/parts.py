@@ -1,4 +1,4 @@
-"""What one block costs in each part of the quantization pass: where the time of the whole goes."""
+"""The parts of the quantization pass on one block, and the work of each: where the time goes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,11 +18,11 @@ from exl2jax.stream.streams import Rows, Stream
 from scripts.bench.stages import SETTING, PassSizes
 
 ROWS = 16
-"""Rows of tokens that the parts are timed on; enough to fill four chunks."""
+"""Rows of tokens that the parts are timed on: enough to fill four chunks."""
 
 
 class Part(NamedTuple):
-    """A piece of the pass, the work that its shapes call for, and the bytes that it moves at least."""
+    """A part of the pass, the work that its shapes need, and the least bytes that it moves."""
 
     name: str
     run: Callable[[], Any]

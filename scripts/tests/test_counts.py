@@ -1,4 +1,4 @@
-"""What is counted of a conversion: calls and reads of known functions, launches of a known program, the table."""
+"""The counts of a conversion: calls and reads of known functions, launches of a known program, the table."""
 
 import json
 import os
