@@ -1,4 +1,4 @@
-"""Everything that decides the bytes of a conversion, and how two jobs differ in it."""
+"""The inputs that decide the bytes of a conversion, and their differences between two jobs."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -56,7 +56,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
-            if there.get("preset") == here.get("preset"):  # another preset makes all its choices another
+            if there.get("preset") == here.get("preset"):  # another preset changes every choice
                 keys = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
                 lines += [
                     f"{_named(name)} {key}={_shown(before.get(key))} there, {_shown(now.get(key))} now" for key in keys

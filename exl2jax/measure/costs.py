@@ -46,7 +46,7 @@ class PriceStep:
 
         With `H` the mean of `w x^T x` over the tokens that reach a linear, `w` the weight of a token's class, an error
         `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert
-        is asked.
+        is used.
         """
         module, spec, params = piece.module, piece.spec, piece.params
         known, out = weights_beside(spec.linears, self.fisher), piece.target(states)

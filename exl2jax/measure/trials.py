@@ -148,7 +148,7 @@ def _with_kernel(linear: Mapping[str, Any], stack: Stack, candidate: int) -> dic
 
 
 def _apart(spec: ModuleSpec, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that are not linears: norms."""
+    """The parameters of norms, which are not linears."""
     linears = {linear.name for linear in spec.linears}
     return {name: value for name, value in params.items() if name not in linears}
 

@@ -82,7 +82,7 @@ class Recipe:
             )
 
     def _check_rows(self, kinds: Sequence[str]) -> None:
-        """Refuse choices about rows of candidates where there are none."""
+        """Refuse choices about rows of candidates where the recipe has no such rows."""
         table = self.chosen("candidates")
         if table is not None and table.name == "free" and self.pricing == "accuracy":
             raise SettingsError(
