@@ -213,7 +213,7 @@ def _planned(sources: Sequence[Source], config: CalibrationConfig) -> Iterator[t
 
 
 def _standard(request: _Request, source: Source, rows: int | None) -> Built:
-    """The standard set; the model writes rows that its texts cannot fill if asked, else they are left out with a note."""
+    """The standard set; rows that its texts cannot fill are left out with a note, or written by the model if asked."""
     config, length = request.config, request.tokens_per_row
     own = source.kind == "standard" and not source.name
     texts = package_texts() if own else directory_texts(_texts_folder(source, config))
