@@ -28,6 +28,7 @@ def job_inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -
         "preset": config.recipe.name,
         "variants": config.recipe.words(),
         "cal_dataset": _source(config.cal_dataset),
+        "products": config.precision,
     }
     if (source := cached_source(config.in_dir)) is not None:
         inputs["source"] = source

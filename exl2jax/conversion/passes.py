@@ -55,7 +55,10 @@ class Codec[O](NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass[O]:
-    """A pass over modules: its step, its modules, its first carry, the codec of its outputs, the placing of streams."""
+    """A pass over modules: its step, its modules, its first carry, the codec of its outputs, the placing of streams.
+
+    `last` names the streams that are read after the last module.
+    """
 
     name: str
     step: Callable[[Carry, Any], tuple[Carry, O]]
@@ -63,6 +66,7 @@ class Pass[O]:
     start: Callable[[], HostCarry]
     codec: Codec[O]
     place: Callable[[np.ndarray], Stream]
+    last: Sequence[str] = ()
     describe: Callable[[Any, O], str] = lambda spec, _: spec.key
 
     def run(self, context: Context) -> tuple[Carry, list[O]]:
@@ -72,7 +76,7 @@ class Pass[O]:
             self.step,
             self.start,
             self.specs,
-            form=streams_by(self.place),
+            form=streams_by(self.place, self.last),
             describe=self.describe,
             write=self.codec.write,
             read=self.codec.read,
@@ -149,6 +153,7 @@ def perturb_pass(context: Context, rows: CalibrationRows) -> None:
         start=lambda: step.start(len(context.specs)),
         codec=Codec(partial(_write_perturbations, context), partial(_read_perturbations, context)),
         place=step.place,
+        last=(PERTURBED,),
         describe=lambda spec, found: f"{spec.key}: {found.predicted:.2e} nats predicted",
     ).run(context)
     reference, mask = step.stack.final()[: step.rows], picked.mask[: step.rows]
@@ -165,7 +170,7 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
     Pass(
         name="price",
         step=PriceStep(
-            decoder=context.decoder,
+            decoder=context.fast_decoder,
             rows=placed,
             fisher=_read_all(weights),
             routed_only=context.config.routed_only,
@@ -213,7 +218,7 @@ def quantize_pass(
     placed = _rows(context, every, streams=3 if context.recipe.carries_reference else 2)
     with working_behind() as behind:
         step = QuantizeStep(
-            decoder=context.decoder,
+            decoder=context.fast_decoder,
             recipe=context.recipe,
             strategy=strategy.qparams,
             token_weights=token_weights,

@@ -7,7 +7,8 @@ state. `Module` binds a kind to a configuration and is the object that callers h
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from exl2jax.models.modules import (
     ModuleSpec,
     stage_names,
 )
+from exl2jax.ops import Products
 
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
@@ -230,12 +232,18 @@ class Trace(NamedTuple):
 class Module:
     """One module of a decoder as pure functions of its parameters. Hashable, so it can be static under `jit`.
 
-    `experts` are those of a mixture that it computes with, None for all.
+    `experts` are those of a mixture that it computes with, None for all; `products` are those of its linears.
     """
 
     config: ModelConfig
     kind: str
     experts: range | None = None
+    products: Products = Products.FLOAT32
+
+    @property
+    def exact(self) -> "Module":
+        """The same module with products in float32."""
+        return replace(self, products=Products.FLOAT32)
 
     @property
     def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -268,13 +276,13 @@ class Module:
 
     def linears(self, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
         """Outputs of a stage's linears; linears of experts have one shape and are computed in one batched product."""
-        groups = self.stages[stage]
+        groups, apply = self.stages[stage], partial(apply_linear, products=self.products)
         if self.kind != MOE_KIND:
-            return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
+            return {n: apply(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
         out: dict[str, jax.Array] = {}
         for names in zip(*groups, strict=True):
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
-            ys = jax.vmap(apply_linear)(stacked, jnp.stack(inputs))
+            ys = jax.vmap(apply)(stacked, jnp.stack(inputs))
             out |= {name: ys[e] for e, name in enumerate(names)}
         return out
 
@@ -328,13 +336,17 @@ class Module:
 
 
 class Decoder(NamedTuple):
-    """The modules of a model and its head, as pure functions. Hashable, so it can be static under `jit`."""
+    """The modules of a model and its head, as pure functions. Hashable, so it can be static under `jit`.
+
+    `products` are those of the linears in its modules; the head's are in float32.
+    """
 
     config: ModelConfig
+    products: Products = Products.FLOAT32
 
     def module(self, spec: ModuleSpec) -> Module:
         """A module, or the piece of one that `spec` holds."""
-        return Module(self.config, spec.kind, spec.experts)
+        return Module(self.config, spec.kind, spec.experts, self.products)
 
     def head_input(self, params: Params, h: jax.Array) -> jax.Array:
         """Input of the head's linear."""
@@ -345,6 +357,6 @@ class Decoder(NamedTuple):
         return Head(self.config).apply({"params": params}, h)  # type: ignore[return-value]
 
 
-def build_decoder(config: ModelConfig) -> Decoder:
+def build_decoder(config: ModelConfig, products: Products = Products.FLOAT32) -> Decoder:
     """The decoder of a configuration."""
-    return Decoder(config)
+    return Decoder(config, products)

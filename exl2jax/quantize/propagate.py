@@ -221,7 +221,7 @@ def _add_chunk(
         hidden, new = ref, [cross_terms(x, y, f) for x, y, f in zip(xs, ys, factors, strict=True)]
     else:
         with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
-            outputs = module.linears(stage, full, ys)
+            outputs = module.exact.linears(stage, full, ys)
         hidden = module.output(full, ref, outputs)
         wanted = [_without_bias(outputs[name], full[name]) for (name,) in module.stages[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
