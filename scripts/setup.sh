@@ -31,7 +31,7 @@ case "${1:-main}" in
         wanted=3.12 newest=3.99
         candidates=(python3 python3.12 python3.13 python3.14)
         inputs=(pyproject.toml constraints.txt)
-        arguments=(-c constraints.txt -e . "jax[cuda13]")
+        arguments=(-c constraints.txt -e ".[cuda13]")
         ;;
     *)
         echo "usage: scripts/setup.sh [parity|gpu]" >&2

@@ -1,6 +1,6 @@
 """`exl2jax convert`: the stock converter's flags, and ours."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +13,17 @@ from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.convert import convert
 from exl2jax.conversion.operations import pass_operations
 from exl2jax.conversion.result import ConversionResult
-from exl2jax.conversion.sizes import Size, SizeOutcome, convert_sizes, parse_bytes, set_operations, with_target
+from exl2jax.conversion.set_file import SizeSet, read_set, write_set
+from exl2jax.conversion.settings import resumed_config
+from exl2jax.conversion.sizes import (
+    Size,
+    SizeOutcome,
+    check_sizes,
+    convert_sizes,
+    parse_bytes,
+    set_operations,
+    with_target,
+)
 from exl2jax.errors import SettingsError
 from exl2jax.hub.finish import CardWishes, finish_set, finish_size
 from exl2jax.hub.tables import sizes_table
@@ -77,17 +87,22 @@ def convert_command(
     console = Console(stderr=True)
     set_up(console, called.spelling)
     join_processes()
-    sizes = _sizes(bits, head_bits, size)
-    single = sizes[0] if len(sizes) == 1 and sizes[0].bits is not None else None
-    config = conversion_config(settings | _given(bits, head_bits, single or sizes[0]))
     wishes = CardWishes(card=card, evaluate=evaluate, base_model=base_model, quantized_by=quantized_by)
+    kept = None if "in_dir" in settings else read_set(settings["out_dir"])
+    if kept is None:
+        sizes = _sizes(bits, head_bits, size)
+        config = conversion_config(settings | _given(bits, head_bits, sizes[0]))
+    else:
+        sizes = _kept_sizes(kept, bits, head_bits, size)
+        config, wishes = resumed_config(settings["out_dir"], kept.settings, settings), wishes.over(kept.wishes)
+    single = kept is None and len(sizes) == 1 and sizes[0].bits is not None
     progress = make_progress(console, status=status_output)
 
     def work() -> dict[str, float]:
         return pass_operations(config, read_config(config.in_dir)[0]) if single else set_operations(config, sizes)
 
     control = RunControl(progress=JobClock(progress, work), stop=called.stop)
-    if single is None:
+    if not single:
         return _several(config, sizes, wishes, control, called, as_json)
     target = with_target(config)
     result = convert(target, control)
@@ -112,6 +127,8 @@ def _several(
     def finished(config: ConversionConfig, result: ConversionResult) -> None:
         finish_size(config, result, replace(wishes, evaluate=False))  # figures come together, at the end
 
+    check_sizes(config, sizes)
+    write_set(config, sizes, asdict(wishes))
     outcomes = convert_sizes(config, sizes, control, finished)
     figures = finish_set(config, outcomes, wishes)
     records = [_record(each, called) for each in outcomes]
@@ -137,6 +154,13 @@ def _sizes(bits: str | None, head_bits: str | None, size: str | None) -> list[Si
     if size is not None:
         return [Size(head_bits=h, most_bytes=parse_bytes(text)) for text, h in zip(texts, heads, strict=True)]
     return [Size(head_bits=h, bits=_number(float, "bits", text)) for text, h in zip(texts, heads, strict=True)]
+
+
+def _kept_sizes(kept: SizeSet, bits: str | None, head_bits: str | None, size: str | None) -> list[Size]:
+    """The sizes to make in the work directory of a set: those of its last command unless flags name others."""
+    if bits is None and size is None and head_bits is not None:
+        raise SettingsError("`head_bits` belongs to sizes; name them too, by `bits` or --size")
+    return list(kept.sizes) if bits is None and size is None else _sizes(bits, head_bits, size)
 
 
 def _given(bits: str | None, head_bits: str | None, size: Size) -> dict[str, Any]:

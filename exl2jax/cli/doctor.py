@@ -32,6 +32,8 @@ OPTIONAL = {
 }
 """Packages that only some commands need: which ones, and how to get them."""
 
+CUDA = "pip install 'exl2jax[cuda13]'"
+
 
 def doctor_command(context: typer.Context, as_json: Json = False) -> int:
     """Devices, versions, kernels, caches and disk of this installation, and what is missing for which command."""
@@ -87,7 +89,7 @@ def _missing() -> list[dict[str, str]]:
         get = "exl2jax calibrate -c exllamav2 once with one"
         missing.append({"what": "texts of exllamav2", "for": need, "get": get})
     if sys.platform == "linux" and Path("/dev/nvidiactl").exists() and jax.default_backend() == "cpu":
-        missing.append({"what": "JAX with CUDA", "for": "the GPU of this machine", "get": "pip install 'jax[cuda13]'"})
+        missing.append({"what": "JAX with CUDA", "for": "the GPU of this machine", "get": CUDA})
     return missing
 
 

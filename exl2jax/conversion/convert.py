@@ -26,8 +26,8 @@ from exl2jax.conversion.passes import (
     quantize_pass,
     read_reports,
 )
-from exl2jax.conversion.preflight import require_space
-from exl2jax.conversion.refusals import early_notes, early_refusals
+from exl2jax.conversion.preflight import chosen_qparams, require_space
+from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
 from exl2jax.conversion.result import ConversionResult
 from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
@@ -163,6 +163,7 @@ class _Conversion:
         if self.config.measurement is None:
             self._require_unchanged(self.work.measurement, state)
         strategy, measurement = self._allocate()
+        require_shards(self.context, chosen_qparams(self.context, strategy))
         run = partial(quantize_pass, strategy=strategy, token_weights=self._token_weights(measurement))
         state = self._with_rows(run, state, measure=False)
         return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})

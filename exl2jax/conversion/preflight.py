@@ -12,13 +12,13 @@ from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
-from exl2jax.conversion.refusals import early_notes, early_refusals
+from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
-from exl2jax.errors import Exl2JaxError, MeasurementError, StorageError
+from exl2jax.errors import Exl2JaxError, MeasurementError, SettingsError, StorageError
 from exl2jax.exl2.compile import compiled_size, source_head
 from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
-from exl2jax.qparams import padded_columns
+from exl2jax.qparams import QParams, padded_columns
 from exl2jax.quantize.diagnostics import calibration_shortage
 from exl2jax.quantize.propagate import kept_bytes
 from exl2jax.stock_tables import head_qparams
@@ -111,16 +111,22 @@ def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl
     pricing = usable_pricing(context, measurement)
     within = feasible_bpw(measurement, specs, pricing, table)
     try:
-        return within, exact_size(context, choose_strategy(context, measurement, pricing)), []
-    except MeasurementError as e:
+        strategy = choose_strategy(context, measurement, pricing)
+        require_shards(context, chosen_qparams(context, strategy))
+        return within, exact_size(context, strategy), []
+    except (MeasurementError, SettingsError) as e:
         return within, None, [e]
 
 
 def exact_size(context: Context, strategy: Strategy) -> int:
-    """Bytes of the weight files of an allocation, headers included."""
+    """Bytes of the weight files that an allocation gives, headers included."""
+    return compiled_size(context.model, chosen_qparams(context, strategy), shard_mb=context.config.shard_size)
+
+
+def chosen_qparams(context: Context, strategy: Strategy) -> dict[str, QParams]:
+    """The settings of an allocation and of the head, by the key of the linear."""
     chosen = {x.key: strategy.qparams[slot.key][x.name] for slot in slots_of(context.specs) for x in slot.linears}
-    chosen[head_spec(context.model.config).key] = head_qparams(context.config.head_bits)
-    return compiled_size(context.model, chosen, shard_mb=context.config.shard_size)
+    return {**chosen, head_spec(context.model.config).key: head_qparams(context.config.head_bits)}
 
 
 def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]:

@@ -1,7 +1,7 @@
 """Refusals and notes from headers, settings and directory entries, before the first pass."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from exl2jax.conversion.context import Context
@@ -12,6 +12,7 @@ from exl2jax.models import head_spec
 from exl2jax.models.config import CONFIG_NAME
 from exl2jax.qparams import QParams, q
 from exl2jax.stock_tables import head_qparams
+from exl2jax.storage import TensorHead
 from exl2jax.storage.shards import MEGABYTE
 
 SOURCE_LINKS = 3
@@ -32,7 +33,7 @@ def early_refusals(context: Context) -> list[Exl2JaxError]:
 
 def early_notes(context: Context) -> tuple[str, ...]:
     """Notes on the source and on the place of the result, before anything is computed."""
-    return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context))
+    return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context), *_shard_notes(context))
 
 
 def _check_limits(context: Context) -> None:
@@ -67,24 +68,46 @@ def _check_strays(context: Context) -> None:
 
 
 def _check_shards(context: Context) -> None:
-    """Refuse shards that the largest tensor may not fit, at the widest codes that the allocation may choose."""
-    config = context.config
-    if config.output_measurement is not None or config.shard_size == 0:
-        return
-    largest = largest_tensor(context.model, _widest(context))
-    if largest.nbytes > config.shard_size * MEGABYTE:
+    """Refuse shards that the largest tensor cannot fit, however narrow the codes that the allocation chooses."""
+    if context.config.output_measurement is None:
+        require_shards(context, _uniform(context, min))
+
+
+def require_shards(context: Context, qparams: Mapping[str, QParams]) -> None:
+    """Raise `SettingsError` where a tensor of the result, every linear quantized by its `qparams`, fits no shard."""
+    if (beyond := _beyond_shards(context, qparams)) is not None:
         raise SettingsError(
-            f"`shard_size` is {config.shard_size:g} MB; {largest.name} can take "
-            f"{largest.nbytes / MEGABYTE:.2f} MB; raise it, or set it to 0 for one file"
+            f"`shard_size` is {context.config.shard_size:g} MB; {beyond.name} takes {beyond.nbytes / MEGABYTE:.2f} MB; "
+            "raise it, or set it to 0 for one file"
         )
 
 
-def _widest(context: Context) -> dict[str, QParams]:
-    """The widest setting that each linear may get, by key."""
+def _beyond_shards(context: Context, qparams: Mapping[str, QParams]) -> TensorHead | None:
+    """The largest tensor of the result, if it does not fit a shard."""
+    size = context.config.shard_size
+    largest = largest_tensor(context.model, qparams)
+    return largest if 0 < size * MEGABYTE < largest.nbytes else None
+
+
+def _uniform(context: Context, pick: Callable[[Iterable[int]], int]) -> dict[str, QParams]:
+    """The widest (`max`) or the narrowest (`min`) setting that each linear may get, by key; the head has its own."""
     limits, head = context.config.limits, head_spec(context.model.config)
     linears = [linear for spec in context.specs for linear in spec.linears]
-    widest = {linear.key: q(str(max(limits.widths(linear.key))), "1", "32") for linear in linears}
-    return {**widest, head.key: head_qparams(context.config.head_bits)}
+    chosen = {linear.key: q(str(pick(limits.widths(linear.key))), "1", "32") for linear in linears}
+    return {**chosen, head.key: head_qparams(context.config.head_bits)}
+
+
+def _shard_notes(context: Context) -> Iterator[str]:
+    """A note on shards that fit the narrowest codes and not the widest; a given measurement decides at once."""
+    config = context.config
+    if config.output_measurement is not None or config.measurement is not None:
+        return
+    if (beyond := _beyond_shards(context, _uniform(context, max))) is not None:
+        yield (
+            f"`shard_size` is {config.shard_size:g} MB; {beyond.name} takes {beyond.nbytes / MEGABYTE:.2f} MB if it "
+            "gets the widest codes: the conversion stops before the quantization if its bits do not fit, and goes on "
+            "with a larger `shard_size`"
+        )
 
 
 def _tokenizer_notes(context: Context) -> Iterator[str]:

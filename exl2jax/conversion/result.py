@@ -38,10 +38,18 @@ class ConversionResult:
         return asdict(self)
 
 
-def perplexity_warnings(perplexity: float) -> tuple[str, ...]:
-    """Warnings by the limits that stock documents for the final check: over 30 is poor, over 1000 has failed."""
+def perplexity_warnings(perplexity: float, full: float = 0.0) -> tuple[str, ...]:
+    """Warnings by the limits that stock documents for the final check: over 30 is poor, over 1000 has failed.
+
+    `full` is the perplexity of the unquantized model: over 1000 it is no fault of the quantization.
+    """
     if perplexity > FAILED_PERPLEXITY:
         figure = shown(perplexity, 1)
+        if full > FAILED_PERPLEXITY:
+            return (
+                f"calibration perplexity {figure} is above 1000, and so is that of the source ({shown(full, 1)}): the "
+                "source model is damaged, or the calibration text is none that it can predict",
+            )
         return (f"calibration perplexity {figure} is above 1000: the quantization has FAILED, do not use it",)
     if perplexity > POOR_PERPLEXITY:
         return (

@@ -1,10 +1,12 @@
 """Several sizes of one model: one measurement, one work directory with a folder for each size."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exl2jax.allocate.allocate import feasible_bpw
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.convert import convert
@@ -22,6 +24,7 @@ MEASURED = "measurement.json"
 MEASURING = "measurement of all sizes"
 STEPS = 1000
 """Bits that fit a file size are searched in steps of a thousandth."""
+TRIES_BY_SLOPE = 6
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -69,10 +72,7 @@ def convert_sizes(
     `base.compile_full` may hold `{name}`, `{bits}` and `{head_bits}`. `finished` is called after each size. Raises what
     `convert` raises for everything but the size itself.
     """
-    known = [s for s in sizes if s.bits is not None]
-    for size in known:  # values out of range are named before anything runs
-        replace(base, bits=size.bits, head_bits=size.head_bits)
-    require_distinct(base, [(s.bits or 0.0, s.head_bits) for s in known], several=len(sizes) > 1)
+    check_sizes(base, sizes)
     measured = _measure(base, control) if base.measurement is None else base.measurement
     outcomes: list[SizeOutcome] = []
     for number, size in enumerate(sizes, start=1):
@@ -89,6 +89,14 @@ def convert_sizes(
         finished(config, result)
         outcomes.append(SizeOutcome(size=size, config=config, result=result))
     return outcomes
+
+
+def check_sizes(base: ConversionConfig, sizes: Sequence[Size]) -> None:
+    """Raise `SettingsError` for sizes out of range, or that could not be told apart, before anything runs."""
+    known = [s for s in sizes if s.bits is not None]
+    for size in known:
+        replace(base, bits=size.bits, head_bits=size.head_bits)
+    require_distinct(base, [(s.bits or 0.0, s.head_bits) for s in known], several=len(sizes) > 1)
 
 
 def set_operations(base: ConversionConfig, sizes: Sequence[Size]) -> dict[str, float]:
@@ -143,28 +151,37 @@ def bits_within(base: ConversionConfig, measured: Path, size: Size) -> float:
     measurement = limited_measurement(opened, measured)
     pricing = usable_pricing(opened, measurement)
 
-    def bytes_at(step: int) -> int | None:
+    def bytes_at(step: int) -> int:
         context = replace(opened, config=replace(config, bits=step / STEPS))
-        try:
-            return exact_size(context, choose_strategy(context, measurement, pricing))
-        except MeasurementError:
-            return None  # fewer bits than any choice of widths takes
+        return exact_size(context, choose_strategy(context, measurement, pricing))
 
-    low, high = FORMAT_BITS[0] * STEPS, FORMAT_BITS[-1] * STEPS
-    # Invariant: `low` fits or cannot be reached, everything above `high` is too large.
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = bytes_at(middle)
-        low, high = (middle, high) if found is None or found <= most else (low, middle - 1)
-    found = bytes_at(low)
-    if found is None or found > most:
-        steps = range(low, FORMAT_BITS[-1] * STEPS, 10)
-        least = next(each for each in map(bytes_at, steps) if each is not None)
+    least, _ = feasible_bpw(measurement, opened.specs, pricing, opened.recipe.table)
+    low, high = (min(math.ceil(bits * STEPS), FORMAT_BITS[-1] * STEPS) for bits in (least, FORMAT_BITS[-1]))
+    slope = sum(spec.weights for spec in opened.specs) / (8 * STEPS)
+    found = largest_step(bytes_at, low, high, most, slope)
+    if found is None:
         raise MeasurementError(
-            f"{most / 1e9:g} GB cannot be reached: the smallest that this model comes to is {least / 1e9:.4g} GB; "
-            "ask for more, or for fewer bits of the head"
+            f"{most / 1e9:g} GB cannot be reached: the smallest that this model comes to is {bytes_at(low) / 1e9:.4g} "
+            "GB; ask for more, or for fewer bits of the head"
         )
-    return low / STEPS
+    return found / STEPS
+
+
+def largest_step(size_of: Callable[[int], int], low: int, high: int, most: int, slope: float) -> int | None:
+    """The largest step from `low` to `high` whose size is at most `most`; None where not even `low` fits.
+
+    Sizes never fall, and rise by about `slope` a step: the first tries go by the slope from the try before, and those
+    after them halve what is left.
+    """
+    fits, beyond = low - 1, high + 1  # everything up to `fits` fits, nothing from `beyond` on
+    step, tries = (low + high) // 2, 0
+    while beyond - fits > 1:
+        size = size_of(step)
+        fits, beyond = (step, beyond) if size <= most else (fits, step)
+        tries += 1
+        by_slope = step + math.floor((most - size) / slope)
+        step = min(max(by_slope, fits + 1), beyond - 1) if tries < TRIES_BY_SLOPE else (fits + beyond) // 2
+    return fits if fits >= low else None
 
 
 def _measure(base: ConversionConfig, control: RunControl) -> Path:

@@ -47,7 +47,9 @@ def summarize(
     unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
     found = [*early_notes(context), *([unspent] if unspent else [])]
     diagnostics = [line for report in reports for line in report.diagnostics]
-    diagnostics += overflow_warnings((x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports)
+    peaks = [(x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports]
+    diagnostics += overflow_warnings(peaks, wide_residual=context.model.config.arch.wide_residual)
+    judged = perplexity_warnings(head.perplexity or math.nan, head.perplexity_full or 0.0)
     return ConversionResult(
         output=str(target),
         bits=config.bits,
@@ -63,7 +65,7 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*found, *perplexity_warnings(head.perplexity or math.nan), *weaker, *other, *diagnostics, *notes),
+        warnings=(*found, *judged, *weaker, *other, *diagnostics, *notes),
     )
 
 

@@ -1,8 +1,9 @@
 """The end of a conversion: figures on held-out text where they are wanted, records and cards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.result import ConversionResult
@@ -20,6 +21,11 @@ class CardWishes:
     evaluate: bool | None = None
     base_model: str | None = None
     quantized_by: str | None = None
+
+    def over(self, earlier: Mapping[str, Any]) -> "CardWishes":
+        """These wishes, with those of an earlier command wherever these leave the default."""
+        own = {name: value for name, value in asdict(self).items() if value != getattr(CardWishes(), name)}
+        return CardWishes(**{**earlier, **own})
 
 
 def finish_size(config: ConversionConfig, result: ConversionResult, wishes: CardWishes) -> None:

@@ -128,7 +128,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "cell": cell.name,
-        "model": cell.model,
+        "model": cell.source,
         "variant": cell.variant,
         "preset": cell.recipe.name,
         "bits": cell.bits,

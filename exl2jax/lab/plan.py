@@ -32,6 +32,7 @@ from exl2jax.conversion.declaration import Decides, Setting, settings_of
 from exl2jax.errors import SettingsError
 from exl2jax.evaluation.rows import HELDOUT
 from exl2jax.storage.digests import fingerprint
+from exl2jax.storage.hub_cache import cached_source
 from exl2jax.variants.recipe import Recipe, recipe_from
 
 OWN = (
@@ -84,10 +85,16 @@ class Cell:
     evaluation: EvaluationPlan
 
     @property
+    def source(self) -> str:
+        """The model as the table names it: its directory, or repository and commit wherever the cache has them."""
+        return cached_source(Path(self.model)) or self.model
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the cell's figures, as JSON."""
         deciding = {s.name for s in plan_settings() if s.declared.decides != Decides.RUN}
-        return {**asdict(self), "settings": {name: self.settings[name] for name in self.settings if name in deciding}}
+        settings = {name: self.settings[name] for name in self.settings if name in deciding}
+        return {**asdict(self), "model": self.source, "settings": settings}
 
     @property
     def name(self) -> str:
@@ -99,7 +106,7 @@ class Cell:
         """Name of the measurement the cell uses: that of all cells that measure the same."""
         deciding = [s.name for s in plan_settings() if s.declared.decides == Decides.MEASUREMENT]
         chosen = {name: self.settings[name] for name in deciding if name in self.settings}
-        record = {"model": self.model, "seed": self.seed, "recipe": asdict(self.recipe.measuring), **chosen}
+        record = {"model": self.source, "seed": self.seed, "recipe": asdict(self.recipe.measuring), **chosen}
         return f"{self.recipe.pricing}-s{self.seed}-{fingerprint(record)[:8]}"
 
     def config(self, out_dir: Path, **more: Any) -> ConversionConfig:

@@ -137,6 +137,7 @@ GEMMA = (
         activations=("gelu_pytorch_tanh",),
         scales=("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
         scaled_embeddings=True,
+        wide_residual=True,
         tied=True,
         defaults=(
             ("head_dim", 256),

@@ -71,6 +71,7 @@ VISION = (
         activations=("gelu_pytorch_tanh",),
         scales=("query_pre_attn_scalar",),
         scaled_embeddings=True,
+        wide_residual=True,
         tied=True,
         defaults=(("query_pre_attn_scalar", 256), ("sliding_window", 4096)),
         stock_defaults=(

@@ -70,6 +70,7 @@ class Architecture:
 
     Scales: `scales` are the `config.json` keys with multipliers and caps that the architecture knows; the stock
     runtime applies them to every model, so others are refused. `scaled_embeddings`: by the root of the hidden size.
+    `wide_residual`: the stock runtime keeps the hidden states in float32, those of others in half precision.
 
     `defaults` stand in for keys that `config.json` leaves out, `stock_defaults` too, and the stock runtime knows these
     by itself. `taken_for_granted` are values that the stock runtime takes without looking, so that any other is
@@ -114,6 +115,7 @@ class Architecture:
     activations: tuple[str, ...] = ("silu",)
     scales: tuple[str, ...] = ()
     scaled_embeddings: bool = False
+    wide_residual: bool = False
     tied: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
     stock_defaults: tuple[tuple[str, Any], ...] = ()

@@ -33,20 +33,23 @@ def linear_diagnostics(spec: LinearSpec, checks: Checks) -> list[str]:
     return [f"{spec.key}: the weights of {checks.lost} groups vanish in half precision and are stored as zero"]
 
 
-def overflow_warnings(peaks: Iterable[tuple[str, float, float]]) -> list[str]:
+def overflow_warnings(peaks: Iterable[tuple[str, float, float]], *, wide_residual: bool = False) -> list[str]:
     """A line where states or outputs of linears come near the end of half precision, with the first module's name.
 
-    `peaks` are the key of each module in order, its largest state and its largest output of a linear.
+    `peaks` are the key of each module in order, its largest state and its largest output of a linear. States count
+    unless ExLlamaV2 keeps those of the architecture in float32 (`wide_residual`).
     """
-    near = [(key, max(values)) for key, *values in peaks if max(values) >= NEAR * HALF_MAX]
+    counted = [(key, output if wide_residual else max(state, output)) for key, state, output in peaks]
+    near = [(key, value) for key, value in counted if value >= NEAR * HALF_MAX]
     if not near:
         return []
     (key, first), largest = near[0], max(value for _, value in near)
     more = f", up to {largest:.4g} in {len(near)} modules" if len(near) > 1 else ""
+    what = "outputs of linears" if wide_residual else "states or outputs of linears"
+    kept = "them" if wide_residual else "both"
     return [
-        f"{key}: states or outputs of linears reach {first:.4g} of the {HALF_MAX:g} that half precision holds{more}; "
-        "ExLlamaV2 keeps its residual stream in half precision, except for architectures with a float32 residual "
-        "(Gemma 2 and 3), and aborts its own conversion where 0.5 % of a row overflow"
+        f"{key}: {what} reach {first:.4g} of the {HALF_MAX:g} that half precision holds{more}; "
+        f"ExLlamaV2 keeps {kept} in half precision, and aborts its own conversion where 0.5 % of a row overflow"
     ]
 
 

@@ -3,15 +3,20 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".png")
+CUT = 100
+"""Bytes of an upload that are read before the server hangs up."""
+
 Files = dict[str, bytes]
 
 
@@ -32,7 +37,11 @@ class Repo:
 
 @dataclass
 class Hub:
-    """The contents of the server. After `refuse_after` objects it takes no more."""
+    """The contents of the server.
+
+    After `refuse_after` objects it takes no more. After `drop_after` objects it hangs up in the middle of each upload,
+    `drops` times or, where that is None, every time.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
@@ -40,7 +49,22 @@ class Hub:
     received: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     refuse_after: int | None = None
+    drop_after: int | None = None
+    drops: int | None = None
+    dropped: list[str] = field(default_factory=list)
     endpoint: str = ""
+    _let_in: set[str] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+
+    def hangs_up(self, oid: str) -> bool:
+        """Whether the upload of an object that begins now is to be broken off; uploads run side by side."""
+        with self._lock:
+            spent = self.drops is not None and len(self.dropped) >= self.drops
+            if self.drop_after is None or spent or oid in self._let_in or len(self._let_in) < self.drop_after:
+                self._let_in.add(oid)
+                return False
+            self.dropped.append(oid)
+            return True
 
 
 class Refusal(Exception):  # noqa: N818
@@ -84,8 +108,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self, method: str) -> None:
-        body = self._body()
         path = unquote(urlsplit(self.path).path).strip("/")
+        if path.startswith("objects/") and self.hub.hangs_up(path.rpartition("/")[2]):
+            self.rfile.read(CUT)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        body = self._body()
         self.hub.requests.append(f"{method} {path}")
         try:
             self._route(method, path, body)

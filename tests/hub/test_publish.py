@@ -1,9 +1,12 @@
 """Publishing to a Hub on the loopback address: plans, uploads that break off and go on, and refusals."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import _http
 
 from exl2jax import cli
 from exl2jax.errors import FormatError, HubError, SettingsError
@@ -81,6 +84,41 @@ def test_an_upload_that_broke_off_goes_on(hub: Hub, sizes: list[Path]) -> None:
     assert len(hub.received) == len(set(hub.received)) == 4, "no file was sent twice"
     publish(uploads, public=True, said=lambda _: None)
     assert len(hub.received) == 4
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the Hub's library would wait before it tries again."""
+    waited: list[float] = []
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": waited.append}))
+    return waited
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_connection_that_breaks_in_the_middle_of_an_upload(
+    hub: Hub, sizes: list[Path], waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["publish", *map(str, sizes), "--repo", "user/tiny", "--branches"]
+    hub.drop_after = 4  # the plot of the set, two shards of the first size, a shard of the second
+    assert cli.main(command) == 1
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "user/tiny, branch 4.45bpw: the upload broke off: the Hub did not answer as expected" in message
+    assert message.endswith("run the same command again: what was uploaded is not sent again")
+    assert len(hub.received) == 4 and len(hub.dropped) > 1 and sum(waits) > 10, "the library had tried again"
+    assert hub.repos["user/tiny"].branches["4.6bpw"].items() >= contents(sizes[0]).items(), "what was finished stays"
+    arrived = list(hub.received)
+    hub.drop_after = None
+    assert cli.main(command) == 0
+    assert hub.repos["user/tiny"].branches["4.45bpw"].items() >= contents(sizes[1]).items()
+    assert hub.received[:4] == arrived and len(set(hub.received)) == len(hub.received) == 5, "nothing was sent twice"
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_connection_that_breaks_once_is_tried_again(hub: Hub, sizes: list[Path], waits: list[float]) -> None:
+    hub.drop_after, hub.drops = 1, 1
+    publish(plan_uploads(sizes[:1], "user/tiny", branches=False), public=False, said=lambda _: None)
+    assert hub.repos["user/tiny"].branches["main"] == contents(sizes[0])
+    assert len(hub.dropped) == len(waits) == 1
 
 
 @pytest.mark.usefixtures("logged_in")

@@ -1,16 +1,25 @@
 """From a name to published sizes: one command converts, one publishes, against a Hub on the loopback address."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import metadata_load
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exl2jax import cli
+from exl2jax.allocate.strategy import Strategy
 from exl2jax.conversion.config import ConversionConfig
-from exl2jax.conversion.sizes import MEASURED, Size, bits_within, parse_bytes, require_distinct
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.preflight import exact_size
+from exl2jax.conversion.set_file import SET_NAME
+from exl2jax.conversion.sizes import MEASURED, Size, bits_within, largest_step, parse_bytes, require_distinct
 from exl2jax.errors import MeasurementError, SettingsError
 from exl2jax.exl2.verify.directory import verify
+from exl2jax.hub.finish import CardWishes
 from exl2jax.hub.record import read_record
 from exl2jax.testing.hub_server import Hub, Repo
 from tests.hub.conftest import WRITE
@@ -41,7 +50,7 @@ def test_from_a_name_to_branches(
     assert f"{first.evaluation['kl_divergence']:.4f}" in card and "Text of the source" not in card
     assert metadata_load(folders[0] / "README.md")["license"] == "apache-2.0"  # type: ignore[index]
     assert f"convert -i org/tiny@{first.revision} -o WORK" in card and str(tmp_path) not in card
-    _fits_sizes(Path(work), published, tmp_path)
+    _fits_sizes(Path(work), tmp_path, monkeypatch)
 
     monkeypatch.setenv("HF_TOKEN", WRITE)
     upload = ["publish", *map(str, folders), "--repo", "user/tiny-exl2", "--branches", "--measurement"]
@@ -52,17 +61,55 @@ def test_from_a_name_to_branches(
     assert branches["3bpw"]["output.safetensors"] == (folders[0] / "output.safetensors").read_bytes()
 
 
-def _fits_sizes(work: Path, published: Repo, tmp_path: Path) -> None:
-    """The most bits whose files have at most the bytes asked for; a thousandth more would have more."""
+def _fits_sizes(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most bits whose files have at most the bytes asked for, by few allocations; a thousandth more has more."""
     made = next((tmp_path / "out").glob("*-3bpw-exl2"))
     source = next((tmp_path / "cache").glob("models--org--tiny/snapshots/*"))
     base = ConversionConfig(in_dir=source, out_dir=work, preset="fast")
+    sizes: dict[float, int] = {}
+
+    def counted(context: Context, strategy: Strategy) -> int:
+        sizes[context.config.bits] = exact_size(context, strategy)
+        return sizes[context.config.bits]
+
+    monkeypatch.setattr("exl2jax.conversion.sizes.exact_size", counted)
     bytes_made = (made / "output.safetensors").stat().st_size
     bits = bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=bytes_made))
-    assert bits >= 3.0 - 1e-9
+    assert bits >= 3.0 - 1e-9 and sizes[bits] <= bytes_made < sizes[round(bits + 0.001, 3)]
+    assert len(sizes) <= 8
     with pytest.raises(MeasurementError, match="the smallest that this model comes to is"):
         bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=10_000))
     assert bits_within(base, work / MEASURED, Size(head_bits=6, most_bytes=10**9)) == 8.0
+
+
+@given(
+    rises=st.lists(st.integers(0, 40), min_size=1, max_size=300),
+    most=st.integers(-5, 6000),
+    slope=st.floats(0.5, 100),
+)
+def test_the_largest_step_that_fits(rises: list[int], most: int, slope: float) -> None:
+    """Whatever the slope is worth, the answer is that of trying every step."""
+    sizes = dict(enumerate(itertools.accumulate(rises), start=7))
+    fitting = [step for step, size in sizes.items() if size <= most]
+    found = largest_step(sizes.__getitem__, min(sizes), max(sizes), most, slope)
+    assert found == (max(fitting) if fitting else None)
+
+
+@given(start=st.integers(0, 10**9), slope=st.integers(100, 10**6), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_sizes_that_rise_as_expected_take_few_tries(start: int, slope: int, share: float, seed: int) -> None:
+    """Sizes of 6000 steps that stay up to two steps behind a line: six tries, not a dozen."""
+    behind = np.random.default_rng(seed).integers(0, 2 * slope, 6001)
+    sizes = np.maximum.accumulate(start + slope * np.arange(6001) - behind)
+    tried: list[int] = []
+
+    def size_of(step: int) -> int:
+        tried.append(step)
+        return int(sizes[step - 2000])
+
+    most = int(sizes[0] + share * (sizes[-1] - sizes[0]))
+    found = largest_step(size_of, 2000, 8000, most, slope)
+    assert found == 2000 + int(np.searchsorted(sizes, most, "right")) - 1
+    assert len(tried) <= 8
 
 
 @pytest.mark.parametrize(
@@ -85,6 +132,32 @@ def test_bad_sizes(
     assert cli.main(["convert", "-i", str(tiny_llama), "-o", str(work), *ROWS, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not work.exists()
+
+
+SET = ["-b", "3,4.5", "-hb", "6,8", *ROWS, "--seed", "3", "--no-evaluate", "--quantized-by", "someone"]
+
+
+def test_a_set_resumes_by_its_work_directory_alone(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[ConversionConfig, list[Size]]] = []
+    wished: list[CardWishes] = []
+    monkeypatch.setattr("exl2jax.cli.convert.convert_sizes", lambda c, sizes, *_: asked.append((c, sizes)) or [])
+    monkeypatch.setattr("exl2jax.cli.convert.finish_set", lambda c, made, wishes: wished.append(wishes) or {})
+    work, template = str(tmp_path / "work"), str(tmp_path / "{name}-{bits}")
+    assert cli.main(["convert", "-i", str(tiny_llama), "-o", work, "-cf", template, *SET]) == 0
+    assert cli.main(["convert", "-o", work]) == 0
+    assert asked[1] == asked[0] and [s.head_bits for s in asked[0][1]] == [6, 8]
+    assert wished[1] == wished[0] == CardWishes(evaluate=False, quantized_by="someone")
+    assert cli.main(["convert", "-o", work, "--size", "1GB", "--evaluate"]) == 0
+    assert asked[2] == (asked[0][0], [Size(head_bits=6, most_bytes=10**9)])
+    assert wished[2] == CardWishes(evaluate=True, quantized_by="someone")
+    capsys.readouterr()
+    assert cli.main(["convert", "-o", work, "-hb", "8"]) == 2
+    assert "-hb belongs to sizes; name them too, by -b/--bits or --size" in capsys.readouterr().err
+    (tmp_path / "work" / SET_NAME).write_text("{}")
+    assert cli.main(["convert", "-o", work]) == 1
+    assert "not the record of a set" in capsys.readouterr().err
 
 
 def test_sizes_by_hand() -> None:

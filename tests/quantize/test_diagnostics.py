@@ -195,8 +195,11 @@ def test_states_near_the_end_of_half_precision_are_told_with_the_first_module() 
     peaks = [("a", 10.0, near - 1), ("b", 5.0, near), ("c", 4e5, 1.0)]
     (line,) = overflow_warnings(peaks)
     assert line.startswith("b: ") and "3.275e+04" in line and "4e+05 in 2 modules" in line
-    assert "Gemma 2 and 3" in line and "0.5 % of a row" in line
+    assert "ExLlamaV2 keeps both in half precision" in line and "0.5 % of a row" in line
     assert overflow_warnings(peaks[:1]) == []
+    (line,) = overflow_warnings([*peaks, ("d", 1.0, 1e5)], wide_residual=True)
+    assert line.startswith("b: outputs of linears reach 3.275e+04") and "1e+05 in 2 modules" in line
+    assert overflow_warnings(peaks[2:], wide_residual=True) == []
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,9 @@ def test_warnings_of_the_final_check() -> None:
     assert perplexity_warnings(30.0) == ()
     assert "above 30: poor" in perplexity_warnings(30.1)[0]
     assert "above 30: poor" in perplexity_warnings(1000.0)[0]
-    assert "FAILED" in perplexity_warnings(1000.1)[0]
+    assert "FAILED" in perplexity_warnings(1000.1)[0] and "FAILED" in perplexity_warnings(1000.1, 1000.0)[0]
+    (line,) = perplexity_warnings(1200.0, 1100.0)
+    assert "so is that of the source (1100.0)" in line and "FAILED" not in line
 
 
 def test_relative_error_is_a_mean_over_rows_without_padding() -> None:
