@@ -22,6 +22,9 @@ DEMO_MODEL_VARIABLE = "EXL2JAX_DEMO_MODEL"
 ENVIRONMENT = {
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",  # a dtype mixed by accident is an error
     "HF_HUB_OFFLINE": "1",  # no test reaches for the network
+    # The command sets this flag, and the compilation cache keeps programs of other flags apart: with it the tests that
+    # call the library and those that run the command share what was compiled.
+    "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizer's threads and forked processes do not mix
 }
 

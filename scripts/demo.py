@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert the demo model to EXL2, verify it, and show what came out, on text that the calibration did not see."""
+"""Convert the demo model to EXL2, verify it, and show its results on text that the calibration did not see."""
 
 import argparse
 import logging

@@ -5,8 +5,8 @@
     diff before.txt after.txt
 
 Each conversion runs the command in a process of its own on a tiny model made here from a fixed seed, one for every
-preset, and on the demo model where `demo/model` was built. Rows are random ids, so that no text and no tokenizer of
-another version can move the result. The version of the package is part of a job's inputs, but not of these files.
+preset, and on the demo model where `demo/model` was built. Rows are random ids, so that the result does not depend on
+a text or on the version of a tokenizer. The version of the package is part of a job's inputs, but not of these files.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def rooms() -> Iterator[tuple[str, list[str]]]:
 
 
 def only_gathers(module: str) -> bool:
-    """Whether a module is the `__init__` of a room and defines nothing: its names are shown where they come from."""
+    """Whether a module is the `__init__` of a room and defines nothing; its names are shown where they are defined."""
     if not module.endswith(".__init__"):
         return False
     tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))

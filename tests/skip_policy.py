@@ -1,4 +1,4 @@
-"""What may be skipped: with EXL2JAX_REQUIRE_ALL=1 a test that skips because a part is missing fails."""
+"""The allowed skips: with EXL2JAX_REQUIRE_ALL=1 a test that skips because a part is missing fails."""
 
 import os
 from collections.abc import Iterator

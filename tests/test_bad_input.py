@@ -58,7 +58,7 @@ def run(model: Path, tokens: Path, *more: str, out: Path | None = None) -> int:
 
 
 def complaint(capsys: Any) -> str:
-    """What went to stderr: one line, and nothing on stdout."""
+    """The message on stderr, which is one line; stdout is empty."""
     shown = capsys.readouterr()
     assert shown.out == ""
     lines = shown.err.splitlines()

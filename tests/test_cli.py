@@ -131,7 +131,7 @@ SOURCE = {"cal_dataset": "rows.parquet", "cal_columns": ("text", "title"), "cal_
 def test_a_job_is_resumed_by_its_directory_alone(
     tmp_path: Path, asked: list[ConversionConfig], source: dict[str, Any], preset: str | Recipe
 ) -> None:
-    """What was asked when it was begun stands in the job file; flags given now come on top of it."""
+    """The job file keeps the settings of the first run; flags given now are laid over them."""
     begun = ConversionConfig(
         in_dir=tmp_path / "model",
         out_dir=tmp_path / "work",

@@ -1,4 +1,4 @@
-"""What people bring: each odd input is refused before the first pass, or converted with the words that it needs."""
+"""Odd inputs: each is refused before the first pass, or converted with the message that it needs."""
 
 import json
 import os

@@ -39,14 +39,14 @@ def feasible_bpw(
 
 
 def by_rows(pricing: Pricing, table: Table | None) -> bool:
-    """Whether a module takes a row of a table; without one only stock's accuracies know rows, their own."""
+    """Whether a module takes a row of a table: it does where one is given, and with stock's accuracies."""
     return pricing == "accuracy" or table is not None
 
 
 def require_reachable(
     specs: Sequence[ModuleSpec], bits: float, pricing: Pricing, table: Table | None = None, limits: Limits = NO_LIMITS
 ) -> None:
-    """Refuse a target below the cheapest settings there are, before hours of measuring lead to the same answer."""
+    """Refuse a target below the cheapest settings before the measurement, which takes hours."""
     reachable_budget(reach(specs, pricing, table, limits), specs, bits)
 
 

@@ -1,4 +1,4 @@
-"""Limits on the allocation: linears pinned to one width, and widths that nothing may have."""
+"""Limits on the allocation: linears pinned to one width, and widths that are excluded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +40,14 @@ class Limits:
         return (pinned[-1],) if pinned else tuple(b for b in FORMAT_BITS if b not in self.excluded)
 
     def require_matches(self, specs: Sequence[ModuleSpec]) -> None:
-        """Refuse a pattern that fits no linear: it is a slip of the pen."""
+        """Refuse a pattern that matches no linear, since it is a typing error."""
         keys = [linear.key for spec in specs for linear in spec.linears]
         for pattern, bits in self.pins:
             if not any(fnmatchcase(key, pattern) for key in keys):
                 raise SettingsError(f"`pins` {pattern}={bits}: no linear is named so; one is {keys[0]}")
 
     def apply(self, measurement: Measurement, specs: Sequence[ModuleSpec]) -> Measurement:
-        """The measurement with what the limits leave of it; `SettingsError` where that is nothing."""
+        """The measurement without the settings that the limits forbid; `SettingsError` where none is left."""
         if not self.pins and not self.excluded:
             return measurement
         slots, rows = [slot for spec in specs for slot in spec.slots], measurement.modules

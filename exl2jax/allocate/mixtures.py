@@ -2,7 +2,7 @@
 
 In act-order the first rows matter most, and the format lets widths only fall from row to row. A mixture is a sequence
 of groups, each of one width and one group size; it costs nats (`sensitivity`) and bits. For a price per bit the best
-one is found exactly; the mixtures over a range of prices are the lower convex hull of all there are.
+one is found exactly; the mixtures over a range of prices are the lower convex hull of all mixtures.
 """
 
 import math

@@ -13,7 +13,7 @@ from exl2jax.storage import read_json
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "tool_response": "tool"}
-"""ShareGPT's names of those who speak; other names are roles already."""
+"""ShareGPT's names of speakers, with their roles; other names are roles already."""
 
 type Message = Mapping[str, Any]
 """`role` and `content`, and further keys that templates know."""

@@ -1,4 +1,4 @@
-"""Which columns of a table are text to calibrate on: conversations first, then text, identifiers only by name."""
+"""The choice of a table's columns to calibrate on: conversations first, then text; identifiers only by name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Chosen:
 def choose_columns(texts: Mapping[str, Sequence[str | None]], chats: Sequence[str], where: str) -> Chosen:
     """Choose among columns of text, given by their first cells, and columns of conversations.
 
-    A conversation holds what text columns beside it repeat, so it is taken alone. Of text columns all are taken but
-    identifiers; the only one is taken whatever it holds.
+    A conversation is taken alone, since text columns beside it repeat it. Otherwise all text columns are taken except
+    identifiers; a single text column is always taken.
     """
     known = [name for name in CHAT_NAMES if name in chats]
     if known:

@@ -1,4 +1,4 @@
-"""How many rows each domain gives: the standard set's composition, and sharing out rows in proportion."""
+"""Rows of each domain: the standard set's composition, and the sharing of rows in proportion."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Calibration data given from Python: what Optimum's GPTQ takes as `dataset`, and its batching."""
+"""Calibration data given from Python, as Optimum's GPTQ takes it in `dataset`, and its batching."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The one way in: from what the user asked for to checked calibration rows."""
+"""Loading calibration data: from the user's request to checked calibration rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +81,7 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SelfRows:
-    """Rows that the model is to write once everything else is known to be sound: no weight is read for bad input."""
+    """Rows for the model to write after everything else is checked, so that no weight is read for bad input."""
 
     request: _Request
     rows: int
@@ -213,7 +213,7 @@ def _planned(sources: Sequence[Source], config: CalibrationConfig) -> Iterator[t
 
 
 def _standard(request: _Request, source: Source, rows: int | None) -> Built:
-    """The standard set; what its texts cannot fill is written by the model if asked for, else left out and said."""
+    """The standard set; rows that its texts cannot fill are left out with a note, or written by the model if asked."""
     config, length = request.config, request.tokens_per_row
     own = source.kind == "standard" and not source.name
     texts = package_texts() if own else directory_texts(_texts_folder(source, config))

@@ -1,4 +1,4 @@
-"""Random streams: one per purpose, all from the job's seed, so that adding one never shifts another."""
+"""Random streams: one per purpose, all from the job's seed, so that a new one does not change the others."""
 
 from hashlib import sha256
 

@@ -1,4 +1,4 @@
-"""Rows that the full-precision model writes itself: no outside text at all."""
+"""Rows that the full-precision model writes itself, without outside text."""
 
 from collections.abc import Sequence
 from itertools import chain, cycle, islice, zip_longest

@@ -99,8 +99,8 @@ def _running_rows(build: _Build, domain: str, wanted: int) -> tuple[np.ndarray, 
 def _document_rows(build: _Build, domain: str, wanted: int) -> tuple[np.ndarray, str]:
     """Rows of whole documents, BOS before and EOS after each: the first half without the leading BOS, the rest with it.
 
-    A row starts with a document and ends wherever it is full. Where a text has too few documents for the rows wanted,
-    what rows had to cut off serves as documents in its turn; such rows stand first, where BOS is left out.
+    A row starts with a document and ends where it is full. Where a text has too few documents for the rows wanted, the
+    ends that rows cut off serve as further documents; such rows come first, where BOS is left out.
     """
     text, tokenizer = build.texts.texts[domain], build.tokenizer
     documents = wiki_articles(text) if domain == domains.WIKI else stories(text)

@@ -18,7 +18,7 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def require_packages(model_dir: Path) -> None:
-    """Refuse a tokenizer that a package is needed for which is not installed, with the package's name.
+    """Refuse a tokenizer that needs a package which is not installed; the message names the package.
 
     Raises `ModelError`. A `vocab.json` or `vocab.txt` needs no further package.
     """

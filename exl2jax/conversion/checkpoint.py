@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 class FileCheckpoint[O]:
     """Checkpoints of a pass: outputs as JSON first, then the states, whose rename commits both.
 
-    The position stands in the states' own metadata, so a kill between the two files leaves outputs that run ahead of
-    the states; `read` is told how many to take. The states carry a checksum over themselves and one over those
-    outputs: a checkpoint that is torn, altered or of another format starts its pass over, which gives the same bytes.
+    The position is in the metadata of the states, so a kill between the two files leaves outputs ahead of the states;
+    `read` gets the number to take. The states carry a checksum of themselves and one of those outputs: a checkpoint
+    that is torn, altered or of another format starts its pass over, which gives the same bytes.
     """
 
     work: WorkDirectory

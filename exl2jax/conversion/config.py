@@ -9,6 +9,7 @@ from exl2jax.calibration import CalibrationConfig, Examples
 from exl2jax.calibration.source import KNOWN
 from exl2jax.conversion.declaration import Decides, check_all, declare
 from exl2jax.errors import SettingsError
+from exl2jax.ops import Products, natural_products
 from exl2jax.qparams import FORMAT_BITS
 from exl2jax.stock_tables import HEAD
 from exl2jax.variants import Choice, choose
@@ -160,6 +161,16 @@ class ConversionConfig:
             choices=("routed", "all"),
         ),
     )
+    products: str | None = field(
+        default=None,
+        metadata=declare(
+            "Products of the passes over hidden states: float32 or bfloat16.",
+            MEASUREMENT,
+            unset="what the processor is made for",
+            choices=tuple(Products),
+            by_content=True,
+        ),
+    )
     checkpoint_interval: float = field(
         default=180,
         metadata=declare("Least seconds between checkpoints; 0: every module.", RUN, long="checkpoint-interval", low=0),
@@ -192,6 +203,11 @@ class ConversionConfig:
         if self.output_measurement is not None and self.measurement is not None:
             raise SettingsError("`output_measurement` makes a measurement; `measurement` already is one")
         self._check_directories()
+
+    @property
+    def precision(self) -> Products:
+        """The products of the passes over hidden states; where they are not given, those of the machine."""
+        return natural_products() if self.products is None else Products(self.products)
 
     @property
     def recipe(self) -> Recipe:

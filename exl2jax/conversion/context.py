@@ -51,6 +51,11 @@ class Context:
             inputs=job_inputs(config, model, tokenizer),
         )
 
+    @property
+    def fast_decoder(self) -> Decoder:
+        """The decoder of the passes over all calibration rows, with the products that the settings ask for."""
+        return build_decoder(self.model.config, self.config.precision)
+
     def load(self, spec: ModuleSpec | LinearSpec) -> Block | HeadBlock:
         """The block of a module, or of the head, with its weights; a large mixture reads its experts later."""
         if isinstance(spec, LinearSpec):

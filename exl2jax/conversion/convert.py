@@ -93,13 +93,13 @@ class _Conversion:
         for (name, stage), after in zip(stages.items(), following, strict=True):
             if state.stage == name:
                 state = self._timed(state, name, stage).advanced(after)
-                self._save(state)  # a resume after a failure at what follows repeats nothing
+                self._save(state)  # a resume after a failure of the next steps repeats nothing
         if self.config.output_measurement is not None:
             return self._deliver_measurement(state)
         return self._finish(state)
 
     def _check_calibration(self, state: JobState, stages: Iterable[str]) -> None:
-        """Build the rows of every pass still to come: bad input is named before any weight is read."""
+        """Build the rows of every remaining pass, so that bad input is refused before any weight is read."""
         coming = list(dropwhile(lambda name: name != state.stage, stages))
         passes = sorted({name != "quantize" for name in coming}, reverse=True)
         built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
@@ -145,7 +145,7 @@ class _Conversion:
         return state.records.get("sha256", {})
 
     def _require_unchanged(self, path: Path, state: JobState) -> None:
-        """Refuse to go on with a result that changed since its stage wrote it."""
+        """Refuse a result that changed after its stage wrote it."""
         if self._digests(state).get(path.name) != digest(path):
             advice = "start over with `no_resume`, or take it as `measurement` into another `out_dir`"
             raise JobError(f"{path}: changed since this job wrote it; {advice}")

@@ -1,4 +1,4 @@
-"""Everything that decides the bytes of a conversion, and how two jobs differ in it."""
+"""The inputs that decide the bytes of a conversion, and their differences between two jobs."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,7 @@ def job_inputs(config: ConversionConfig, model: HFModel, tokenizer: Tokenizer) -
         "preset": config.recipe.name,
         "variants": config.recipe.words(),
         "cal_dataset": _source(config.cal_dataset),
+        "products": config.precision,
     }
     if (source := cached_source(config.in_dir)) is not None:
         inputs["source"] = source
@@ -56,7 +57,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
-            if there.get("preset") == here.get("preset"):  # another preset makes all its choices another
+            if there.get("preset") == here.get("preset"):  # another preset changes every choice
                 keys = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
                 lines += [
                     f"{_named(name)} {key}={_shown(before.get(key))} there, {_shown(now.get(key))} now" for key in keys

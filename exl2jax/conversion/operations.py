@@ -1,4 +1,4 @@
-"""Operations that the passes of a conversion take, and how fast this machine does them."""
+"""Operations of the passes of a conversion, and the speed of this machine."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from exl2jax.models import ModelConfig
 PROBE = 1024
 """Rows and columns of the product that the machine's speed is measured with."""
 PROBING = 2.0
-"""Seconds that it is measured for."""
+"""Seconds that the speed is measured for."""
 
 SLOWER = CORE["products"] / CORE["elementwise"]
 """Operations of a product that one core does in the time of one element-wise operation."""
@@ -35,7 +35,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """Seconds that something will take, and the range that they will lie in."""
+    """Estimated seconds, and their range."""
 
     seconds: float
     least: float

@@ -1,8 +1,7 @@
-"""The passes of a conversion over the modules of its model, each a checkpointed scan that leaves its result on disk.
+"""The passes of a conversion over the modules of its model: checkpointed scans that write their results to disk.
 
-`forward` and `backward` find the Fisher information, `perturb` scales it by measured divergences, `price` finds the
-costs that follow from it; `measure` is stock's exact measurement of every candidate; `quantize` writes the packed
-linears.
+`forward` and `backward` compute the Fisher information, `perturb` scales it by measured divergences, `price` computes
+the costs from it. `measure` is stock's measurement of every candidate. `quantize` writes the packed linears.
 """
 
 import math
@@ -41,14 +40,14 @@ LINEARS_SHOWN = 8
 """Linears of a module whose widths the progress shows; a mixture of experts has hundreds."""
 
 CHECK_ROWS = 16
-"""Rows of the final check where `measurement_rows` says nothing; stock's default."""
+"""Rows of the final check where `measurement_rows` is not set; stock's default."""
 
 PREDICTED = "predicted"
-"""Tensor beside the columns' weights in the file of perturbations."""
+"""Name of the predicted divergences in the file of perturbations."""
 
 
 class Codec[O](NamedTuple):
-    """How the outputs of a pass are kept on disk; `read` gives back the first so many."""
+    """The form of a pass's outputs on disk; `read(count)` returns the first `count`."""
 
     write: Callable[[Sequence[O]], None]
     read: Callable[[int], list[O]]
@@ -56,7 +55,10 @@ class Codec[O](NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass[O]:
-    """A pass over modules: its step, its modules, its first carry, how its outputs are kept and its streams placed."""
+    """A pass over modules: its step, its modules, its first carry, the codec of its outputs, the placing of streams.
+
+    `last` names the streams that are read after the last module.
+    """
 
     name: str
     step: Callable[[Carry, Any], tuple[Carry, O]]
@@ -64,16 +66,17 @@ class Pass[O]:
     start: Callable[[], HostCarry]
     codec: Codec[O]
     place: Callable[[np.ndarray], Stream]
+    last: Sequence[str] = ()
     describe: Callable[[Any, O], str] = lambda spec, _: spec.key
 
     def run(self, context: Context) -> tuple[Carry, list[O]]:
-        """Take the modules through the step, from the last checkpoint on, and write all outputs."""
+        """Run the step on every module, from the last checkpoint on, and write all outputs."""
         carry, outputs = context.scan(
             self.name,
             self.step,
             self.start,
             self.specs,
-            form=streams_by(self.place),
+            form=streams_by(self.place, self.last),
             describe=self.describe,
             write=self.codec.write,
             read=self.codec.read,
@@ -83,11 +86,11 @@ class Pass[O]:
 
 
 def forward_pass(context: Context, rows: CalibrationRows) -> None:
-    """Keep the full-precision input of every module on a few calibration rows."""
+    """Write the full-precision input of every module on a few calibration rows."""
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
-        remove(context.work.hidden_states)  # a checkpoint without the inputs before it is worth nothing
+        remove(context.work.hidden_states)  # a checkpoint is of no use without the inputs before it
 
     def start() -> HostCarry:
         carry = _embedded(context, picked)
@@ -105,7 +108,7 @@ def forward_pass(context: Context, rows: CalibrationRows) -> None:
 
 
 def backward_pass(context: Context, rows: CalibrationRows) -> None:
-    """Leave the Fisher information of every linear's columns in the work directory."""
+    """Write the Fisher information of every linear's columns to the work directory."""
     picked = _fisher_rows(context, rows)
     stack = _input_stack(context, picked.input_ids)
     if stack.fresh:
@@ -150,6 +153,7 @@ def perturb_pass(context: Context, rows: CalibrationRows) -> None:
         start=lambda: step.start(len(context.specs)),
         codec=Codec(partial(_write_perturbations, context), partial(_read_perturbations, context)),
         place=step.place,
+        last=(PERTURBED,),
         describe=lambda spec, found: f"{spec.key}: {found.predicted:.2e} nats predicted",
     ).run(context)
     reference, mask = step.stack.final()[: step.rows], picked.mask[: step.rows]
@@ -162,15 +166,15 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
     every = PassRows.of(rows)
     placed = _rows(context, every)
     weights = context.work.scaled_fisher if context.recipe.divergence_rows else context.work.fisher
-    remove(context.work.module_inputs)  # the job file says by now that the passes which read it are done
+    remove(context.work.module_inputs)  # the job file says that the passes which read it are done
     Pass(
         name="price",
         step=PriceStep(
-            decoder=context.decoder,
+            decoder=context.fast_decoder,
             rows=placed,
             fisher=_read_all(weights),
             routed_only=context.config.routed_only,
-            method=context.recipe.method,
+            quantizer=context.recipe.quantizer,
         ),
         specs=context.specs,
         start=partial(_embedded, context, every),
@@ -181,7 +185,7 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
 
 
 def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
-    """Write stock's measurement: the accuracy of every candidate of every module, beside the costs if there are any."""
+    """Write stock's measurement, the accuracy of every candidate of every module, beside the costs if there are any."""
     every = PassRows.of(rows)
     placed = _rows(context, every)
     Pass(
@@ -190,7 +194,7 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
             decoder=context.decoder,
             rows=placed,
             routed_only=context.config.routed_only,
-            method=context.recipe.method,
+            quantizer=context.recipe.quantizer,
             table=context.recipe.measured_table,
             of_rows=context.recipe.error_of_rows,
         ),
@@ -205,16 +209,16 @@ def accuracy_pass(context: Context, rows: CalibrationRows) -> None:
 def quantize_pass(
     context: Context, rows: CalibrationRows, strategy: Strategy, token_weights: Mapping[str, np.ndarray]
 ) -> None:
-    """Leave the packed tensors of every linear in the work directory, and a report of every module.
+    """Write the packed tensors of every linear and a report of every module to the work directory.
 
-    `token_weights` are those of the classes of tokens by key of a linear, none where all count alike.
+    `token_weights` are weights of the token classes by key of a linear, empty where all tokens count alike.
     """
     make_directory(context.work.out_tensor, "the work directory")
     every = PassRows.of(rows)
     placed = _rows(context, every, streams=3 if context.recipe.carries_reference else 2)
     with working_behind() as behind:
         step = QuantizeStep(
-            decoder=context.decoder,
+            decoder=context.fast_decoder,
             recipe=context.recipe,
             strategy=strategy.qparams,
             token_weights=token_weights,
@@ -229,7 +233,7 @@ def quantize_pass(
         )
 
         def write(reports: Sequence[ModuleReport]) -> None:
-            behind.settle()  # the linears that the reports speak of come first
+            behind.settle()  # the linears of these reports are written before them
             write_json(context.work.reports, [report.to_json() for report in reports])
 
         _, reports = Pass(
@@ -261,7 +265,7 @@ def _error_range(found: Mapping[str, Sequence[Candidate]]) -> str:
 
 
 class PassRows(NamedTuple):
-    """Token rows of a pass `[R, T]`, and which of their tokens count: 0 where one is padding."""
+    """Token rows of a pass `[R, T]`, and their mask: 0 for padding, 1 for tokens that count."""
 
     input_ids: np.ndarray
     mask: np.ndarray
@@ -273,14 +277,14 @@ class PassRows(NamedTuple):
 
 
 def _fisher_rows(context: Context, rows: CalibrationRows) -> PassRows:
-    """Rows of the backward pass, spread evenly over the calibration rows and so over its domains."""
+    """Rows of the backward pass, spread evenly over the calibration rows and so over their domains."""
     count = min(context.recipe.fisher_rows, len(rows.input_ids))
     picked = (2 * np.arange(count) + 1) * len(rows.input_ids) // (2 * count)
     return PassRows(*(values[picked] for values in PassRows.of(rows)))
 
 
 def _rows(context: Context, rows: PassRows, *, streams: int = 2, single: bool = False) -> Rows:
-    """The rows as a pass takes them, on the device where so many `streams` of states fit."""
+    """The rows in the chunks of a pass; states stay on the device where this many `streams` fit."""
     width, budget = context.model.config.hidden_size, device_budget(context.config.device_memory)
     resident = budget is None or streams * rows.input_ids.size * width * 4 <= budget
     return Rows.of(rows.mask, width, single=single, resident=resident)
@@ -297,7 +301,7 @@ def _input_stack(context: Context, ids: np.ndarray) -> InputStack:
 
 
 def _columns_codec(path: Path, specs: Sequence[ModuleSpec]) -> Codec[Columns]:
-    """Columns of modules in a file of tensors."""
+    """Columns of modules, kept in a file of tensors."""
 
     def read(count: int) -> list[Columns]:
         known = _read_all(path)
@@ -307,7 +311,7 @@ def _columns_codec(path: Path, specs: Sequence[ModuleSpec]) -> Codec[Columns]:
 
 
 def _costs_codec(context: Context, fisher_rows: int) -> Codec[dict[str, LinearCosts]]:
-    """Costs of linears in the measurement file."""
+    """Costs of linears, kept in the measurement file."""
     path, specs, recipe = context.work.measurement, context.specs, context.recipe
 
     def write(outputs: Sequence[dict[str, LinearCosts]]) -> None:
@@ -325,7 +329,7 @@ def _costs_codec(context: Context, fisher_rows: int) -> Codec[dict[str, LinearCo
 
 
 def _accuracies_codec(context: Context) -> Codec[dict[str, tuple[Candidate, ...]]]:
-    """Accuracies of candidates in the measurement file, beside the costs that it holds already."""
+    """Accuracies of candidates, kept in the measurement file beside the costs that it already holds."""
     path, specs, recipe = context.work.measurement, context.specs, context.recipe
     sensitivity = read_sensitivity(path, specs) if recipe.pricing != "accuracy" else None
 

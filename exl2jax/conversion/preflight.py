@@ -1,4 +1,4 @@
-"""The preflight check: needs, result and refusals of a conversion, before anything is computed."""
+"""The preflight check: size, disk, memory, time and refusals of a conversion, before anything is computed."""
 
 import os
 import shutil
@@ -30,12 +30,12 @@ HEADER = 160
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """Sizes in bytes. `low_bpw` and `high_bpw` are what any allocation reaches, over the decoder's linears.
+    """The result of the preflight check; sizes in bytes.
 
-    `output_size` is that of the compiled weights: by a measurement exactly (`output_exact`), without one when the whole
-    budget is spent, which is the most they can take. `disk` is what the work directory and the result take at their
-    largest, `memory` an estimate of the host's.
-    `refused` says what a conversion would refuse, `warnings` what it would go on with.
+    `low_bpw` and `high_bpw` are the least and the most bits per weight of any allocation. `output_size` is that of the
+    compiled weights: exact with a measurement (`output_exact`), otherwise the size of a fully spent budget, the most
+    that they can take. `disk` is the largest size of work directory and result together, `memory` an estimate of the
+    host memory. `refused` holds the errors that the conversion would raise, `warnings` its warnings.
     """
 
     bits: float
@@ -59,9 +59,10 @@ class Preflight:
 
 
 def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Speed | None = None) -> Preflight:
-    """Check a conversion on the calibration rows of its passes, by the pass's name; raises nothing for its target.
+    """Check a conversion on the calibration rows of its passes, by name of the pass.
 
-    A measurement that the job names is read, and bits are allocated by it.
+    A target out of reach is not raised but listed in `refused`. A measurement that the job names is read, and bits are
+    allocated by it.
     """
     (low, high), exact, refused = _budget(context)
     disk, free = _disk(context, rows, high), _free(context)
@@ -89,14 +90,14 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Spee
 
 
 def require_space(context: Context, rows: Mapping[str, CalibrationRows]) -> None:
-    """Raise `StorageError` where a plan would refuse for the disk."""
+    """Raise `StorageError` where the preflight check refuses for lack of disk space."""
     _, high = reach(context.specs, context.recipe.pricing, context.recipe.table, context.config.limits)
     for error in _disk_refusals(context, _disk(context, rows, high), _free(context)):
         raise error
 
 
 def _budget(context: Context) -> tuple[tuple[float, float], int | None, list[Exl2JaxError]]:
-    """Least and greatest bits per weight, the size by a given measurement, and why the target is refused."""
+    """Least and most bits per weight, the output size by a given measurement, and the refusals of the target."""
     config, specs, table = context.config, context.specs, context.recipe.table
     if config.measurement is None:
         within = reach(specs, context.recipe.pricing, table, config.limits)
@@ -141,7 +142,7 @@ def _disk_refusals(context: Context, disk: int, free: int) -> list[Exl2JaxError]
 
 
 def _linears_size(context: Context, high: float) -> int:
-    """Bytes of the packed linears and the head, biases included, when the budget is spent."""
+    """Bytes of the packed linears and the head, biases included, when the whole budget is spent."""
     weights = sum(spec.weights for spec in context.specs)
     head = head_spec(context.model.config)
     linears = [*(linear for spec in context.specs for linear in spec.linears), head]
@@ -161,7 +162,7 @@ def _output_size(context: Context, high: float) -> int:
 
 
 def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) -> int:
-    """Bytes of work directory and result at their largest: linears twice, states twice, and the forward pass's."""
+    """Largest bytes of work directory and result: linears twice, states twice, and the inputs of all modules."""
     passing = 2 * _states(context, rows) + _inputs(context, rows)
     if context.config.output_measurement is not None:
         return passing
@@ -169,7 +170,7 @@ def _disk(context: Context, rows: Mapping[str, CalibrationRows], high: float) ->
 
 
 def _states(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
-    """Bytes of the largest checkpoint's hidden states, the full-precision stream's among them."""
+    """Bytes of the hidden states in the largest checkpoint, the full-precision stream included."""
     streams = 2 if context.recipe.carries_reference else 1
     width = context.model.config.hidden_size
     return max((streams * each.input_ids.size * width * FLOAT for each in rows.values()), default=0)
@@ -185,9 +186,11 @@ def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
 
 
 def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
-    """Estimate: states twice, the largest block's weights and Hessian several times over or the embedding, and what
-    propagation keeps of a module.
-    """  # noqa: D205
+    """Estimated bytes of host memory.
+
+    States twice, the inputs that propagation keeps of a module, and the larger of two: several copies of the largest
+    module's weights and Hessian, or three of the embedding.
+    """
     module = max(spec.weights for spec in context.specs)
     widest = max(linear.rows for spec in context.specs for linear in spec.linears)
     table = context.model.config.vocab_size * context.model.config.hidden_size
@@ -201,17 +204,17 @@ def _tokens(rows: CalibrationRows) -> int:
 
 
 def _present(context: Context) -> int:
-    """Bytes that an earlier run left in the work directory and the result: a resume needs so much less."""
+    """Bytes that an earlier run left in the work directory and the result; a resumed run does not need them again."""
     folders = [context.work.path, *([context.config.compile_full] if context.config.compile_full else [])]
     return sum(p.stat().st_size for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
 
 
 def _free(context: Context) -> int:
-    """Bytes free where the work directory is or will be."""
+    """Free bytes on the disk of the work directory, which may not exist yet."""
     return shutil.disk_usage(_existing(context.config.out_dir)).free
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory above a path that exists: where its space will come from."""
+    """The path itself or its nearest parent that exists, which is on the same disk."""
     path = path.resolve()
     return next(p for p in (path, *path.parents) if p.is_dir())

@@ -20,7 +20,7 @@ SOURCE_LINKS = 3
 
 
 def early_refusals(context: Context) -> list[Exl2JaxError]:
-    """Everything that a conversion would be refused for, as far as nothing needs to be computed to know it."""
+    """Every error of the conversion that can be found without computing anything."""
     checks = (_check_limits, _check_places, _check_copies, _check_strays, _check_shards)
     found: list[Exl2JaxError] = []
     for check in checks:
@@ -41,7 +41,7 @@ def _check_limits(context: Context) -> None:
 
 
 def _check_places(context: Context) -> None:
-    """Refuse a place for the result that no directory can be made at."""
+    """Refuse a path for the result where no directory can be made."""
     config = context.config
     measurement = None if config.output_measurement is None else config.output_measurement.parent
     for name, path in (("compile_full", config.compile_full), ("output_measurement", measurement)):

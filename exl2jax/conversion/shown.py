@@ -1,7 +1,7 @@
 """Numbers as a person reads them."""
 
 LONGEST = 1e7
-"""From here on a number is shown with an exponent: nobody counts the digits of a longer one."""
+"""The least number that is shown with an exponent, since its digits would be too many to read."""
 
 
 def shown(value: float, digits: int) -> str:

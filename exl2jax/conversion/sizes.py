@@ -67,7 +67,7 @@ def convert_sizes(
     control: RunControl,
     finished: Callable[[ConversionConfig, ConversionResult], None] = lambda config, result: None,
 ) -> list[SizeOutcome]:
-    """Make every size of `sizes`; one that cannot be reached is refused by itself and the others still run.
+    """Make every size of `sizes`; a size that cannot be reached is refused, and the others still run.
 
     `base.compile_full` may hold `{name}`, `{bits}` and `{head_bits}`. `finished` is called after each size. Raises what
     `convert` raises for everything but the size itself.

@@ -61,20 +61,20 @@ class WorkDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything that a job leaves, the job file first: without it the rest belongs to no job."""
+        """All files of a job, the job file first: without it the rest belongs to no job."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
         states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
         return (self.job_file, *states, self.measurement, self.reports, self.out_tensor)
 
     def left_by(self, stage: str) -> Path | None:
-        """The file in which a stage leaves its result for later stages; the job file keeps its checksum."""
+        """The file with a stage's result for later stages; the job file keeps its checksum."""
         weights = {"backward": self.fisher, "perturb": self.scaled_fisher}
         results = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports}
         return (weights | results).get(stage)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the directory until this process ends or leaves; `JobError` when another one has it."""
+        """Lock the directory until the block or the process ends; `JobError` when another process holds the lock."""
         make_directory(self.path, "`out_dir`")
         lock = FileLock(self.path / ".lock")
         with storing(self.path / ".lock", "cannot lock"):
@@ -99,12 +99,12 @@ class WorkDirectory:
         return self._read()["settings"]
 
     def clear(self) -> None:
-        """Remove everything that a job leaves; other files stay."""
+        """Remove all files of a job; other files stay."""
         for path in self.files:
             remove(path)
 
     def resume(self, new: JobState) -> JobState:
-        """The state to go on from: that of the job file if its inputs are the same, `new` where there is no file."""
+        """The state to continue from: that of the job file if its inputs are the same, `new` without a job file."""
         if not self.job_file.exists():
             remove(self.hidden_states)
             return new

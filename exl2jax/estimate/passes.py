@@ -74,7 +74,7 @@ def _perturb(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pass
 
 def _price(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Passes) -> Work:
     """A forward pass, Hessians and factors, and GPTQ of every linear at the widths that are run."""
-    rows, search = passes.measurement_rows, recipe.method.search
+    rows, search = passes.measurement_rows, recipe.quantizer.search
     total = forward_work(spec, config, passes.length).times(rows) + hessian_work(spec, rows * passes.length)
     walks = (gptq_work(linear.rows, linear.columns, search) for linear, _ in priced(spec))
     return sum((*_factors(spec), *walks), total)
@@ -82,7 +82,7 @@ def _price(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Passes
 
 def _measure(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Passes) -> Work:
     """Stock's exact measurement: a forward pass, Hessians and factors, GPTQ and forward passes of all candidates."""
-    rows, search = passes.measurement_rows, recipe.method.search
+    rows, search = passes.measurement_rows, recipe.quantizer.search
     total = forward_work(spec, config, passes.length).times(rows) + hessian_work(spec, rows * passes.length)
     for slot in spec.slots:
         total += candidates_work(slot, config, passes.length).times(rows)
@@ -94,7 +94,7 @@ def _measure(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pass
 
 def _quantize(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Passes) -> Work:
     """The sums over tokens, factors, corrected targets and GPTQ of a module, and its quantized outputs."""
-    tokens, search = passes.rows * passes.length, recipe.method.search
+    tokens, search = passes.rows * passes.length, recipe.quantizer.search
     row = forward_work(spec, config, passes.length)
     total = row.times(passes.rows) + hessian_work(spec, tokens)
     if recipe.propagates:
@@ -136,5 +136,5 @@ def _head(head: LinearSpec, recipe: Recipe, passes: Passes) -> Work:
     """The head quantized, and the logits of the final check twice."""
     tokens, check = passes.rows * passes.length, min(CHECK_ROWS, passes.rows) * passes.length
     sums = (3 if recipe.propagates else 1) * tokens * head.rows**2
-    walk = gptq_work(head.rows, head.columns, recipe.method.search)
+    walk = gptq_work(head.rows, head.columns, recipe.quantizer.search)
     return Work(fast=2 * linear_work(head, check), exact=sums) + factor_work(head.rows) + walk

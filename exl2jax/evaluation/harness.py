@@ -61,7 +61,7 @@ class Scorer:
         return generate(resident, kept, Sampling(new_tokens=new_tokens), stops=stops).text
 
     def _first(self) -> int:
-        """What a text without a context follows: the first token a model knows of."""
+        """The token before a text without a context: the beginning of text, or else its end, or else token 0."""
         known = (self.tokenizer.bos_id, self.tokenizer.eos_id)
         return next((i for i in known if i is not None), 0)
 
@@ -111,11 +111,11 @@ def harness_model(directory: Path) -> Any:
     scorer = Scorer(directory)
 
     class JaxLM(LM):
-        """The harness's three questions, handed on."""
+        """The three requests of the harness, answered by the directory."""
 
         @property
         def tokenizer_name(self) -> str:
-            """What the harness keeps cached prompts apart by."""
+            """The name by which the harness keeps cached prompts apart."""
             return str(directory)
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

@@ -17,14 +17,15 @@ from exl2jax.stream.forward import relative_error
 from exl2jax.stream.scoring import perplexity, score
 
 DEPTH_ROWS = 4
-"""Rows, spread over the text, that error growth through the depth is taken on: the reference keeps them per module."""
+"""Rows, spread over the text, on which the growth of the error with depth is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """What a directory is compared with: head parameters, final states `[R, T, D]`, the perplexity they give, and for
-    some rows the states after every module.
-    """  # noqa: D205
+    """The model that a directory is compared with: head parameters, final states `[R, T, D]` and their perplexity.
+
+    `depth` holds the states after every module, on some rows.
+    """
 
     directory: Path
     head: Any

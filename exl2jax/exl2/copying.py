@@ -1,4 +1,4 @@
-"""Which files of a source go into the result: those that a loader or a person reads."""
+"""The files of a source that are copied to the result: those that a loader or a person reads."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Copies:
 
 
 def plan_copies(directory: Path) -> Copies:
-    """Sort the files of a directory; raises `ModelError` for one that must be copied and cannot be.
+    """Divide the files of a directory; `ModelError` for a file that must be copied and cannot be read.
 
     Links are followed, since download tools keep the files themselves elsewhere.
     """
@@ -90,7 +90,7 @@ def _is_copied(name: str) -> bool:
 
 
 def _require_copyable(path: Path) -> None:
-    """Refuse what is no readable regular file of a bounded size."""
+    """Refuse anything but a readable regular file of at most the largest size."""
     real = f" (a link to {path.resolve()})" if path.is_symlink() else ""
     try:
         if not path.is_file():

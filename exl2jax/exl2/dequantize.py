@@ -1,4 +1,4 @@
-"""The way back: an EXL2 directory as a plain Hugging Face directory in float16, which any tool loads.
+"""Dequantization: an EXL2 directory as a plain Hugging Face directory in float16, which any tool loads.
 
 `transformers` loads it wherever it has the architecture. It has none of its own for Yi, MiniCPM, Index, InternLM2,
 Orion and Gemmoe: those load with the Python files that came with the source, where there were any, as they are copied.
@@ -26,8 +26,8 @@ SHARD_BYTES = 4 << 30
 def dequantize_model(directory: Path, out: Path) -> int:
     """Write the model of an EXL2 directory to `out` with the source's tensor names, float16; returns its bytes.
 
-    Tensors that the source fuses or transposes are so again. Where sources of an architecture spell names differently,
-    they come in the one spelling that its `renames` start from. Linears are exactly what the runtime reconstructs. A
+    Tensors are fused and transposed as in the source. Where sources of an architecture spell names differently, names
+    have the spelling that its `renames` start from. Linears are exactly what the runtime reconstructs. A
     head that was tied to the embedding becomes a tensor of its own, as it was quantized and the embedding was not.
     Raises `SettingsError` when `out` holds weights already, `NumericalError` when a tensor does not fit half precision,
     `ModelError` when tensors are missing.

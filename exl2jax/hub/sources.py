@@ -31,8 +31,10 @@ WANTED = (
     "USE_POLICY*",
     "README.md",
 )
+"""Files of a repository that a conversion reads or copies."""
+
 UNWANTED = ("*/*", "consolidated*", "adapter_*", "training_args*")
-"""What a conversion reads of a repository, and what looks like it but is not: folders and second copies of weights."""
+"""Files that a conversion never reads: those in folders, other copies of the weights, remains of training."""
 
 
 def source_directory(given: Path) -> Path:

@@ -21,7 +21,7 @@ from exl2jax.stream.forward import ErrorOfRows, errors_by_row, forward, mean_of_
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.scan import STATES, Carry
 from exl2jax.stream.streams import Rows, Stream, added, read
-from exl2jax.variants import STOCK, Method
+from exl2jax.variants import STOCK, Quantizer
 from exl2jax.variants.candidates import STOCK_TABLE, Table
 
 
@@ -36,7 +36,7 @@ class MeasureStep:
     decoder: Decoder
     rows: Rows
     routed_only: bool = True
-    method: Method = STOCK
+    quantizer: Quantizer = STOCK
     table: Table = STOCK_TABLE
     of_rows: ErrorOfRows = relative_frobenius
 
@@ -89,7 +89,7 @@ class MeasureStep:
         spec, out = piece.spec, states.like(*states.shape)
         found = collect(piece.module, spec, piece.params, self.rows, states, out, routed_only=self.routed_only)
         require_finite(read(found.tally), spec)
-        return out, module_factors(spec, found.hessians, self.method)
+        return out, module_factors(spec, found.hessians, self.quantizer)
 
     def _settings(self, spec: ModuleSpec) -> int:
         """The most distinct settings that the candidates of a slot give to a linear."""
@@ -105,7 +105,7 @@ class MeasureStep:
         def run(task: tuple[LinearSpec, QParams]) -> jax.Array:
             linear, qparams = task
             kernel, factor = jnp.asarray(params[linear.name]["kernel"], jnp.float32), factors[linear.name]
-            return self.method.quantize(kernel, factor, qparams.groups(linear.rows), kernels_for()).weight
+            return self.quantizer.quantize(kernel, factor, qparams.groups(linear.rows), kernels_for()).weight
 
         weights = in_threads(run, tasks)
         for (linear, _), finite in zip(tasks, read(_finite(weights)), strict=True):

@@ -18,22 +18,22 @@ from exl2jax.stream.hessians import collect
 from exl2jax.stream.scan import STATES, Carry
 from exl2jax.stream.streams import Rows, Stream, read
 from exl2jax.stream.token_classes import group_tables, weights_beside
-from exl2jax.variants import STOCK, Method
+from exl2jax.variants import STOCK, Quantizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriceStep:
     """The step of the pricing scan; `fisher` holds the mean squared gradient of each linear's columns by its key.
 
-    Where tokens have weights, these are there by the key with `TOKENS` after it. `method` quantizes the linears whose
-    errors are priced.
+    Where tokens have weights, these are there by the key with `TOKENS` after it. The priced errors are those that
+    `quantizer` makes.
     """
 
     decoder: Decoder
     rows: Rows
     fisher: Mapping[str, np.ndarray]
     routed_only: bool = True
-    method: Method = STOCK
+    quantizer: Quantizer = STOCK
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, dict[str, LinearCosts]]:
         """Price the linears of a module and move on with its unquantized outputs."""
@@ -46,7 +46,7 @@ class PriceStep:
 
         With `H` the mean of `w x^T x` over the tokens that reach a linear, `w` the weight of a token's class, an error
         `E` costs `1/2 sum_n F_n (E^T H E)_nn` nats per token; `F`, a mean over all tokens, counts how often an expert
-        is asked.
+        is used.
         """
         module, spec, params = piece.module, piece.spec, piece.params
         known, out = weights_beside(spec.linears, self.fisher), piece.target(states)
@@ -58,13 +58,13 @@ class PriceStep:
         tasks = [
             (x, factor, weight)
             for group, hessian, of_group in zip(spec.groups, found.hessians, weights, strict=True)
-            for factor in (self.method.factorize(hessian),)
+            for factor in (self.quantizer.factorize(hessian),)
             for x, weight in zip(group, of_group, strict=True)
         ]
 
         def run(task: tuple[LinearSpec, HessianFactor, jax.Array]) -> Priced:
             linear, factor, weight = task
-            return price(params[linear.name]["kernel"], factor, settings, weight, linear, self.method)
+            return price(params[linear.name]["kernel"], factor, settings, weight, linear, self.quantizer)
 
         tally, priced = read((found.tally, in_threads(run, tasks)))
         require_finite(tally, spec)

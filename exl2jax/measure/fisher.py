@@ -114,7 +114,7 @@ def head_gradients(decoder: Decoder, params: Any, states: np.ndarray, mask: np.n
     return out.array().reshape(states.shape)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def _head_gradient(
     decoder: Decoder, params: Any, key: jax.Array, index: jax.Array, h: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array]]:

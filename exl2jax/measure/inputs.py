@@ -26,7 +26,7 @@ class InputStack:
         self._states = np.memmap(path, np.float32, "r+", shape=wanted)
 
     def write(self, place: int, states: np.ndarray) -> None:
-        """Keep a module's input `[R, T, D]`; that after the last module is the final output."""
+        """Write a module's input `[R, T, D]`; the entry after the last module is the final output."""
         # Through the file: pages of a mapping that are written for the first time each cost a fault.
         with storing(self._path), self._path.open("r+b") as file:
             file.seek(place * self._states[0].nbytes)
@@ -50,7 +50,7 @@ class InputStack:
         return self._states[-1]
 
     def flush(self) -> None:
-        """Bring everything to disk."""
+        """Write everything to disk."""
         with storing(self._path):
             self._states.flush()
 

@@ -30,15 +30,15 @@ from exl2jax.stream.streams import Rows, Stream
 from exl2jax.stream.token_classes import TOKENS, group_tables, token_factors, weights_beside
 
 ROUNDING = q("4", "1", "128")
-"""Strong enough to stand out of float32 noise, weak enough for errors to stay small."""
+"""The rounding of a perturbation: larger than float32 noise, and small enough for a second-order estimate."""
 
 TOKEN_STRIDE = 4
-"""Every so many tokens are compared at the head: neighbours tell much the same."""
+"""Stride of the tokens that are compared at the head; neighbouring tokens give nearly the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perturbation:
-    """A module's columns' weights as they were, and the divergence they predict for its perturbation, in nats."""
+    """The unscaled weights of a module's columns, and the divergence of its perturbation that they predict, in nats."""
 
     columns: Columns
     predicted: float
@@ -106,7 +106,7 @@ def _joined(
 
 
 def scaled(found: Sequence[Perturbation], divergence: np.ndarray) -> list[Columns]:
-    """Columns' weights of every module so scaled that they predict the measured `divergence [modules]`."""
+    """The columns' weights of every module, scaled to predict the measured `divergence [modules]`."""
     factors = [measured / max(p.predicted, 1e-30) for p, measured in zip(found, divergence, strict=True)]
     return [
         {n: w if n.endswith(TOKENS) else (factor * w).astype(np.float32) for n, w in p.columns.items()}
@@ -146,7 +146,7 @@ def _rounded(kernel: jax.Array, linear: LinearSpec) -> jax.Array:
     return round_to_nearest(jnp.asarray(kernel, jnp.float32), rows, ROUNDING.groups(linear.rows)).weight
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="module")
 def _energies(
     module: Module,
     params: Any,
@@ -171,6 +171,6 @@ def _energies(
     return {name: squares(name, *arrays) for group, *arrays in found for name in group}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def _divergence(decoder: Decoder, params: Any, h: jax.Array, full: jax.Array) -> jax.Array:
     return divergence(full, log_probabilities(decoder, params, h))

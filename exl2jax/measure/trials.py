@@ -148,12 +148,12 @@ def _with_kernel(linear: Mapping[str, Any], stack: Stack, candidate: int) -> dic
 
 
 def _apart(spec: ModuleSpec, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that are not linears: norms."""
+    """The parameters of norms, which are not linears."""
     linears = {linear.name for linear in spec.linears}
     return {name: value for name, value in params.items() if name not in linears}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="module")
 def _first_input(module: Module, rest: Any, h: jax.Array) -> jax.Array:
     return module.inputs(0, rest, h, {})[0]
 
@@ -163,11 +163,11 @@ def _linear(x: jax.Array, linear: Any) -> jax.Array:
     return apply_linear(linear, x)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="module")
 def _betweens(module: Module, rest: Any, first: dict[str, jax.Array], last: tuple[jax.Array, ...]) -> list[jax.Array]:
     return module.last_inputs(rest, first, last)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("module", "last"))
 def _output(module: Module, last: str, rest: Any, linear: Any, between: jax.Array, h: jax.Array) -> jax.Array:
     return module.output(rest, h, {last: apply_linear(linear, between)})

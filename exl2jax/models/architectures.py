@@ -1,4 +1,4 @@
-"""The architectures that can be converted. Each runs in stock ExLlamaV2 0.3.2, which decides what is here."""
+"""The architectures that can be converted. Each of them runs in stock ExLlamaV2 0.3.2."""
 
 from exl2jax.models.architectures_dense import DENSE
 from exl2jax.models.architectures_sparse import PARALLEL, SPARSE

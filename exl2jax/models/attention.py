@@ -8,11 +8,11 @@ from exl2jax.models.layers import soft_cap
 from exl2jax.models.rope import rope_tables
 
 QUERY_BLOCK = 128
-"""Queries per attention block on the CPU: a block looks only at the keys before its end, which halves a causal product,
-and its scores stay in cache between the products."""
+"""Queries per attention block on the CPU. A block multiplies only with the keys before its end, which halves a causal
+product, and its scores stay in cache between the products."""
 
 WIDE_QUERY_BLOCK = 1024
-"""The same on other devices: every block is compiled by itself, and small ones do not fill a GPU."""
+"""Queries per attention block on other devices: each block is compiled separately, and small ones do not fill a GPU."""
 
 
 def query_block() -> int:
@@ -56,7 +56,7 @@ def score_scale(config: ModelConfig) -> float:
 
 
 def tables(config: ModelConfig, length: int, *, sliding: bool) -> tuple[jax.Array, jax.Array] | None:
-    """Cosines and sines of the first `length` positions, None where the layers do not turn."""
+    """Cosines and sines of the first `length` positions, None where the layers have no rotary positions."""
     rope = config.local_rope if sliding else config.rope
     if rope is None:
         return None
@@ -65,7 +65,7 @@ def tables(config: ModelConfig, length: int, *, sliding: bool) -> tuple[jax.Arra
 
 
 def rotate(config: ModelConfig, x: jax.Array, turns: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Rotary embedding of the first dimensions of `x [B, T, heads, head_dim]`: neighbouring pairs, or half apart.
+    """Rotary embedding of the first dimensions of `x [B, T, heads, head_dim]`, in pairs of neighbours or half apart.
 
     `turns` are the cosines and sines of the `T` positions.
     """

@@ -1,4 +1,4 @@
-"""Multipliers and soft caps of a model: one neutral record from the keys that architectures spell in their own ways."""
+"""Multipliers and soft caps of a model: one record, read from the keys that each architecture has for them."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ NEUTRAL = {
 class Scales:
     """`embedding` multiplies the embeddings, `residual` what a sublayer adds, `logits` the logits; `attention` is the
     scale of the scores (None: root of the head size), the caps bound scores and logits by `cap * tanh(x / cap)`.
-    `norm_head`: the rows of the head are brought to length one. `clip` bounds queries, keys and values.
+    `norm_head`: the rows of the head are scaled to length one. `clip` bounds queries, keys and values.
     """  # noqa: D205
 
     embedding: float = 1.0

@@ -20,8 +20,9 @@ CONFIG_NAME = "config.json"
 class ModelConfig:
     """The values of a config that the forward pass needs; hashable, so it can be static under `jit`.
 
-    `sliding[i]` says whether layer `i` sees only `window` tokens back; sliding layers turn by `local_rope`, the others
-    by `rope`, not at all where that is None. `scales` are the model's multipliers and soft caps.
+    `sliding[i]` says whether layer `i` attends to the last `window` tokens only. Sliding layers have the rotary
+    settings `local_rope`, the others `rope`; None means no rotary positions. `scales` are the model's multipliers and
+    soft caps.
     """
 
     architecture: str
@@ -130,7 +131,7 @@ def _parse(fields: Fields, arch: Architecture) -> ModelConfig:
 
 
 def _experts(fields: Fields) -> tuple[int, int]:
-    """How many experts there are, and how many a token goes to; none in a dense architecture."""
+    """The number of experts, and the number that a token goes to; 0 and 0 in a dense architecture."""
     if fields.arch.router is None:
         return 0, 0
     experts, chosen = fields.positive("num_experts"), fields.positive("num_experts_per_tok")
@@ -140,6 +141,6 @@ def _experts(fields: Fields) -> tuple[int, int]:
 
 
 def _local_rope(fields: Fields, max_position: int) -> RopeConfig:
-    """Rotary settings of sliding layers that have a base of their own: no scaling."""
+    """Rotary settings of sliding layers with a base of their own, which are not scaled."""
     theta = read_theta(fields.record, fields.arch.local_theta or "rope_theta", fields.where)
     return RopeConfig(theta=theta, max_position=max_position, original_max_position=max_position)

@@ -2,12 +2,13 @@
 
 A module computes in stages, so that its linears can be swapped, stacked or measured between them: `inputs(stage, ...)`
 gives the inputs of the groups of linears of a stage, `linears(stage, ...)` their outputs, `output(...)` the new hidden
-state. `Module` binds a kind to a configuration, and is the one object that passes around. Parameters are
+state. `Module` binds a kind to a configuration and is the object that callers hold. Parameters are
 `{"norm": {"weight", "bias"?}, NAME: {"kernel" [K, N], "bias" [N]?}}` and further norms, float32 or float16.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from exl2jax.models.modules import (
     ModuleSpec,
     stage_names,
 )
+from exl2jax.ops import Products
 
 Outputs = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
@@ -52,7 +54,7 @@ def _gated(config: ModelConfig, outputs: Outputs) -> jax.Array:
 class Attention(nn.Module):
     """Causal grouped-query self-attention with its positions and norms; q, k, v first, then o.
 
-    `branch` leaves the residual out: the attention of a parallel block by itself.
+    With `branch` the residual is left out, as for the attention of a parallel block by itself.
     """
 
     config: ModelConfig
@@ -143,7 +145,7 @@ class Parallel(Attention):
 
 
 class Router(nn.Module):
-    """Chances of the experts for each token, of which the best few count, brought to a sum of one."""
+    """Weights of the experts for each token: the largest few probabilities, scaled to a sum of one."""
 
     experts: int
     chosen: int
@@ -161,7 +163,7 @@ class Router(nn.Module):
 class SparseMoe(nn.Module):
     """Experts that a router picks for each token: w1 and w3 of every expert first, then w2 of every expert.
 
-    `experts` are those at hand, None for all. The outputs of pieces add up: the residual is part of the first.
+    `experts` are those in memory, None for all. The outputs of pieces add up: the residual is part of the first.
     """
 
     config: ModelConfig
@@ -169,7 +171,7 @@ class SparseMoe(nn.Module):
 
     @property
     def held(self) -> range:
-        """The experts at hand."""
+        """The experts in memory."""
         return range(self.config.num_experts) if self.experts is None else self.experts
 
     def setup(self) -> None:
@@ -185,11 +187,11 @@ class SparseMoe(nn.Module):
         return tuple(act(outputs[f"w1.{e}"]) * outputs[f"w3.{e}"] for e in self.held)
 
     def routing(self, h: jax.Array) -> jax.Array:
-        """Weights of the experts at hand, `[B, T, experts]`; the router sees them all."""
+        """Weights of the experts in memory, `[B, T, experts]`; the router chooses among all experts."""
         return self.router(self.norm(h))[..., self.held.start : self.held.stop]
 
     def output(self, h: jax.Array, outputs: Outputs) -> jax.Array:
-        """The new hidden state, or the share of these experts in it."""
+        """The new hidden state, or the part of it that these experts add."""
         weights = self.routing(h)
         y = sum(weights[..., i, None] * outputs[f"w2.{e}"] for i, e in enumerate(self.held))
         y = _scaled(jnp.asarray(y), self.config.scales.residual)
@@ -230,12 +232,18 @@ class Trace(NamedTuple):
 class Module:
     """One module of a decoder as pure functions of its parameters. Hashable, so it can be static under `jit`.
 
-    `experts` are those of a mixture that it computes with, None for all.
+    `experts` are those of a mixture that it computes with, None for all; `products` are those of its linears.
     """
 
     config: ModelConfig
     kind: str
     experts: range | None = None
+    products: Products = Products.FLOAT32
+
+    @property
+    def exact(self) -> "Module":
+        """The same module with products in float32."""
+        return replace(self, products=Products.FLOAT32)
 
     @property
     def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -252,7 +260,7 @@ class Module:
         return self._apply(params, "inputs", stage, states, outputs)
 
     def inputs_through(self, stage: int, params: Params, states: jax.Array) -> tuple[Inputs, dict[str, jax.Array]]:
-        """Inputs of the groups of linears of a stage, and the outputs of the stages before, through which they come."""
+        """Inputs of the groups of linears of a stage, and the outputs of the stages before it."""
         outputs: dict[str, jax.Array] = {}
         for before in range(stage):
             outputs |= self.linears(before, params, self.inputs(before, params, states, outputs))
@@ -267,14 +275,14 @@ class Module:
         return self._apply(params, "heads", outputs)
 
     def linears(self, stage: int, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
-        """Outputs of a stage's linears; those of experts, which are of one shape, in one batched product."""
-        groups = self.stages[stage]
+        """Outputs of a stage's linears; linears of experts have one shape and are computed in one batched product."""
+        groups, apply = self.stages[stage], partial(apply_linear, products=self.products)
         if self.kind != MOE_KIND:
-            return {n: apply_linear(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
+            return {n: apply(params[n], x) for names, x in zip(groups, inputs, strict=True) for n in names}
         out: dict[str, jax.Array] = {}
         for names in zip(*groups, strict=True):
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
-            ys = jax.vmap(apply_linear)(stacked, jnp.stack(inputs))
+            ys = jax.vmap(apply)(stacked, jnp.stack(inputs))
             out |= {name: ys[e] for e, name in enumerate(names)}
         return out
 
@@ -328,13 +336,17 @@ class Module:
 
 
 class Decoder(NamedTuple):
-    """The modules of a model and its head, as pure functions. Hashable, so it can be static under `jit`."""
+    """The modules of a model and its head, as pure functions. Hashable, so it can be static under `jit`.
+
+    `products` are those of the linears in its modules; the head's are in float32.
+    """
 
     config: ModelConfig
+    products: Products = Products.FLOAT32
 
     def module(self, spec: ModuleSpec) -> Module:
         """A module, or the piece of one that `spec` holds."""
-        return Module(self.config, spec.kind, spec.experts)
+        return Module(self.config, spec.kind, spec.experts, self.products)
 
     def head_input(self, params: Params, h: jax.Array) -> jax.Array:
         """Input of the head's linear."""
@@ -345,6 +357,6 @@ class Decoder(NamedTuple):
         return Head(self.config).apply({"params": params}, h)  # type: ignore[return-value]
 
 
-def build_decoder(config: ModelConfig) -> Decoder:
+def build_decoder(config: ModelConfig, products: Products = Products.FLOAT32) -> Decoder:
     """The decoder of a configuration."""
-    return Decoder(config)
+    return Decoder(config, products)

@@ -1,4 +1,4 @@
-"""Reading the keys of a `config.json`: their several spellings, defaults and types, one message for each fault."""
+"""Reading the keys of a `config.json`: spellings, defaults and types, with an error message for each fault."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ SPELLINGS = {
 
 
 MAX_LAYERS, MAX_SIZE, MAX_NUMBER = 2**12, 2**26, 1e300
-"""Bounds of what a config says, far beyond any model: a hostile one must not keep the program planning for hours."""
+"""Bounds of the sizes in a config, far beyond any model, so that a malicious config cannot cost hours of planning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fields:
-    """The keys of a config as an architecture reads them; those of a nested language model count like outer ones."""
+    """The keys of a config as an architecture reads them; the keys of a nested `text_config` count like outer ones."""
 
     record: Mapping[str, Any]
     arch: Architecture
@@ -104,7 +104,7 @@ class Fields:
         return float(eps)
 
     def activation(self) -> str:
-        """The activation function of the MLP, one of those the architecture is published with."""
+        """The activation function of the MLP, one of those that published models of the architecture have."""
         keys = self.arch.activation_keys
         key = next((k for k in keys if self.get(k) is not None), keys[-1])
         name = self.get(key)
@@ -119,7 +119,7 @@ class Fields:
         return name
 
     def check_taken_for_granted(self) -> None:
-        """Refuse values that the stock runtime would silently take for others."""
+        """Refuse values that the stock runtime would silently replace by others."""
         for key, value in self.arch.demanded:
             if self.get(key) != value:
                 raise UnsupportedModelError(
@@ -133,7 +133,7 @@ class Fields:
                 )
 
     def windows(self, layers: int) -> tuple[tuple[bool, ...], int | None]:
-        """Which layers slide, and how many tokens they see (None, and no layer, where no window is set)."""
+        """Whether each layer has a sliding window, and its length in tokens; `(), None` where no window is set."""
         if self.record.get("sliding_window") is None:
             return (), None
         types = self._layer_types(layers)
@@ -147,7 +147,7 @@ class Fields:
         return (sliding, self.positive("sliding_window")) if any(sliding) else ((), None)
 
     def _sliding(self, layers: int) -> tuple[bool, ...]:
-        """Which layers slide by everything but `layer_types`."""
+        """Whether each layer has a sliding window, by all keys except `layer_types`."""
         if self.arch.window == "none":
             return (False,) * layers
         if self.arch.window in ("all", "switched"):

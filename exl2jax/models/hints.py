@@ -1,4 +1,4 @@
-"""Advice for a tensor that is missing or misshapen: the usual causes, judged by the other tensors."""
+"""Advice for a tensor that is missing or has a wrong shape: the usual causes, told by the other tensors."""
 
 import re
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def stored_layers(names: Iterable[str]) -> int:
-    """How many layers the names of tensors speak of."""
+    """The number of layers in the names of tensors."""
     found = [int(match[1]) for match in map(_LAYER.search, names) if match and len(match[1]) < 9]
     return max(found, default=-1) + 1
 
 
 def missing_hint(name: str, stored: Iterable[str], config: ModelConfig) -> str:
-    """Why a tensor may be missing, as the end of a message; empty where nothing is known."""
+    """A likely reason for a missing tensor, as the end of a message; empty where none is known."""
     names = list(stored)
     for prefix, why in PREFIXES.items():
         if any(other.startswith(prefix) for other in names):
@@ -34,7 +34,7 @@ def missing_hint(name: str, stored: Iterable[str], config: ModelConfig) -> str:
 
 
 def shape_hint(name: str, shape: tuple[int, ...], implied: tuple[int, ...], config: ModelConfig) -> str:
-    """Why a tensor may have another shape, as the end of a message; empty where nothing is known."""
+    """A likely reason for a wrong shape, as the end of a message; empty where none is known."""
     if 0 in shape:
         return "; it is an empty placeholder, as sharded trainers leave: gather the weights and save the model again"
     vocabulary = implied == (config.vocab_size, config.hidden_size) and len(shape) == 2
@@ -44,7 +44,7 @@ def shape_hint(name: str, shape: tuple[int, ...], implied: tuple[int, ...], conf
 
 
 def dtype_hint(dtype: str) -> str:
-    """Why a tensor may be of another type, as the end of a message."""
+    """A likely reason for a wrong dtype, as the end of a message; empty where none is known."""
     if dtype in ("I8", "U8", "I32"):
         return "; these are quantized weights: take the original, or save the model again without load_in_8bit or 4bit"
     return ""

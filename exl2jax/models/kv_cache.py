@@ -13,7 +13,7 @@ from exl2jax.models.modules import SLIDING_KINDS
 
 
 class KeyValues(NamedTuple):
-    """Rotated keys and values of one attention module, `[B, kv_heads, span, head_dim]` float32, zero where unseen."""
+    """Rotated keys and values of one attention module, `[B, kv_heads, span, head_dim]` float32, zero where empty."""
 
     keys: jax.Array
     values: jax.Array
@@ -32,7 +32,7 @@ def widened(cache: KeyValues, span: int) -> KeyValues:
 
 
 class Turns(NamedTuple):
-    """Cosines and sines by position of full and of sliding layers, None where layers do not turn."""
+    """Cosines and sines by position of full and of sliding layers, None for layers without rotary positions."""
 
     full: tuple[jax.Array, jax.Array] | None
     sliding: tuple[jax.Array, jax.Array] | None

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from exl2jax.ops import Products, product
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=True),
@@ -52,9 +54,9 @@ class Linear(nn.Module):
         return y
 
 
-def apply_linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-    """`x W + b` of `{"kernel" [K, N], "bias" [N]?}`, computed in float32 whatever the stored dtype."""
-    y = x @ params["kernel"].astype(jnp.float32)
+def apply_linear(params: Mapping[str, jax.Array], x: jax.Array, products: Products = Products.FLOAT32) -> jax.Array:
+    """`x W + b` in float32 of `{"kernel" [K, N], "bias" [N]?}`, whatever the stored dtype."""
+    y = product(x, params["kernel"], products)
     return y + params["bias"] if "bias" in params else y
 
 

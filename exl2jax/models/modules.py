@@ -46,7 +46,7 @@ class LinearSpec:
 
     @property
     def role(self) -> str:
-        """Its name in a candidate: that of all experts' linears of a sort is one."""
+        """Its name in a candidate; linears of different experts share one, such as `w1`."""
         return self.name.partition(".")[0]
 
 
@@ -56,9 +56,11 @@ type LinearGroup = tuple[LinearSpec, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormSpec:
-    """A norm or a router: `name` among its module's parameters, tensor `key`, shape of its weight, whether it has a
-    bias, and the `offset` that is added to its weight.
-    """  # noqa: D205
+    """A norm or a router, which stays unquantized.
+
+    `name` is its name among its module's parameters, `key` its tensor, `shape` that of its weight, `offset` is added to
+    its weight.
+    """
 
     name: str
     key: str
@@ -74,11 +76,11 @@ class NormSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleSpec:
-    """A module: its measurement `key`, its kind, what stays unquantized, and its linears by stage and group.
+    """A module: its measurement `key`, its kind, its unquantized norms, and its linears by stage and group.
 
     `index` is its place as stock counts modules, from the embedding at 0.
-    `slots` are the parts whose candidates are measured apart: the module itself, but for a parallel block.
-    `experts` are those that a piece of a mixture holds, None where it is no piece.
+    `slots` are the parts whose candidates are measured separately: the branches of a parallel block, else the module.
+    `experts` are those that a piece of a mixture holds, None for a whole module.
     """
 
     key: str
@@ -102,7 +104,7 @@ class ModuleSpec:
 
     @property
     def slots(self) -> tuple["ModuleSpec", ...]:
-        """The parts that are measured apart."""
+        """The parts that are measured separately."""
         return self.branches or (self,)
 
     @property
@@ -139,7 +141,7 @@ def module_specs(config: ModelConfig) -> tuple[ModuleSpec, ...]:
 
 
 def slots_of(specs: Iterable[ModuleSpec]) -> tuple[ModuleSpec, ...]:
-    """The parts of modules that are measured apart."""
+    """The parts of modules that are measured separately."""
     return tuple(slot for spec in specs for slot in spec.slots)
 
 

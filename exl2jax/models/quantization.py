@@ -1,4 +1,4 @@
-"""The quantization settings of a source's `config.json`, held against its weights."""
+"""The quantization settings of a source's `config.json`, compared with its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def stated_quantization(raw: Mapping[str, Any]) -> Quantization | None:
 
 
 def without_quantization(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that speak of quantization."""
+    """A config without its quantization settings."""
     return {key: value for key, value in raw.items() if key not in KEYS}
 
 

@@ -1,4 +1,4 @@
-"""What an entry of the architecture registry says, and finding the entry of a model. The entries: `architectures`.
+"""The form of an entry of the architecture registry, and the search for a model's entry (entries: `architectures`).
 
 Everything a Hugging Face architecture does differently inside the common decoder skeleton is a field here, with the
 Llama way as its default. Tensor names are those that the stock runtime looks up; `aliases`, `renames`, `fused` and
@@ -21,8 +21,8 @@ type Switch = bool | str
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fused:
     """A source tensor that holds several linears: output rows stacked in order of `parts`, or, when `interleaved`,
-    grouped by key/value head (the queries of a group, its key, its value). `experts`: one linear of every expert below
-    each other, `[in, out]` each where `transposed`.
+    grouped by key/value head (the queries of a group, its key, its value). `experts`: one linear of every expert, one
+    below the other, each `[in, out]` where `transposed`.
     """  # noqa: D205
 
     source: str

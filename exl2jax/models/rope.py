@@ -10,7 +10,7 @@ import numpy as np
 from exl2jax.errors import ModelError, UnsupportedModelError
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope")
-"""Types of scaling. `mrope` turns text as `default` does: its three positions of a token are one."""
+"""Types of scaling. `mrope` equals `default` on text, where the three positions of a token are the same."""
 
 SYNONYMS = {"su": "longrope"}
 
@@ -145,7 +145,7 @@ def rope_tables(config: RopeConfig, dim: int, length: int) -> tuple[np.ndarray, 
         frequencies, amplitude = _yarn(config, frequencies, base, dim)
     elif config.kind == "longrope":
         frequencies, amplitude = _longrope(config, frequencies, length)
-    # transformers keeps frequencies and angles in float32, so models were trained on those roundings.
+    # transformers computes frequencies and angles in float32, so models were trained with those roundings.
     positions = np.arange(length, dtype=np.float32) / np.float32(config.scale)
     angles = positions[:, None] * frequencies.astype(np.float32)[None, :]
     return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)

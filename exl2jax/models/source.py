@@ -33,11 +33,11 @@ from exl2jax.storage import TensorFiles
 from exl2jax.storage.arrays import all_finite, transposed
 
 SAMPLES, SAMPLE_BYTES = 256, 4096
-"""Evenly spread pieces of a weight file that tell it from others: a megabyte, whatever the file's size."""
+"""Pieces of a weight file, evenly spread, that go into its digest: a megabyte, whatever the file's size."""
 
 
 class Tensors(Protocol):
-    """What a model reads its tensors from, by the names that the stock runtime gives them."""
+    """A source of tensors, by the names that the stock runtime gives them."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -89,7 +89,7 @@ class Model:
         return table if self.config.scales.embedding == 1 else table * np.float32(self.config.scales.embedding)
 
     def positions(self, length: int) -> np.ndarray | None:
-        """What is added to embeddings at the first `length` positions, `[length, D]`; None where nothing is.
+        """Learned embeddings of the first `length` positions, `[length, D]`; None where the model has none.
 
         Raises `SettingsError` when the model has not learned that many.
         """
@@ -213,9 +213,9 @@ class HFModel(Model):
         return self._float(name, self.files.shape(name))
 
     def weights_digest(self) -> str:
-        """SHA-256 over headers, file sizes and samples of the weights: which weights these are.
+        """SHA-256 of the headers, the file sizes and samples of the weights; it identifies the weights.
 
-        Two fine-tunes of one model differ in nothing but the weights, and there in most of them.
+        Samples are enough: two fine-tunes of one model differ in most of their weights.
         """
         record = [[n, list(self.files.shape(n)), self.files.dtype(n)] for n in sorted(self.files)]
         sizes = [[p.name, p.stat().st_size] for p in self.files.files]
@@ -286,7 +286,7 @@ def _untied(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unread_notes(model: HFModel, tensors: SourceTensors) -> list[str]:
-    """A note on the tensors that the model holds and nothing reads, those left out that are known to be of no use."""
+    """A note on the tensors that nothing reads; those known to be of no use are left out of it."""
     config = model.config
     read = [*model.copied(), *model.needed(), f"{head_spec(config).key}.weight"]  # the last may be a copy, when tied
     extra = model.raw_config.get("num_nextn_predict_layers")

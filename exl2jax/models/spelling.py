@@ -1,8 +1,8 @@
-"""The spelling of `config.json` that the stock runtime reads; what we read ourselves, and write.
+"""The spelling of `config.json` that the stock runtime reads; this package reads it too, and writes it.
 
 Newer `transformers` keep rotary settings under `rope_parameters`, leave out keys that have a default, and say per layer
-what used to be a pattern. The stock runtime knows the older keys only and takes its own defaults without a word, so the
-written config must hold them. A config that is spelled the old way already stays as it is, to the letter.
+what used to be a pattern. The stock runtime knows the older keys only and takes its own defaults silently, so the
+written config must hold them. A config in the older spelling is copied unchanged.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _NEEDS_ORIGINAL = ("yarn", "llama3")
 
 
 def stock_spelling(raw: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
-    """The config with everything that the stock runtime looks up where it looks it up."""
+    """The config with every key that the stock runtime reads, in the place where it reads it."""
     out = dict(raw)
     if isinstance(out.get(TEXT_SECTION), dict):
         out[TEXT_SECTION] = _old_rope(out[TEXT_SECTION])
@@ -49,7 +49,7 @@ def _set(out: dict[str, Any], text: Mapping[str, Any], key: str, value: Any) -> 
 
 
 def _set_pattern(out: dict[str, Any], text: Mapping[str, Any], arch: Architecture) -> None:
-    """Every how many layers one sees everything: stock reads it at the outer level only."""
+    """Write the period of full-attention layers at the outer level, the only one where stock reads it."""
     pattern = out.get("sliding_window_pattern", text.get("sliding_window_pattern"))
     types = out.get("layer_types", text.get("layer_types"))
     if pattern is None and isinstance(types, list) and "full_attention" in types:

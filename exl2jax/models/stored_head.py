@@ -1,4 +1,4 @@
-"""Which tensor is the head of a source: a stored one, or the embedding that it is tied to."""
+"""The head of a source: a stored tensor, or the embedding that it is tied to."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,9 +16,9 @@ ROWS = 4096
 
 
 def settle_head(tensors: SourceTensors, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config with `tie_word_embeddings` as the tensors have it, and a note where the config said otherwise.
+    """The config with `tie_word_embeddings` set by the tensors, and a note where the config was wrong.
 
-    A stored head that equals the embedding is tied. One that differs is used, as `transformers` and stock do. Raises
+    A stored head that equals the embedding is tied. A head that differs is used, as `transformers` and stock do. Raises
     `ModelError` where the stored head is zero throughout, and where a config that says tied comes with a head of
     another shape or type.
     """

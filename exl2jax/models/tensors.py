@@ -1,6 +1,6 @@
-"""A source's tensors under the names that the stock runtime gives them: renamed, taken apart, transposed, rescaled.
+"""A source's tensors under the names that the stock runtime gives them: renamed, split, transposed, rescaled.
 
-`SourceTensors` leads there, `to_source` back.
+`SourceTensors` reads them so; `to_source` is the inverse.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +12,11 @@ from exl2jax.errors import ModelError
 from exl2jax.models.config import ModelConfig
 from exl2jax.models.registry import Architecture, Fused
 from exl2jax.storage import TensorFiles
+from exl2jax.storage.arrays import transposed
 
 FLOAT8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
-"""Beside an FP8 weight `[N, K]` stands its `[ceil(N / b), ceil(K / b)]` table of factors, one for each block."""
+"""Suffix of the factors of an FP8 weight `[N, K]`: `[ceil(N / b), ceil(K / b)]`, one for each block."""
 
 
 class SourceTensors:
@@ -25,9 +26,9 @@ class SourceTensors:
     """
 
     def __init__(self, files: TensorFiles, config: ModelConfig, block: tuple[int, int] | None = None) -> None:
-        """Rename what the files hold; `block` is the block size of FP8 weights, where there are any.
+        """Rename the tensors of the files; `block` is the block size of FP8 weights, where there are any.
 
-        Raises `ModelError` when two tensors come to the same name.
+        Raises `ModelError` when two tensors get the same name.
         """
         self.files = files.files
         self._files = files
@@ -88,7 +89,7 @@ class SourceTensors:
         return self._files.notes
 
     def unread(self, needed: Iterable[str]) -> list[str]:
-        """The tensors of the files, by the source's names, that make up none of the `needed` ones."""
+        """Names in the source of the tensors that are part of none of the `needed` ones."""
         sources = {self._find(name)[0] for name in needed}
         return sorted(set(self._files) - sources - {source + SCALE_SUFFIX for source in sources})
 
@@ -102,7 +103,7 @@ class SourceTensors:
             whole = self._files.dtype(source) == FLOAT8 and self._block
             return self.read(name)[rows_only] if whole else self._files.read(source, rows_only)
         rows = None if fused is None else _part_rows(fused, name, self._config)
-        # Only the part's own rows, where they lie together: the experts of a layer may not all fit in memory.
+        # Read only the part's own rows where they are contiguous: the experts of a layer may not all fit in memory.
         part = rows if isinstance(rows, slice) and not self._block and not self._config.arch.transposed else None
         value = self._files.read(source, part)
         if self._files.dtype(source) == FLOAT8 and self._block:
@@ -131,12 +132,12 @@ class SourceTensors:
 def to_source(
     names: Iterable[str], read: Callable[[str], np.ndarray], config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors under canonical names as a source has them: put together, transposed, renamed. The inverse of
-    `SourceTensors`, but for aliases.
+    """Tensors in the source's form: put together, transposed, renamed. The inverse of `SourceTensors` without aliases.
 
-    `read` gives a tensor by its canonical name, linears `[out_features, in_features]`. One tensor of the source is made
-    at a time, in the order of their first parts. Raises `ModelError` where `names` lack parts of one.
-    """  # noqa: D205
+    `names` are canonical. `read` gives a tensor by its canonical name, linears `[out_features, in_features]`. One
+    tensor of the source is made at a time, in the order of their first parts. Raises `ModelError` where `names` lack a
+    part.
+    """
     wholes: dict[str, list[str]] = {}
     for name in names:
         fused = _fused_of(name, config.arch)
@@ -145,14 +146,14 @@ def to_source(
         fused = _fused_of(parts[0], config.arch)
         value = _joined(whole, parts, fused, read, config) if fused else read(whole)
         if value.ndim == 2 and _is_transposed(whole, config):
-            value = value.T
+            value = transposed(value)
         yield source_name(whole, config.arch), np.ascontiguousarray(value)
 
 
 def _joined(
     whole: str, parts: list[str], fused: Fused, read: Callable[[str], np.ndarray], config: ModelConfig
 ) -> np.ndarray:
-    """The fused tensor that `parts` make up; besides it one part is held."""
+    """The fused tensor of `parts`; one part beside it is in memory."""
     sizes = _part_sizes(fused, config)
     if len(parts) != len(sizes):
         raise ModelError(f"{whole} is made of {len(sizes)} tensors, only these are there: {', '.join(parts)}")
@@ -206,7 +207,7 @@ def _module_name(name: str) -> str:
 
 
 def _fused_of(name: str, arch: Architecture) -> Fused | None:
-    """How the source holds a tensor together with others, if it may."""
+    """The entry by which the source may fuse a tensor with others, None without one."""
     inside = ".layers." in name
     return next((fused for fused in arch.fused if inside and _module_name(name) in fused.parts), None)
 
@@ -217,7 +218,7 @@ def _is_transposed(name: str, config: ModelConfig) -> bool:
 
 
 def _fused_name(name: str, fused: Fused) -> str:
-    """The fused tensor beside a part's name; `name` has the layer's prefix of three parts."""
+    """The name of the fused tensor that holds the part `name`."""
     prefix, _, rest = name.partition(".layers.")
     return f"{prefix}.layers.{rest.partition('.')[0]}.{fused.source}.{rest.rpartition('.')[2]}"
 
@@ -237,7 +238,7 @@ def _part_sizes(fused: Fused, config: ModelConfig) -> list[int]:
 
 
 def _part_rows(fused: Fused, name: str, config: ModelConfig) -> np.ndarray | slice:
-    """Which rows of the fused tensor are those of a part, the linear that the tensor `name` belongs to."""
+    """The rows of the fused tensor that belong to a part, the linear of the tensor `name`."""
     sizes = _part_sizes(fused, config)
     index = int(name.split(".")[-3]) if fused.experts else fused.parts.index(_module_name(name))
     start = sum(sizes[:index])

@@ -1,4 +1,4 @@
-"""A model that a transform rewrites while it is read, one tensor at a time: to everyone else a model of its own."""
+"""A model that a transform rewrites while it is read, one tensor at a time; its callers see an ordinary model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ def transformed(model: HFModel, choice: Choice | None) -> HFModel:
 
 
 def transform_record(choice: Choice | None) -> dict[str, str]:
-    """What the `quantization_config` of a result says of the transform: no loader reads it, `transformed_for` does."""
+    """The entry of the transform in a result's `quantization_config`; loaders ignore it, `transformed_for` reads it."""
     return {} if choice is None else {RECORD: choice.text.partition("=")[2]}
 
 
@@ -50,7 +50,7 @@ class TransformedModel(HFModel):
     """A Hugging Face model whose tensors are rewritten as they are read; `weights_digest` is that of the source."""
 
     def __init__(self, source: HFModel, choice: Choice) -> None:
-        """Ask the transform what it rewrites; a tied head that is among it gets a tensor of its own."""
+        """Ask the transform which tensors it rewrites; a tied head among them gets a tensor of its own."""
         rewritten: Rewritten = choice.function(layout_of(source.config), source.tensor, choice.settings)
         head = _weight(head_spec(source.config))
         files = _RewrittenTensors(source.files, rewritten, {head: source.head_name}, _linear_tensors(source.config))
@@ -64,7 +64,7 @@ class TransformedModel(HFModel):
         self._source = source
 
     def weights_digest(self) -> str:
-        """Which weights were rewritten; how, the recipe says."""
+        """The digest of the source's weights; the recipe names the transform."""
         return self._source.weights_digest()
 
 
@@ -185,7 +185,7 @@ def _pairs(config: ModelConfig, spec: ModuleSpec) -> Iterator[Pair]:
 
 
 def _linear_tensors(config: ModelConfig) -> frozenset[str]:
-    """Names of the tensors that are quantized or packed beside what is, the head's among them."""
+    """Names of the weights and biases of all linears, the head among them."""
     linears: Iterable[LinearSpec] = (linear for spec in module_specs(config) for linear in spec.linears)
     keys = [*(linear.key for linear in linears), head_spec(config).key]
     return frozenset(f"{key}.{part}" for key in keys for part in ("weight", "bias"))

@@ -14,7 +14,7 @@ from exl2jax.ops.hessian import HessianFactor
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.rounding import dequantize, half_scale
 from exl2jax.ops.scale_losses import by_column
-from exl2jax.ops.scales import ScaleSearch, search_scales
+from exl2jax.ops.scales import GroupContext, ScaleSearch, search_scales
 from exl2jax.qparams import ROW_MULTIPLE, Group
 
 _PANEL = 256
@@ -250,7 +250,7 @@ def _walk_group(
     counted = plan.groups.rows[g] if plan.rows is None else None
     if counted is not None:
         mine = jnp.where((jnp.arange(plan.size) < counted)[:, None], mine, 0.0)
-    choice = plan.options.search(mine, width, importance, kernels, counted, plan.copies, tile)
+    choice = plan.options.search(mine, width, GroupContext(importance, kernels, counted, plan.copies, tile))
     errors, codes = kernels.walk_group(mine, u, tile, choice.scale, width, counted)
     return _Walk(
         lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),

@@ -28,75 +28,63 @@ class ScaleChoice(NamedTuple):
     multiplier: jax.Array
 
 
+class GroupContext(NamedTuple):
+    """The place of a group in the walk, which its scale search may use; by default a group of one matrix by itself.
+
+    `importance [K]` is the walk's `1 / U_rr^2` (None: ones), in which the group begins at a `tile` of 32 rows. Only the
+    first `rows` (traced, a multiple of 32; None: all) belong to the group; the others are zero. The columns are those
+    of `matrices` of equal width, each of which has a maximum of its own.
+    """
+
+    importance: jax.Array | None = None
+    kernels: Kernels = XLA
+    rows: jax.Array | None = None
+    matrices: int = 1
+    tile: jax.Array | int = 0
+
+
+ALONE = GroupContext()
+
+
 class ScaleSearch(Protocol):
     """A scale search of the walk; hashable, so that it can be static under `jit`."""
 
-    def __call__(
-        self,
-        w: jax.Array,
-        bits: jax.Array,
-        importance: jax.Array | None = None,
-        kernels: Kernels = XLA,
-        rows: jax.Array | None = None,
-        matrices: int = 1,
-        tile: jax.Array | int = 0,
-    ) -> ScaleChoice:
-        """Choose the scales of the group `w [size, N]` float32 at the width `bits`, one for all columns or `[N]`.
-
-        `importance` is the walk's `1 / U_rr^2`, the group beginning at a `tile` of 32 rows. Only the first `rows`
-        (traced, a multiple of 32) belong to the group; the others are zero. The columns are those of `matrices` of
-        equal width, each of which has a maximum of its own.
-        """
+    def __call__(self, w: jax.Array, bits: jax.Array, context: GroupContext = ALONE) -> ScaleChoice:
+        """Choose the scales of the group `w [size, N]` float32 at the width `bits`, one for all columns or `[N]`."""
         ...
 
 
-def search_scales(
-    w: jax.Array,
-    bits: jax.Array,
-    importance: jax.Array | None = None,
-    kernels: Kernels = XLA,
-    rows: jax.Array | None = None,
-    matrices: int = 1,
-    tile: jax.Array | int = 0,
-) -> ScaleChoice:
+def search_scales(w: jax.Array, bits: jax.Array, context: GroupContext = ALONE) -> ScaleChoice:
     """Choose the scales of a group as stock does (`ScaleSearch`).
 
     Minimises `sum |clamp(rint(w / (s p))) s p - w|^3.5` over the 97 multipliers `p`, the same for every column of the
-    group; the rows' `importance` counts for nothing. docs/format.md 2.6. In units of a column's
+    group; the rows' `importance` is not used. docs/format.md 2.6. In units of a column's
     base scale `s` its loss is `s^3.5 sum |clamp(rint(x / p)) p - x|^3.5`, and `s^3.5` is `(qs / 16)^7` times a
     constant.
     """
     codes = jnp.exp2(bits.astype(jnp.float32))
-    base, smax = _base_scales(w, codes, matrices)
+    base, smax = _base_scales(w, codes, context.matrices)
     widest = by_column(smax, len(base))
     qs = jnp.clip(jnp.round(jnp.sqrt(base / widest) * MAX_INDEX), 1, MAX_INDEX)
     steps = w / (jnp.square(qs / MAX_INDEX) * widest)
-    losses = kernels.scale_losses(steps, jnp.asarray(GRID)[:, None], codes, None, rows)
-    losses, weights = (x.reshape(*x.shape[:-1], matrices, -1) for x in (losses, (qs / MAX_INDEX) ** 7))
+    losses = context.kernels.scale_losses(steps, jnp.asarray(GRID)[:, None], codes, None, context.rows)
+    losses, weights = (x.reshape(*x.shape[:-1], context.matrices, -1) for x in (losses, (qs / MAX_INDEX) ** 7))
     total = jnp.einsum("pmn,mn->pm", losses, weights, precision=lax.Precision.HIGHEST)
     return _choice(qs, smax, jnp.asarray(GRID)[jnp.argmin(total, axis=0)])
 
 
-def search_columns(
-    w: jax.Array,
-    bits: jax.Array,
-    importance: jax.Array | None = None,
-    kernels: Kernels = XLA,
-    rows: jax.Array | None = None,
-    matrices: int = 1,
-    tile: jax.Array | int = 0,
-) -> ScaleChoice:
+def search_columns(w: jax.Array, bits: jax.Array, context: GroupContext = ALONE) -> ScaleChoice:
     """Choose the scales of a group by least squared error, an index for every column (`ScaleSearch`).
 
     Minimises `sum_rn importance_r (clamp(rint(w / s)) s - w)^2` with `s = (qs / 16)^2 p smax` over the multipliers `p`
-    of the group and the index `qs` of each column within `OFFSETS`. With `importance` (None: ones) that is what GPTQ
-    adds to its loss, and the format's whole freedom, where stock scales all columns by one multiplier.
+    of the group and the index `qs` of each column within `OFFSETS`. With the `importance` of the walk this is the share
+    of the group in GPTQ's loss. Stock scales all columns by one multiplier; the format allows an index for each.
     """
-    importance = jnp.ones(len(w), jnp.float32) if importance is None else importance
+    importance = jnp.ones(len(w), jnp.float32) if context.importance is None else context.importance
     codes = jnp.exp2(bits.astype(jnp.float32))
-    base, smax = _base_scales(w, codes, matrices)
-    least, own = kernels.index_losses(w, base, smax, codes, importance, tile, rows)
-    total = jnp.sum(least.reshape(len(MULTIPLIERS), matrices, -1), axis=2)
+    base, smax = _base_scales(w, codes, context.matrices)
+    least, own = context.kernels.index_losses(w, base, smax, codes, importance, context.tile, context.rows)
+    total = jnp.sum(least.reshape(len(MULTIPLIERS), context.matrices, -1), axis=2)
     qs, multiplier = _least(total, own)
     return _choice(qs, smax, multiplier)
 

@@ -15,7 +15,7 @@ from exl2jax.quantize.linear import PackedWeight, pack_checked, quantize, read_c
 from exl2jax.quantize.propagate import CrossTerms, Strengths, corrected_targets, cross_terms
 from exl2jax.stream.devices import on_all_devices, on_one_device
 from exl2jax.stream.streams import Rows, Stream, fold, read
-from exl2jax.variants import STOCK, Method
+from exl2jax.variants import STOCK, Quantizer
 
 MAX_GPTQ_WEIGHTS = 10**9
 """Heads of more weights than this are rounded to nearest (docs/format.md 1.8)."""
@@ -28,7 +28,7 @@ def quantize_head(
     places: Rows,
     states: Stream,
     qparams: QParams,
-    method: Method = STOCK,
+    quantizer: Quantizer = STOCK,
     *,
     reference: Stream | None = None,
     strength: float = 0.0,
@@ -41,13 +41,13 @@ def quantize_head(
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
         rows, groups = jnp.arange(spec.rows), qparams.groups(spec.rows)
-        rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=method.search)
+        rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=quantizer.search)
         return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, places, states, reference if strength else None)
-    factor, target = method.factorize(terms.hessian), jnp.asarray(kernel)
+    factor, target = quantizer.factorize(terms.hessian), jnp.asarray(kernel)
     if terms.cross is not None:
         (target,) = corrected_targets((target,), factor, terms, Strengths(strength, 0.0))
-    done = quantize(target, factor, qparams, spec, method, kernel)
+    done = quantize(target, factor, qparams, spec, quantizer, kernel)
     (checks,) = read_checks([done.checks])
     require_sound(checks, spec, spec.key)
     diagnostics = (*hessian_diagnostics(checks, (spec,)), *linear_diagnostics(spec, checks))
@@ -64,17 +64,17 @@ def head_terms(decoder: Decoder, params: Any, rows: Rows, states: Stream, refere
     return _scaled(on_one_device(terms), np.float32(1 / states.count))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("size", "cross"))
 def _zeros(size: int, cross: bool) -> CrossTerms:
     return CrossTerms(*(jnp.zeros((size, size)) for _ in range(1 + cross)))
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnames="terms")
 def _scaled(terms: CrossTerms, factor: jax.Array) -> CrossTerms:
     return terms.scaled(factor)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnames="decoder", donate_argnames="terms")
 def _accumulate(
     decoder: Decoder, params: Any, terms: CrossTerms, h: jax.Array, mask: jax.Array, wanted: jax.Array | None = None
 ) -> tuple[CrossTerms, tuple[()]]:

@@ -34,7 +34,7 @@ from exl2jax.pallas import kernels_for
 from exl2jax.qparams import ROW_MULTIPLE, QParams, require_quantizable_rows
 from exl2jax.stream.devices import local_devices
 from exl2jax.stream.streams import read
-from exl2jax.variants import STOCK, Method
+from exl2jax.variants import STOCK, Quantizer
 
 
 class Checks(NamedTuple):
@@ -77,7 +77,7 @@ def quantize(
     factor: HessianFactor,
     qparams: QParams,
     spec: LinearSpec,
-    method: Method = STOCK,
+    quantizer: Quantizer = STOCK,
     source: np.ndarray | jax.Array | None = None,
 ) -> Quantized:
     """Quantize and pack a linear's weight `[K, N]`; `source` is the model's own where another target is asked for.
@@ -88,11 +88,11 @@ def quantize(
     groups, kernels = qparams.groups(spec.rows), kernels_for()
     table = group_table(groups, spec.rows)
     source = kernel if source is None else source
-    if method.walks:
-        options = WalkOptions(method.search, kernels)
+    if quantizer.walks:
+        options = WalkOptions(quantizer.search, kernels)
         found, packed, checks = _quantized(kernel, source, factor, table, options=options)
     else:
-        linear = method.quantize(jnp.asarray(kernel, jnp.float32), factor, groups)
+        linear = quantizer.quantize(jnp.asarray(kernel, jnp.float32), factor, groups)
         found = QuantizedArrays(linear.codes, linear.qs, linear.qscale_max, linear.weight)
         packed, checks = _checked(kernel, source, factor, found, table, pack=kernels.pack_tiles)
     linear = QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, groups, found.weight)
@@ -105,11 +105,11 @@ def price(
     settings: Sequence[QParams],
     column_weight: np.ndarray | jax.Array,
     spec: LinearSpec,
-    method: Method = STOCK,
+    quantizer: Quantizer = STOCK,
 ) -> Priced:
     """Price a linear's error under each of several settings, by tile of 32 permuted rows."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
-    losses = method.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
+    losses = quantizer.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
     return Priced(losses, _price_checks(kernel, factor, losses))
 
 
@@ -239,9 +239,9 @@ class PackedWeight(NamedTuple):
     weight: jax.Array
 
 
-def factor_hessian(hessian: jax.Array, name: str, method: Method = STOCK) -> HessianFactor:
+def factor_hessian(hessian: jax.Array, name: str, quantizer: Quantizer = STOCK) -> HessianFactor:
     """Factor a Hessian and wait for it, or raise `HessianError` naming the linear."""
-    factor = method.factorize(hessian)
+    factor = quantizer.factorize(hessian)
     require_factored(read_checks([_factor_checks(factor)])[0], name)
     return factor
 
@@ -249,30 +249,6 @@ def factor_hessian(hessian: jax.Array, name: str, method: Method = STOCK) -> Hes
 @jax.jit
 def _factor_checks(factor: HessianFactor) -> jax.Array:
     return _record(jnp.zeros((1,)), factor, jnp.bool_(True), jnp.int32(0), jnp.bool_(True))
-
-
-def quantize_linear(
-    kernel: np.ndarray | jax.Array, factor: HessianFactor, qparams: QParams, spec: LinearSpec, method: Method = STOCK
-) -> QuantizedLinear:
-    """Quantize a linear's weight `[K, N]` and wait for it; raises what `require_sound` does."""
-    done = quantize(kernel, factor, qparams, spec, method)
-    require_sound(read_checks([done.checks])[0], spec, spec.key)
-    return done.linear
-
-
-class Task(NamedTuple):
-    """A linear to quantize: arguments of `quantize_linear`."""
-
-    kernel: np.ndarray | jax.Array
-    factor: HessianFactor
-    qparams: QParams
-    spec: LinearSpec
-    method: Method = STOCK
-
-
-def quantize_many(tasks: Sequence[Task]) -> list[QuantizedLinear]:
-    """Quantize independent linears side by side, results in order."""
-    return in_threads(lambda task: quantize_linear(*task), tasks)
 
 
 def in_threads[T, R](work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
@@ -297,10 +273,12 @@ def pack_checked(linear: QuantizedLinear, spec: LinearSpec, bias: np.ndarray | N
     return PackedWeight(done.packed.stored(linear.groups, bias), linear.weight)
 
 
-def module_factors(spec: ModuleSpec, hessians: Sequence[jax.Array], method: Method = STOCK) -> dict[str, HessianFactor]:
+def module_factors(
+    spec: ModuleSpec, hessians: Sequence[jax.Array], quantizer: Quantizer = STOCK
+) -> dict[str, HessianFactor]:
     """Factored Hessians by linear name; linears of a group share one."""
     factors = {}
     for group, hessian in zip(spec.groups, hessians, strict=True):
-        factor = factor_hessian(hessian, " and ".join(linear.key for linear in group), method)
+        factor = factor_hessian(hessian, " and ".join(linear.key for linear in group), quantizer)
         factors |= {linear.name: factor for linear in group}
     return factors

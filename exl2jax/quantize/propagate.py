@@ -170,7 +170,7 @@ def _finish_chunk(
     return tally.with_states(hidden).with_linears(outputs), (hidden,)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("module", "stage"))
 def _inputs(module: Module, stage: int, params: Any, h: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Inputs of a stage, and the largest output of the linears before it; one compiled function for both streams."""
     inputs, outputs = module.inputs_through(stage, params, h)
@@ -186,7 +186,7 @@ class _How(NamedTuple):
     routed_only: bool
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("how", "shapes"))
 def _zeros(how: _How, shapes: tuple[tuple[int, int], ...]) -> StageSums:
     """Sums before the first chunk; `shapes` are those of the first linear of each group."""
     last = how.stage == how.module.last
@@ -197,7 +197,7 @@ def _zeros(how: _How, shapes: tuple[tuple[int, int], ...]) -> StageSums:
     return StageSums(terms, [jnp.float32(0)] * len(shapes), jax.tree.map(jnp.asarray, START))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=6)
+@partial(jax.jit, static_argnames="how", donate_argnames="sums")
 def _add_chunk(
     how: _How,
     params: tuple[Any, Any],
@@ -221,7 +221,7 @@ def _add_chunk(
         hidden, new = ref, [cross_terms(x, y, f) for x, y, f in zip(xs, ys, factors, strict=True)]
     else:
         with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
-            outputs = module.linears(stage, full, ys)
+            outputs = module.exact.linears(stage, full, ys)
         hidden = module.output(full, ref, outputs)
         wanted = [_without_bias(outputs[name], full[name]) for (name,) in module.stages[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
@@ -255,7 +255,7 @@ def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, factor: jax.Array, 
     return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, factor), precision=lax.Precision.HIGHEST))
 
 
-@partial(jax.jit, static_argnums=4, donate_argnums=0)
+@partial(jax.jit, static_argnames="strengths", donate_argnames="terms")
 def _means(
     terms: list[CrossTerms],
     tokens: list[jax.Array],

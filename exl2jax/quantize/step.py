@@ -91,7 +91,7 @@ class QuantizeStep:
         module, spec, params = piece.module, piece.spec, piece.params
         tables, wanted = group_tables(spec.groups, self.token_weights), states.like(*states.shape)
         found = collect(module, spec, params, self.rows, states, wanted, routed_only=self.routed_only, tables=tables)
-        factors = [self.recipe.method.factorize(hessian) for hessian in found.hessians]
+        factors = [self.recipe.quantizer.factorize(hessian) for hessian in found.hessians]
         kernels = [[params[x.name]["kernel"] for x in group] for group in spec.groups]
         done = self._linears(piece, _Quantized(params, {}, {}), spec.groups, kernels, factors)
         full = piece.target(reference)
@@ -118,7 +118,7 @@ class QuantizeStep:
                 tables=group_tables(groups, self.token_weights),
             )
             found = stage_terms(task, following if task.last else None)
-            factors = [self.recipe.method.factorize(terms.hessian) for terms in found.terms]
+            factors = [self.recipe.quantizer.factorize(terms.hessian) for terms in found.terms]
             targets = [
                 corrected_targets([params[x.name]["kernel"] for x in group], factor, terms, strengths)
                 for group, factor, terms in zip(groups, factors, found.terms, strict=True)
@@ -146,7 +146,7 @@ class QuantizeStep:
         def run(task: tuple[LinearSpec, jax.Array, HessianFactor]) -> Quantized:
             x, target, factor = task
             kernel = piece.params[x.name]["kernel"]
-            return quantize(target, factor, self._settings(piece.spec)[x.name], x, self.recipe.method, kernel)
+            return quantize(target, factor, self._settings(piece.spec)[x.name], x, self.recipe.quantizer, kernel)
 
         params, results = dict(done.params), dict(done.results)
         for (x, _, factor), result in zip(tasks, in_threads(run, tasks), strict=True):
@@ -255,7 +255,7 @@ class QuantizeStep:
 
     def _head(self, carry: Carry, block: HeadBlock) -> tuple[Carry, ModuleReport]:
         kernel = block.params["lm_head"]["kernel"]
-        qparams, method = head_qparams(self.head_bits), self.recipe.method
+        qparams, quantizer = head_qparams(self.head_bits), self.recipe.quantizer
         packed, damping, diagnostics = quantize_head(
             self.decoder,
             block.spec,
@@ -263,7 +263,7 @@ class QuantizeStep:
             self.rows,
             carry[STATES],
             qparams,
-            method,
+            quantizer,
             reference=carry[REFERENCE] if self.recipe.carries_reference else None,
             strength=self.recipe.propagation,
         )

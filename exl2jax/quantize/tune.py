@@ -159,7 +159,7 @@ def _sum_of_errors(module: Module, params: Any, h: jax.Array, ref: jax.Array, ma
     return jnp.sum(error * mask / (energy + 1e-6 * jnp.mean(energy) + 1e-30))
 
 
-_errors = jax.jit(_sum_of_errors, static_argnums=0)
+_errors = jax.jit(_sum_of_errors, static_argnames="module")
 
 
 @partial(jax.jit, static_argnames="module")

@@ -113,13 +113,13 @@ def _row_errors(
     return total, (row_errors(of_rows, out, ref, mask),)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="of_rows")
 def row_errors(of_rows: ErrorOfRows, out: jax.Array, ref: jax.Array, weight: jax.Array) -> jax.Array:
     """Error of each row of a chunk `[B]`, tokens by their `weight [B, T]`."""
     return of_rows(out * weight[:, :, None], ref * weight[:, :, None])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def head_logits(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
     """Logits `[B, T, vocab]` of final hidden states."""
     return decoder.logits(params, h)

@@ -73,19 +73,19 @@ def group_weights(routed: jax.Array | None, groups: int, mask: jax.Array) -> lis
     return [mask * routed[..., g % experts] for g in range(groups)]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="sizes")
 def _zeros(sizes: tuple[int, ...]) -> Sums:
     zeros = [jnp.zeros((k, k), jnp.float32) for k in sizes]
     return Sums(zeros, [jnp.zeros((), jnp.float32) for _ in sizes], jax.tree.map(jnp.asarray, START))
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnames="hessians")
 def _means(hessians: list[jax.Array], tokens: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
     """Hessians from sums; `rows` is data, since a division by a constant would be another one."""
     return [or_identity(h / rows, n) for h, n in zip(hessians, tokens, strict=True)]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("module", "routed_only"))
 def _trace_chunk(
     module: Module, routed_only: bool, params: Any, tables: jax.Array | None, chunk: Chunk
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[jax.Array]]:
@@ -97,7 +97,7 @@ def _trace_chunk(
     return trace.hidden, inputs, weights, token_factors(weights, tables, chunk.states, chunk.mask)
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnames="sums")
 def _add_chunk(
     sums: Sums, hidden: jax.Array, inputs: list[jax.Array], weights: list[jax.Array], factors: list[jax.Array]
 ) -> Sums:

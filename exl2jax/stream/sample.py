@@ -123,7 +123,7 @@ def _hidden_states(
         yield step_tokens(decoder, walk, hidden, caches, position, tables)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("decoder", "vocab"))
 def _weights(decoder: Decoder, head: Any, h: jax.Array, vocab: int) -> jax.Array:
     """Unnormalised probabilities `[B, vocab]` of the next token."""
     logits = head_logits(decoder, head, h)[:, 0, :vocab]

@@ -46,17 +46,22 @@ class Checkpoint[O](Protocol):
 
 
 class Form[C](NamedTuple):
-    """How a carry is brought to where a pass computes on it, and back to host memory for a checkpoint."""
+    """How a carry is brought to where a pass computes on it, and back to host memory for a checkpoint.
+
+    `last` takes from the carry after the last block what is still read; the last checkpoint holds no more.
+    """
 
     place: Callable[[HostCarry], C]
     keep: Callable[[C], HostCarry]
+    last: Callable[[C], C]
 
 
-def streams_by(place: Callable[[np.ndarray], Stream]) -> Form[Carry]:
-    """The form of a carry of streams, each placed by `place`."""
+def streams_by(place: Callable[[np.ndarray], Stream], last: Sequence[str]) -> Form[Carry]:
+    """The form of a carry of streams, each placed by `place`; `last` names those that are read after the pass."""
     return Form(
         lambda carry: {name: place(values) for name, values in carry.items()},
         lambda carry: {name: stream.rows() for name, stream in carry.items()},
+        lambda carry: {name: carry[name] for name in last},
     )
 
 
@@ -92,6 +97,8 @@ def scan[S, B, C, O](
         position += 1
         control.progress.step(describe(spec, output))
         done = position == len(specs)
+        if done:
+            carry = form.last(carry)
         stopping = as_first_process(control.stop.asked) and not done
         if done or stopping or as_first_process(time.monotonic() - saved >= interval):
             checkpoint.save(position, form.keep(carry), outputs)

@@ -56,7 +56,7 @@ def perplexity(nll: np.ndarray, mask: np.ndarray | None = None) -> float:
         return float(np.exp(np.sum(nll * weight, dtype=np.float64) / np.sum(weight)))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def log_probabilities(decoder: Decoder, params: Any, h: jax.Array) -> jax.Array:
     """Of the next token after each of final states `[N, D]`: `[N, vocab]`."""
     return jax.nn.log_softmax(decoder.logits(params, h[None])[0], axis=-1)
@@ -71,12 +71,12 @@ def _picked(log_p: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_p, ids[:, None], axis=-1)[:, 0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def _nll(decoder: Decoder, params: Any, total: None, h: jax.Array, ids: jax.Array) -> tuple[None, tuple[jax.Array]]:
     return total, (_picked(log_probabilities(decoder, params, h), ids),)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames="decoder")
 def _compare(
     decoder: Decoder, params: Any, ref_params: Any, total: None, h: jax.Array, ids: jax.Array, ref_h: jax.Array
 ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:

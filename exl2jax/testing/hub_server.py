@@ -37,7 +37,7 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server holds.
+    """The contents of the server.
 
     After `refuse_after` objects it takes no more. After `drop_after` objects it hangs up in the middle of each upload,
     `drops` times or, where that is None, every time.

@@ -23,7 +23,7 @@ type Tensors = dict[str, np.ndarray]
 
 def base(path: Path, *, seed: int = SEED, **options: Any) -> Path:
     """The sound model that each input departs from."""
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_layers": LAYERS, "vocab_size": VOCABULARY}
+    sizes = {"hidden_size": HIDDEN, "num_layers": LAYERS, "vocab_size": VOCABULARY}
     return write_tiny_llama(path, seed=seed, **{"tie": False, **sizes, **options})
 
 

@@ -38,9 +38,9 @@ from exl2jax.testing.odd_builders import (
 
 @dataclass(frozen=True, kw_only=True)
 class OddInput:
-    """What people bring and what happens, as the documentation says it; words of the refusal or of the warning.
+    """An odd input and its outcome in the words of the documentation; `said` are words of the refusal or the warning.
 
-    `said` is empty where the input is converted without a word.
+    `said` is empty where the input is converted without a message.
     """
 
     brought: str

@@ -1,4 +1,4 @@
-"""What a tiny random model of an architecture is made of, and how it is written as a Hugging Face directory.
+"""The layout of a tiny random model of an architecture, written as a Hugging Face directory.
 
 Sizes are chosen to be awkward: heads of another size than hidden over heads, an MLP width and a vocabulary that are no
 multiples of 128. Like `tiny_model` this needs no package under test, and runs beside torch on Python 3.11.

@@ -1,7 +1,7 @@
 """Variants: the algorithm's choices as registered functions, the package's own and those of anybody's Python file.
 
 A variant is a function with a name, a docstring that gives its source, and a frozen configuration. `variant` registers
-one, `choose` names one with settings, `Method` is what the pipeline quantizes a linear with.
+one, `choose` names one with settings, `Quantizer` is what the pipeline quantizes a linear with.
 Those that did not help are in `exl2jax.contrib`.
 """
 
@@ -17,16 +17,16 @@ from exl2jax.variants import (  # they register themselves
     transforms,
     tuning,
 )
-from exl2jax.variants.method import STOCK, Method
 from exl2jax.variants.plugins import load_entry_points, load_plugin
+from exl2jax.variants.quantizer import STOCK, Quantizer
 from exl2jax.variants.registry import KINDS, Choice, NoSettings, Variant, choose, find, names, variant
 
 __all__ = [
     "KINDS",
     "STOCK",
     "Choice",
-    "Method",
     "NoSettings",
+    "Quantizer",
     "Variant",
     "candidates",
     "choose",

@@ -34,7 +34,7 @@ STOCK_TABLE = Table(ATTENTION, MLP)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileSettings:
-    """A JSON file; `sha256` is that of its bytes, found when it is empty and held against them otherwise."""
+    """A JSON file; `sha256` is that of its bytes: computed when empty, else compared."""
 
     file: str = ""
     sha256: str = ""
@@ -56,7 +56,7 @@ def stock(settings: NoSettings) -> Table:
 
 @variant("candidates", "free")
 def free(settings: NoSettings) -> None:
-    """No table: every projection for itself, every mixture of widths and group sizes that the format has."""
+    """No table: each projection takes any mixture of widths and group sizes of the format, on its own."""
 
 
 @variant("candidates", "file", FileSettings)

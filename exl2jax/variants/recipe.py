@@ -8,7 +8,7 @@ import jax
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import relative_frobenius
-from exl2jax.variants import KINDS, Choice, Method, choose
+from exl2jax.variants import KINDS, Choice, Quantizer, choose
 from exl2jax.variants.candidates import STOCK_TABLE, Table, parse_candidates
 
 type Pricing = Literal["fisher", "divergence", "accuracy"]
@@ -82,7 +82,7 @@ class Recipe:
             )
 
     def _check_rows(self, kinds: Sequence[str]) -> None:
-        """Refuse choices about rows of candidates where there are none."""
+        """Refuse choices about rows of candidates where the recipe has no such rows."""
         table = self.chosen("candidates")
         if table is not None and table.name == "free" and self.pricing == "accuracy":
             raise SettingsError(
@@ -181,9 +181,9 @@ class Recipe:
         return self.propagation > 0 or self.residual > 0
 
     @property
-    def method(self) -> Method:
-        """The method by which its variants quantize a linear."""
-        return Method.of(self.variants)
+    def quantizer(self) -> Quantizer:
+        """The quantizer of its variants."""
+        return Quantizer.of(self.variants)
 
     @property
     def objective(self) -> Choice | None:

@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def is_stock(self) -> bool:
-        """Whether it is what is done where nothing is chosen."""
+        """Whether this is the choice that stock makes, which is the default."""
         return self.name == STOCK_NAMES.get(self.kind, STOCK_NAME)
 
     @property
@@ -99,7 +99,7 @@ def variant[F: Callable[..., Any]](kind: str, name: str, settings: type = NoSett
 
 
 def _frozen(settings: type) -> bool:
-    """Whether a dataclass is frozen: only from such a one can another frozen one be derived."""
+    """Whether a dataclass is frozen: a frozen dataclass can only be derived from a frozen one."""
     try:
         make_dataclass("Derived", [], bases=(settings,), frozen=True)
     except TypeError:

@@ -3,7 +3,7 @@
 import jax
 
 from exl2jax.ops import search_columns, search_scales
-from exl2jax.ops.scales import ScaleChoice
+from exl2jax.ops.scales import GroupContext, ScaleChoice
 from exl2jax.variants.registry import NoSettings, variant
 
 
@@ -18,4 +18,4 @@ def columns(w: jax.Array, bits: jax.Array, importance: jax.Array, settings: NoSe
     """Least squared error with an index for every column, rows weighted by what their error costs, `1 / U_ii^2`
     (least-squares clipping as in OMSE, arXiv:1902.06822, within EXL2's indices).
     """  # noqa: D205
-    return search_columns(w, bits, importance)
+    return search_columns(w, bits, GroupContext(importance))

@@ -23,7 +23,7 @@ type Read = Callable[[str], np.ndarray]
 """A tensor of the source in float32, `[out_features, in_features]` of a linear; a tied head gives the embedding."""
 
 type Rewritten = dict[str, Callable[[], np.ndarray]]
-"""What computes the new value of each tensor that changes, by name; shapes stay."""
+"""A function for each tensor that changes, by name, which computes its new value; shapes stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +37,13 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """A model as a transform sees it: names of tensors, and what they are to each other.
+    """A model as a transform sees it: names of tensors, and how they depend on each other.
 
-    `traits` are what an exact rewriting may founder on. `embedding` and `head` are tensors; a head that is tied becomes
-    a tensor of its own where it is rewritten. `readers` are the weights, routers too, that read the residual stream
-    through a norm, by the tensor of the norm's weight, to which `offset` is added. `writers` are the keys of linears
-    that write to the stream, `pairs` those that follow each other, `biased` the keys of linears with a bias.
+    `traits` are the properties that an exact rewriting may not handle. `embedding` and `head` are tensors; a tied head
+    becomes a tensor of its own when it is rewritten. `readers` are the weights, routers included, that read the
+    residual stream through a norm, by the tensor of the norm's weight, to which `offset` is added. `writers` are the
+    keys of linears that write to the stream, `pairs` those of which one reads the other's outputs, `biased` the keys of
+    linears with a bias.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tuning of a module once its linears are quantized: what is left free in the format, against the block's output."""
+"""Tuning of a module after its linears are quantized: the values that may still move, fitted to the module's output."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,5 +34,5 @@ class Tuned(NamedTuple):
 
 @variant("tuning", "none")
 def none(block: Tunable, settings: NoSettings) -> Tuned:
-    """What GPTQ left stays, as stock does."""
+    """No tuning: the result of GPTQ stays, as in stock."""
     return Tuned(None, 0.0, 0.0, 0)

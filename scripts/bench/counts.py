@@ -4,11 +4,11 @@
     python -m scripts.bench.counts run build/before --checkout DIR   another one, the same way
     python -m scripts.bench.counts table build/before build/counts   both side by side
 
-`run` takes some parts, each in a process of its own, and keeps what it finds as JSON: `cold` and `warm`, a conversion
-with an empty cache of compiled programs and one with the cache it left (`scripts/bench/traffic.py`); `programs`, those
-of one block of Llama-7B compiled for an H100 that is not there (`scripts/bench/programs.py`), with the interpreter of
-`.venv-gpu`; `whole`, a conversion of 115 rows, for its CPU seconds and peak of memory; `stock`, the same by the preset
-`stock`. The table has a column for every folder; what a folder lacks stays empty.
+`run` measures some parts, each in a process of its own, and writes its results as JSON. `cold` and `warm` are a
+conversion with an empty cache of compiled programs and one with the cache that it filled (`scripts/bench/traffic.py`).
+`programs` are those of one block of Llama-7B, compiled for an absent H100 (`scripts/bench/programs.py`) with the
+interpreter of `.venv-gpu`. `whole` is a conversion of 115 rows, for its CPU seconds and peak memory, `stock` the same
+by the preset `stock`. The table has a column for every folder; a part that a folder lacks stays empty.
 """
 
 import argparse
@@ -37,15 +37,15 @@ PARTS: dict[str, list[str]] = {
 """Parts by name, with the options of the script that measures them."""
 
 STANDARD = ("cold", "warm")
-"""Parts that are measured where none are named: they take minutes."""
+"""Parts that are measured by default; they take minutes."""
 
 type Found = Mapping[str, Any]
-"""What was kept of a folder's parts, by name."""
+"""The records of a folder's parts, by name."""
 
 
 def measure(name: str, folder: Path, checkout: Path, model: Path, cuda: str) -> None:
     """Measure one part of a checkout in a process of its own; raises `CalledProcessError` where it fails."""
-    # The scripts are these whatever the checkout: Python finds its package first, and looks for scripts in both.
+    # The scripts are always those of this checkout; only the package comes from the other, which Python finds first.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (checkout, ROOT)))}
     if name == "programs":
         command = [cuda, "-P", "-m", "scripts.bench.programs", str(folder / "programs.json")]
@@ -60,13 +60,13 @@ def measure(name: str, folder: Path, checkout: Path, model: Path, cuda: str) -> 
 
 
 def read(folder: Path) -> Found:
-    """What a folder holds."""
+    """The records that a folder holds."""
     kept = {name: folder / f"{name}.json" for name in PARTS}
     return {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}
 
 
 def total(part: Mapping[str, Any], *what: str) -> float:
-    """A sum over all modules."""
+    """The sum of a count over all modules."""
     return sum(counts.get(name, 0) for _, _, counts in part["modules"] for name in what)
 
 
@@ -90,7 +90,7 @@ def late_programs(part: Mapping[str, Any]) -> int:
 
 
 def mean_reads(part: Mapping[str, Any]) -> float:
-    """Reads that wait for the device, of a module in the pass that has most; threads that write files read as well."""
+    """Mean blocking reads of a module, in the pass that has most; threads that write files read as well."""
     stages = {stage for stage, key, _ in part["modules"] if ".layers." in key}
     return max(_mean([counts.get("reads", 0) for _, counts in modules(part, stage)]) for stage in stages)
 
@@ -139,7 +139,7 @@ ROWS: dict[str, tuple[Callable[[Found], str], str]] = {
     "the same by the preset stock": (_whole(lambda w: f"{w['cpu_seconds']:.0f}", "stock"), ""),
     "peak memory of a whole conversion, GB": (_whole(lambda w: f"{w['peak_bytes'] / 1e9:.2f}"), "1.05 of before"),
 }
-"""Lines of the table: how a folder's figure is said, and what it should be at most."""
+"""Lines of the table: the words for a figure, the figure of a folder, and the most that it should be."""
 
 
 def _mean(values: Sequence[float]) -> float:

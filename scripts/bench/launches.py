@@ -13,20 +13,20 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Launches(NamedTuple):
-    """Launches of one run of a program, and loops among them whose length only the run knows, counted once."""
+    """Launches of one run of a program, and its loops whose length only the run knows; each counts as one round."""
 
     total: int
     unknown_loops: int = 0
 
 
 def launches(text: str) -> Launches:
-    """The launches of a program, loops of known length that many times over, of branches the longest."""
+    """The launches of a program: a loop of known length counts every round, a conditional its longest branch."""
     bodies, entry = _computations(text)
     return _of(bodies, entry)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the one that runs."""
+    """The lines of every computation by its name, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():

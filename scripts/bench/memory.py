@@ -2,8 +2,8 @@
 
 A model of random bfloat16 weights is written to a temporary folder and converted by the command that users run, in a
 process of its own, through every pass of the preset: its peak is the kernel's high-water mark (`VmHWM`), which counts
-the pages of mapped files too. Nothing else of a model is resident at a time than a block, so a block tells all, but for
-the embedding and the head, which are tiny here.
+the pages of mapped files too. Only one block of a model is resident at a time, so the peak of one block is that of
+a model, except for the embedding and the head, which are tiny here.
 """
 
 import argparse
@@ -33,7 +33,7 @@ assert main(sys.argv[1:]) == 0
 (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
 print(line.split()[1])
 """
-"""What the process runs: a command of the program, and last its high-water mark in kB."""
+"""The program of the process: a command of exl2jax, then a line with its high-water mark in kB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
-    """What a conversion took: the most bytes resident at once, and seconds on the wall, starting up included."""
+    """The peak of a conversion's resident bytes, and its seconds on the wall, start included."""
 
     resident: int
     seconds: float
@@ -64,8 +64,8 @@ class Peak:
 def conversion_peak(shape: Shape, *options: str, cache: Path | None = None) -> Peak:
     """The peak of converting a random model of this shape under `options` of the command, bits among them.
 
-    What was compiled before comes from `cache`; without one everything is compiled anew, which takes memory of its own.
-    Raises `CalledProcessError` if the conversion fails; what it said is on stderr.
+    Compiled programs come from `cache`; without it everything is compiled, which takes memory of its own.
+    Raises `CalledProcessError` if the conversion fails; its messages are on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_llama(
@@ -94,7 +94,7 @@ def conversion_peak(shape: Shape, *options: str, cache: Path | None = None) -> P
 
 
 def _cache_settings(cache: Path | None) -> dict[str, str]:
-    """The environment in which JAX keeps all that it compiles in a folder, or nothing."""
+    """Environment variables that make JAX keep its compiled programs in a folder; none without a folder."""
     if cache is None:
         return {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -1,6 +1,6 @@
-"""What one block costs in each part of the quantization pass: where the time of the whole goes."""
+"""The parts of the quantization pass on one block, and the work of each: where the time goes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,19 +10,19 @@ import numpy as np
 from exl2jax.estimate.work import Work, factor_work, forward_work, gptq_work, hessian_work
 from exl2jax.models import HFModel, LinearSpec, Module, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND
-from exl2jax.ops import QuantizedLinear
-from exl2jax.quantize.linear import Task, module_factors, pack_checked, quantize_many
+from exl2jax.ops import HessianFactor, QuantizedLinear
+from exl2jax.quantize.linear import in_threads, module_factors, pack_checked, quantize
 from exl2jax.stream.forward import forward, relative_error
 from exl2jax.stream.hessians import collect
 from exl2jax.stream.streams import Rows, Stream
 from scripts.bench.stages import SETTING, PassSizes
 
 ROWS = 16
-"""Rows of tokens that the parts are timed on; enough to fill four chunks."""
+"""Rows of tokens that the parts are timed on: enough to fill four chunks."""
 
 
 class Part(NamedTuple):
-    """A piece of the pass, the work that its shapes call for, and the bytes that it moves at least."""
+    """A part of the pass, the work that its shapes need, and the least bytes that it moves."""
 
     name: str
     run: Callable[[], Any]
@@ -50,17 +50,23 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         hessians = run().hessians
         cubes = [factor_work(group[0].rows) for group in spec.groups]
         yield Part(f"{name} factors", partial(_factors, spec, hessians), sum(cubes, Work()))
-        factors = module_factors(spec, hessians)
-        tasks = [Task(params[x.name]["kernel"], factors[x.name], SETTING, x) for x in spec.linears]
+        quantized = partial(_quantized, spec, params, module_factors(spec, hessians))
         walks = [gptq_work(x.rows, x.columns) for x in spec.linears]
-        yield Part(f"{name} GPTQ", lambda tasks=tasks: [x.weight for x in quantize_many(tasks)], sum(walks, Work()))
-        done = list(zip(quantize_many(tasks), spec.linears, strict=True))
+        yield Part(f"{name} GPTQ", lambda run=quantized: [x.weight for x in run()], sum(walks, Work()))
+        done = list(zip(quantized(), spec.linears, strict=True))
         yield Part(f"{name} packing and check", partial(_packed, done), moved=4 * sum(x.weights for x in spec.linears))
 
 
 def _forward(module: Module, params: Any, states: Stream, out: Stream) -> list[jax.Array]:
     forward(module, params, states, out)
     return out.parts()
+
+
+def _quantized(spec: ModuleSpec, params: Any, factors: Mapping[str, HessianFactor]) -> list[QuantizedLinear]:
+    def run(x: LinearSpec) -> QuantizedLinear:
+        return quantize(params[x.name]["kernel"], factors[x.name], SETTING, x).linear
+
+    return in_threads(run, spec.linears)
 
 
 def _packed(done: list[tuple[QuantizedLinear, LinearSpec]]) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""The stock algorithm as a plain loop in NumPy float32: what each figure of the benchmark stands beside."""
+"""The stock algorithm as a plain loop in NumPy float32, to which the benchmark compares its figures."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Print the table of docs/performance.md of well-known models on named devices: counted, nothing is measured.
+"""Print the table of docs/performance.md on well-known models and named devices, from counts and not measured.
 
     python -m scripts.bench.planned
     python -m scripts.bench.planned --devices h100,rtx3090 --rows 115,19 --length 2048
@@ -46,7 +46,7 @@ def config_of(shape: dict[str, Any]) -> ModelConfig:
 
 
 def lines(devices: Sequence[str], passes: Passes) -> Iterator[tuple[str, ...]]:
-    """A line for every model and device: time, what takes most of it, memory, and the seconds of every part."""
+    """A line for every model and device: time, its largest part, memory, and the seconds of every part."""
     recipe = find_recipe("best")
     for name, shape in MODELS.items():
         config = config_of(shape)

@@ -1,12 +1,12 @@
-"""Compile every program of a conversion for a CUDA device that is not there: seconds, launches, bytes.
+"""Compile every program of a conversion for an absent CUDA device, and count seconds, launches and bytes.
 
     scripts/setup.sh gpu                                             once: .venv-gpu, 4.4 GB
     .venv-gpu/bin/python -m scripts.bench.programs RESULT.json       one block of Llama-7B by the preset `best`
 
-The conversion runs dry: every program is traced, recorded and answered by ones, nothing is computed. So its size costs
-nothing, and the package chooses what it would choose on the device, its own GPU kernels too. Every layer of a model has
-the shapes of the first, so that one block and the head hold all programs. Each is then compiled for the device that
-`h100.txtpb` describes, kernels and all. Private modules of JAX are replaced: a script, no part of the package.
+The conversion runs dry: every program is traced and recorded, its results are ones, and nothing is computed. Its size
+therefore costs nothing, and the package makes the choices that it makes on the device, its GPU kernels included. All
+layers of a model have the same shapes, so one block and the head hold all programs. Each is then compiled for the
+device that `h100.txtpb` describes. This replaces private modules of JAX, so it is a script and not part of the package.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
 @contextmanager
 def dry(meter: Meter) -> Iterator[list[Program]]:
-    """Record every program in place of running it; each answers with ones."""
+    """Record every program instead of running it; its results are ones."""
     from jax._src import pjit
 
     from exl2jax.pallas import dispatch
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for program in programs:
             try:
                 compiled.append(compile_for(program, topology.devices[0])._asdict())
-            except Exception as e:  # a program that does not compile is a finding, and the others are compiled still
+            except Exception as e:  # a program that does not compile is a result too, and the others are still compiled
                 compiled.append({"name": program.name, "failed": str(e)[:500]})
             given.result.write_text(json.dumps(found | {"compiled": compiled}, indent=1))
         good = [c for c in compiled if "failed" not in c]

@@ -1,4 +1,4 @@
-"""What the machine can do, measured, and the clock that everything else is held against."""
+"""Measure the rates of the machine, and time a run."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from exl2jax.estimate import Work
 from exl2jax.testing.compilations import compilations
 
 CHAIN = 64
-"""Products and sums in a row that the element-wise rate is measured by."""
+"""Length of the chain of products and sums by which the element-wise rate is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,8 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Operations per second of one core (of the whole device, on a GPU): float32 matrix products, element-wise, and
-    bytes moved by a copy.
+    """Rates of one core, or of a whole GPU: operations per second of float32 matrix products and element-wise work,
+    and bytes per second of a copy.
     """  # noqa: D205
 
     products: float
@@ -48,7 +48,7 @@ class Rates:
 
 
 def timed(run: Callable[[], Any], repeat: int, first: Callable[[], Any] | None = None) -> Spent:
-    """The fastest of `repeat` runs after one of `first`, which compiles: `run` itself where nothing shorter does."""
+    """The fastest of `repeat` runs, after one run of `first` (default: `run`), which compiles."""
     with compilations() as compiling:
         jax.block_until_ready((first or run)())
     wall, cpu = [], []
@@ -66,7 +66,7 @@ def plain_seconds(run: Callable[[], Any]) -> float:
 
 
 def cost(spent: Spent) -> float:
-    """The seconds that count: of the cores, so that a busy machine matters less; on a GPU those on the wall."""
+    """The seconds that count: those of the cores, so that other load matters less; on a GPU those on the wall."""
     return spent.seconds if jax.default_backend() == "gpu" else spent.cpu_seconds
 
 

@@ -1,4 +1,4 @@
-"""The two passes of a conversion on a model, module by module, with the work that their shapes call for."""
+"""The two passes of a conversion on a model, module by module, with the work that their shapes need."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class PassSizes:
 
 
 class Stage(NamedTuple):
-    """A pass: `run(n)` takes it through the first n modules; the work that all of them hold."""
+    """A pass: `run(n)` takes it through the first n modules; `work` is that of all of them."""
 
     run: Callable[[int], None]
     forward: Work

@@ -1,4 +1,4 @@
-"""Measure the machine, then operations, the parts of a block and both passes against the limit that their shapes set.
+"""Measure the machine, then operations, parts of a block and both passes, against the limit that their shapes set.
 
 The limit is what the counted work takes at the measured rates. Ratios are of core seconds, so that they hold on a busy
 machine; on a GPU they are of seconds on the wall. Beside each stands a plain NumPy loop of the stock algorithm.
@@ -54,7 +54,7 @@ class Row:
 
 
 def row(name: str, spent: Spent, limit: float, plain: float | None = None) -> Row:
-    """A line from what a run took."""
+    """The line of a timed run."""
     return Row(
         name=name,
         seconds=spent.seconds,
@@ -127,7 +127,7 @@ def _plain_matrix(w: jax.Array, factor: HessianFactor, size: int, bits: int) -> 
 
 
 def stages(rates: Rates, model: HFModel, modules: int, sizes: PassSizes, plain: bool) -> Iterator[Row]:
-    """Both passes over the first `modules` modules: against their forward passes' products, and all their work."""
+    """Both passes over the first `modules` modules, against the products of a forward pass and against all work."""
     for name, build in {"measure": measurement, "quantize": quantization}.items():
         stage = build(model, modules, sizes)
         spent = timed(lambda stage=stage: stage.run(modules), 1, first=lambda stage=stage: stage.run(BLOCK))
@@ -143,7 +143,7 @@ def profile(rates: Rates, model: HFModel, sizes: PassSizes) -> Iterator[Row]:
 
 
 def against_plain(found: Row) -> tuple[str, str]:
-    """Seconds of the plain loop, and how many times faster than it the seconds that count are."""
+    """Seconds of the plain loop, and their ratio to the seconds that count."""
     if found.plain_seconds is None:
         return "", ""
     return f"{found.plain_seconds:.3g}", f"{found.plain_seconds / (found.limit_seconds * found.ratio):.1f}"

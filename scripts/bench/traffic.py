@@ -4,8 +4,8 @@
 
 runs one conversion by the preset `best` in this process and writes what was counted as JSON. The package that Python
 finds first is counted, so PYTHONPATH chooses the checkout; this file imports nothing else of the repository.
-JAX reports compilations itself. Calls and reads it does not report: they are counted by replacing functions of JAX's
-private modules, which is why this is a script and no part of the package.
+JAX reports compilations itself. It does not report calls and reads: they are counted by replacing functions of JAX's
+private modules, which is why this is a script and not a part of the package.
 """
 
 import argparse
@@ -34,17 +34,17 @@ SECONDS = {
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering seconds",
     "/jax/core/compile/backend_compile_duration": "compiling seconds",
 }
-"""Events of JAX by what they are called here; the last one is also a program compiled or read from the cache."""
+"""Events of JAX by their names here; the last one also counts programs, compiled or read from the cache."""
 
 
 type Counted = tuple[str, str, dict[str, float]]
-"""A stage, the key of a module in it, empty for what belongs to none, and the counts."""
+"""A stage, the key of a module in it (empty for counts that belong to none), and the counts."""
 
 
 class Meter:
-    """Progress that keeps what was counted in every module of every stage, in the order of the run.
+    """Progress that keeps the counts of every module of every stage, in the order of the run.
 
-    With `kept` it writes what it has to this file after every module, so that a run that is cut off leaves it there.
+    With `kept` it writes them to this file after every module, so that an interrupted run leaves its counts.
     """
 
     def __init__(self, kept: Path | None = None) -> None:
@@ -60,16 +60,16 @@ class Meter:
             self._here[what] += amount  # type: ignore[assignment]
 
     def start(self, stage: str, total: int, done: int) -> None:
-        """What came before the first module of a stage belongs to no module."""
+        """Begin a stage; counts before its first module belong to no module."""
         self._close("")
         self._stage = stage
 
     def step(self, message: str) -> None:
-        """A module is done; its key begins the message."""
+        """Close the counts of a module; its key begins the message."""
         self._close(message.partition(":")[0])
 
     def finish(self) -> None:
-        """What comes after the last module belongs to no module."""
+        """End a stage; counts after its last module belong to no module."""
         self._close("")
 
     def _close(self, module: str) -> None:
@@ -103,7 +103,7 @@ def compiling(meter: Meter) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """An attribute replaced by what `make` makes of it, for a while."""
+    """Replace an attribute by `make(attribute)` within a `with` block."""
     before = getattr(owner, name)
     setattr(owner, name, make(before))
     try:
@@ -180,7 +180,7 @@ def counted(config: ConversionConfig, *, calls: bool) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most bytes that this process had resident at once, 0 where the kernel does not say."""
+    """The peak of this process's resident bytes, 0 where the kernel does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

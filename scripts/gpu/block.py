@@ -1,8 +1,8 @@
 """Blocks of a 7B model measured and quantized, and the time that a whole model of such blocks takes.
 
 A model of two blocks of random weights is converted twice in one process: on a few rows, where everything is compiled,
-and on the rows of a real conversion. In each pass the block that comes first pays for compiling, the one after it shows
-what every further block takes. Each conversion is written as it goes, so that one that is cut off leaves its modules.
+and on the rows of a real conversion. In each pass the first block pays for compiling, and the second shows the time of
+every further block. The result is written after every module, so that an interrupted run keeps what it has.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PASSES = ("forward", "backward", "price", "quantize")
 
 
 def parts(modules: Sequence[Counted]) -> dict[str, dict[str, float]]:
-    """Seconds of every pass: of the block that came first in it, of the one that came last, and of all else."""
+    """Seconds of every pass: of its first block, of its last block, and of everything else."""
     found = {}
     for name in PASSES:
         mine = [(key, counts[TIME]) for stage, key, counts in modules if stage == name]

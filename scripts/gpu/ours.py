@@ -1,4 +1,4 @@
-"""What this package finds in an EXL2 directory, in a form that a process without JAX can compare with.
+"""Write the states and weights that this package finds in an EXL2 directory, for a process without JAX.
 
     python -m scripts.gpu.ours RESULT.npz EXL2 ROWS.safetensors
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Make what `scripts/gpu_check.sh` takes along to a machine without a network: a model, token rows, a wheel.
+"""Make the files that `scripts/gpu_check.sh` takes to a machine without a network: a model, token rows, a wheel.
 
     python -m scripts.gpu.prepare .gpu --wheels .whl
 
 The model is the demo model with the first tokens of its vocabulary, or only its first layers, converted to EXL2 at
-about 3 bits. That is a fifth of what float16 takes, so that it may travel; the machine dequantizes it and converts the
-result. The tokenizer is cut alike: its merges come in the order of their tokens, so that what is left is a tokenizer.
-Rows hold the built-in texts: some to calibrate on, some held out. The wheel is stock ExLlamaV2's, with the sources of
-its kernels.
+about 3 bits. That is a fifth of the size in float16, small enough to carry; the machine dequantizes it and converts the
+result. The tokenizer is cut in the same way: merges come in the order of their tokens, so that the rest is a valid
+tokenizer. The rows hold the built-in texts, some for calibration and some held out. The wheel is stock ExLlamaV2's,
+with the sources of its kernels.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def convert(model: Path, out: Path, work: Path, bits: float) -> None:
 
 
 def fetch_wheel(folder: Path) -> None:
-    """Download stock's wheel; the machine has what it needs besides."""
+    """Download stock's wheel; the machine has everything else."""
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     subprocess.run([*pip, "-d", str(folder), STOCK_WHEEL], check=True)

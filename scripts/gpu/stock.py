@@ -1,4 +1,4 @@
-"""Whether a finished directory loads in stock ExLlamaV2 and predicts there as it does here, and where it differs.
+"""Compare a finished directory in stock ExLlamaV2 with this package: whether it loads, predictions, differences.
 
     python -m scripts.gpu.stock build                       compile stock's kernels, nothing else
     python -m scripts.gpu.stock compare RESULT.json EXL2 ROWS.safetensors [--diagnose PLAIN]
@@ -9,7 +9,8 @@ both perplexities first, then how every linear's weight and the hidden states af
 stock give.
 
 Without flash-attn and xformers, stock 0.3.2 runs torch's SDPA and passes it no causal mask: every token sees the tokens
-after it. `no_sdpa` selects stock's own product of matrices, which is masked. The perplexity that counts is taken so.
+after it. `no_sdpa` selects stock's own product of matrices, which is masked; the perplexity that counts is measured
+with it.
 """
 
 import argparse
@@ -44,7 +45,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "without graphs": {**MASKED, "no_graphs": True},
     "in two parts": {**MASKED, "parts": 2},
 }
-"""Other ways to run stock; the first is how it runs by itself, the others should agree with `MASKED`."""
+"""Other ways to run stock; the first is its default, the others should agree with `MASKED`."""
 
 
 def build() -> float:
@@ -116,7 +117,7 @@ def digest(weight: np.ndarray, name: str = "") -> str:
 
 
 def weights_compared(model: Any, ours: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """How many linears stock dequantizes to the same bits, and which it does not."""
+    """The number of linears that stock dequantizes to the same bits, and the names of the others."""
     different = []
     for name, columns, expected in zip(ours["linears"], ours["columns"], ours["digests"], strict=True):
         weight = model.modules_dict[str(name)].get_weight_tensor_dq()[:, : int(columns)]
@@ -150,7 +151,7 @@ def first_that_differs(errors: Mapping[str, float]) -> str | None:
 
 
 def run_ours(*arguments: str) -> str:
-    """What a command of this side prints, in a process of its own: torch and JAX each bring libraries of CUDA."""
+    """The output of a command of this package, run in its own process: torch and JAX each bring CUDA libraries."""
     return subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -166,7 +167,7 @@ def agreement(stock: float, ours: float) -> dict[str, Any]:
 
 
 def attempted(directory: Path, ids: np.ndarray, settings: Mapping[str, Any]) -> float | str:
-    """Stock's perplexity under some settings, or why it cannot run so: the other settings are still worth a try."""
+    """Stock's perplexity under some settings, or the error, so that the other settings are still tried."""
     try:
         return perplexity(directory, ids, **settings)
     except Exception as error:
@@ -174,7 +175,7 @@ def attempted(directory: Path, ids: np.ndarray, settings: Mapping[str, Any]) -> 
 
 
 def compared(directory: Path, rows: Path, plain: Path | None) -> Iterator[dict[str, Any]]:
-    """The result, growing: both perplexities of a directory first, then what tells where a difference comes from."""
+    """The result so far, after each step: both perplexities first, then where a difference comes from."""
     import torch  # type: ignore[import-not-found]
 
     ids = load_file(rows)["input_ids"]

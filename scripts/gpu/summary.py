@@ -1,4 +1,4 @@
-"""Print what `scripts/gpu_check.sh` left in a folder, in a few lines."""
+"""Print the results of `scripts/gpu_check.sh` in a folder, in a few lines."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def summary(folder: Path) -> Iterator[str]:
-    """A line for every result that is there; steps that left none are left out."""
+    """A line for every result in the folder; steps without a result are left out."""
     for name, describe in DESCRIBED.items():
         path = folder / f"{name}.json"
         if not path.exists():
@@ -60,7 +60,7 @@ def _gptq(name: str, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 DESCRIBED = {"first": _whole, "second": _whole, "block": _block, "stock": _stock, "gptq": _gptq}
-"""How each result is said, by the name of its file."""
+"""The words for each result, by the name of its file."""
 
 if __name__ == "__main__":
     print("\n".join(summary(Path(sys.argv[1]))))

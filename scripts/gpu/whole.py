@@ -29,7 +29,7 @@ def device() -> dict[str, Any]:
 
 
 def run(config: ConversionConfig, result: Path) -> dict[str, Any]:
-    """Convert, and leave what is known so far in `result` after every module."""
+    """Convert, and write what is known so far to `result` after every module."""
     meter = Meter(result)
     begun = time.perf_counter()
     with compiling(meter):

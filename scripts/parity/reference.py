@@ -85,7 +85,7 @@ def difference(fresh: Arrays, stored: Arrays) -> float:
 
 
 def settle(case: ParityCase, fresh: Arrays, *, write: bool) -> bool:
-    """Compare one case with its file, or bring the file up to date; returns whether all is well afterwards."""
+    """Compare one case with its file, or bring the file up to date; returns whether they agree then."""
     found = np.inf
     if case.reference.is_file():
         with np.load(case.reference) as stored:
@@ -130,7 +130,7 @@ def check_dequantized() -> bool:
 
 
 def changed_settings(source: Path, plain: Path) -> dict[str, tuple[Any, Any]]:
-    """What `transformers` reads of the source's config and otherwise of the plain one, but for head and dtype."""
+    """Keys that `transformers` reads differently from the source's config and the plain one, but for head and dtype."""
     before, after = (dict(_settings(AutoConfig.from_pretrained(path).to_dict())) for path in (source, plain))
     return {key: (value, after.get(key)) for key, value in before.items() if after.get(key) != value}
 
@@ -144,7 +144,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def run(names: list[str], *, write: bool) -> bool:
-    """Go through the cases, all or those named; returns whether all is well."""
+    """Compare or write all cases, or those named; returns whether all agree."""
     well = check_dequantized() if not names or DEQUANTIZED in names else True
     for case in TINY_CASES:
         if names and case.name not in names:

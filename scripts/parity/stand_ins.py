@@ -1,4 +1,4 @@
-"""Models that `transformers` does not know, as models that it does: the same mathematics under other names.
+"""Stand-ins for models that `transformers` does not know: known models with the same mathematics.
 
 A stand-in takes the config and the tensors of a directory and gives those of its equivalent, and perhaps a change to
 the model that was built from them. Runs beside torch only.
@@ -28,7 +28,7 @@ class StandIn(NamedTuple):
 
 
 def auto_class(config: Config) -> Any:
-    """What loads a model of `transformers`, with its vision tower where it has one."""
+    """The class of `transformers` that loads a model, with its vision tower where it has one."""
     return AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
 
 

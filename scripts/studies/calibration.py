@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a model is calibrated on, and what comes out: one conversion per source, judged on text that none of them holds.
+"""Compare calibration sources: one conversion for each, judged on text that none of them holds.
 
 Each line of the result file is one source; sources that stand there already are not converted again. Differences to the
 first source are paired by held-out row: a mean and its standard error, in percent of perplexity.

@@ -67,7 +67,7 @@ PIECE, USER_TOKEN = 1, 4
 """GGUF's token types of pieces that merging makes, and of texts that are always one token."""
 
 SPACE = "▁"
-"""What a space is in the pieces."""
+"""The character that stands for a space in the pieces."""
 
 
 def fetch_gguf(folder: Path) -> Path:
@@ -141,7 +141,7 @@ def model_config(metadata: Metadata) -> dict[str, Any]:
 
 
 def merges_of(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that lead to each piece, best score first: SentencePiece joins what makes the best-scored piece."""
+    """The merges that lead to each piece, best score first: SentencePiece makes the piece of the best score first."""
     pieces = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == PIECE}
     ranked = sorted(pieces, key=lambda text: (-scores[pieces[text]], pieces[text]))
     splits = ((text[:cut], text[cut:]) for text in ranked for cut in range(1, len(text)))

@@ -48,7 +48,7 @@ METHODS = {
     "no act-order": choose("order", "none"),
     "tuned": choose("tuning", "adam"),
 }
-"""How `best` quantizes otherwise, at the prices of its own roundings: plain walks are slow to measure with."""
+"""Other roundings and orders at the prices of `best`, since measuring with plain walks is slow."""
 
 VARIANTS: dict[str, Recipe] = {
     "stock": STOCK,
@@ -70,13 +70,13 @@ VARIANTS: dict[str, Recipe] = {
     **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
 }
 LEFT_OUT = (*DIVERGENCES, *TRANSFORMS, *METHODS)
-"""Run only where they are named: their measurements, or their walks, take minutes."""
+"""Variants that run only when they are named: their measurements or walks take minutes."""
 EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
 """Calibration subsets of the noise floor, for `best` at three bits."""
 DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia": (range(10, 58), 2)}
-"""By domain of the calibration set: its rows, and how many of those that a trial does not see choices are judged on."""
+"""By domain of the calibration set: its rows, and how many of the rows no trial sees are used to judge choices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class Trial:
 
 
 def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterator[Trial]:
-    """The trials of the study, the most telling first."""
+    """The trials of the study, the most informative first."""
     for bits in targets:
         yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
     for variant in VARIANTS:
@@ -189,7 +189,7 @@ class Study:
         return path
 
     def _measuring_cost(self, measurement: Path | None) -> list[dict[str, Any]]:
-        """What a measurement took, nothing where it came from elsewhere."""
+        """CPU seconds and peak memory of a measurement; empty where it came from elsewhere."""
         path = None if measurement is None else _cost_file(measurement)
         return [json.loads(path.read_text())] if path is not None and path.exists() else []
 
@@ -270,7 +270,7 @@ def _halves(path: str) -> tuple[np.ndarray, dict[str, slice]]:
 
 
 def _cost_file(measurement: Path) -> Path:
-    """Where it stands what a measurement took."""
+    """The file of what a measurement cost."""
     return measurement.with_name(f"{measurement.stem}-cost.json")
 
 

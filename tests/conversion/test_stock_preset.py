@@ -25,7 +25,7 @@ SLOTS = {
         "model.layers.0.parallel_decoder.mlp": ("gate_proj", "up_proj", "down_proj"),
     },
 }
-"""What stock measures apart, and the roles that a candidate of it sets."""
+"""The parts that stock measures separately, and the roles that a candidate of each sets."""
 
 
 @pytest.mark.parametrize("name", SLOTS)

@@ -16,7 +16,7 @@ from exl2jax.evaluation.harness import MISSING, Scorer, harness_model, run_tasks
 
 
 class Request(NamedTuple):
-    """What the harness hands to a model: `args` of one question."""
+    """A request of the harness to a model: `args` of one question."""
 
     args: tuple[Any, ...]
 

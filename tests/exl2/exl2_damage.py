@@ -123,7 +123,7 @@ def five(key: str) -> set[str]:
 
 
 def layer_names(i: int, *, stored: bool) -> set[str]:
-    """What a layer holds: its norms, and its linears by tensor if `stored`, else by name; biases by tensor."""
+    """The contents of a layer: its norms, and its linears by tensor if `stored`, else by name; biases by tensor."""
     prefix = f"model.layers.{i}"
     keys = [f"{prefix}.{name}" for name in LINEARS]
     linears = set().union(*map(five, keys)) if stored else set(keys)

@@ -196,7 +196,7 @@ LOADER: dict[str, tuple[Damage, str, str]] = {
         "is missing",
     ),
 }
-"""What stock's loader opens besides the weights: damage, the file to be named, and words of the message."""
+"""Damage to the other files that stock's loader opens, the file to be named, and words of the message."""
 
 
 @pytest.mark.parametrize("kind", LOADER)

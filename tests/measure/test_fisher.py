@@ -87,7 +87,7 @@ def walk(
 
 
 def labels(oracle: Llama, states: np.ndarray) -> np.ndarray:
-    """What the documented keys draw from the model's distributions, `[R, T]`."""
+    """The labels that the documented keys draw from the model's distributions, `[R, T]`."""
     tokens = np.concatenate([oracle.log_probabilities(row) for row in states])
     key = jax.random.fold_in(jax.random.key(SEED), 0)
     return np.asarray(jax.random.categorical(key, jnp.asarray(tokens, jnp.float32))).reshape(states.shape[:2])

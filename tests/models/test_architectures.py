@@ -25,7 +25,7 @@ from exl2jax.testing.tiny_layout import VOCABULARY, write_tiny
 
 ROWS, LENGTH = 16, 32
 HALF_STEP = 2.0**-11
-"""What rounding to half precision moves a number by, relatively."""
+"""The relative error of rounding to half precision."""
 
 COMPARED = ("phi3", "gpt2", "dbrx", "index")
 """Dequantized, these are run as well: for the others it is enough that all weights and settings are the same."""

@@ -36,7 +36,7 @@ SIZES = {
     "mlp": {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)},
 }
 
-forward = jax.jit(Module.forward, static_argnums=0)
+forward = jax.jit(Module.forward, static_argnames="self")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ PUBLISHED = {"gpt2": ("", "transformer.")}
 
 
 def expected_name(case: str, name: str) -> str:
-    """What a tensor of a tiny source is called on the way back."""
+    """The name of a tensor of a tiny source on the way back."""
     old, new = PUBLISHED.get(case, ("", ""))
     return name if name.startswith(new) else new + name.removeprefix(old)
 

@@ -15,7 +15,7 @@ slots = st.lists(
 
 
 def check(solution: Solution, costs: list[np.ndarray], losses: list[np.ndarray], budget: int) -> None:
-    """What a solution says of itself is what its choice gives."""
+    """A solution's own figures are those of its choice."""
     assert solution.cost == sum(int(c[i]) for c, i in zip(costs, solution.choice, strict=True)) <= budget
     np.testing.assert_allclose(solution.loss, sum(x[i] for x, i in zip(losses, solution.choice, strict=True)))
 

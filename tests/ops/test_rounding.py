@@ -38,7 +38,7 @@ def test_to_half_is_a_float16_round_trip() -> None:
 
 
 def test_to_half_bounds_the_bits() -> None:
-    """What keeps XLA for CUDA from dropping the rounding: with the bound a NaN that is positive becomes infinite."""
+    """The bound keeps XLA for CUDA from dropping the rounding; with it a positive NaN becomes infinite."""
     assert np.isposinf(jax.jit(to_half)(jnp.float32(np.nan)))
     assert not np.isfinite(jax.jit(to_half)(jnp.float32(-np.nan)))
     assert np.isneginf(jax.jit(to_half)(jnp.float32(-np.inf)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exl2jax.ops import search_columns, search_scales
-from exl2jax.ops.scales import GRID, MULTIPLIERS, OFFSETS, ScaleChoice
+from exl2jax.ops.scales import GRID, MULTIPLIERS, OFFSETS, GroupContext, ScaleChoice
 from exl2jax.qparams import FORMAT_BITS
 from tests.oracles import scales as oracle
 from tests.oracles.rounding import half_scale
@@ -15,7 +15,11 @@ COLUMNS = {32: 1, 64: 33, 96: 7, 128: 45}
 """Odd column counts, one per group size: a compilation each."""
 
 search = jax.jit(search_scales)
-by_column = jax.jit(search_columns)
+
+
+@jax.jit
+def by_column(w: jax.Array, bits: jax.Array, importance: jax.Array | None = None) -> ScaleChoice:
+    return search_columns(w, bits, GroupContext(importance))
 
 
 def weights(rows: int, columns: int, seed: int) -> np.ndarray:

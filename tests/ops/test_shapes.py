@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Bool, Float16, Float32, Int32, TypeCheckError, UInt8, jaxtyped
 
 from exl2jax import ops
+from exl2jax.ops.scales import GroupContext
 from exl2jax.qparams import Group
 
 checked = jaxtyped(typechecker=beartype)
@@ -72,14 +73,14 @@ def gptq_tile_losses(
 def search_scales(
     w: Float32[Array, "rows N"], bits: Int32[Array, ""], importance: Float32[Array, " rows"]
 ) -> tuple[UInt8[Array, " N"], Float16[Array, ""], Float32[Array, " N"], Float32[Array, ""]]:
-    return tuple(ops.search_scales(w, bits, importance))  # type: ignore[return-value]
+    return tuple(ops.search_scales(w, bits, GroupContext(importance)))  # type: ignore[return-value]
 
 
 @checked
 def search_columns(
     w: Float32[Array, "rows N"], bits: Int32[Array, ""], importance: Float32[Array, " rows"]
 ) -> tuple[UInt8[Array, " N"], Float16[Array, ""], Float32[Array, " N"], Float32[Array, ""]]:
-    return tuple(ops.search_columns(w, bits, importance))  # type: ignore[return-value]
+    return tuple(ops.search_columns(w, bits, GroupContext(importance)))  # type: ignore[return-value]
 
 
 @checked

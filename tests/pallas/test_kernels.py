@@ -16,7 +16,7 @@ import pytest
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_columns, search_scales, unpack_linear
-from exl2jax.ops.scales import ScaleSearch
+from exl2jax.ops.scales import GroupContext, ScaleSearch
 from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
 from exl2jax.pallas.dispatch import pallas_kernels
 from exl2jax.pallas.scale_losses import scale_losses
@@ -151,7 +151,7 @@ def test_losses_of_one_width(rows: int, columns: int, own: bool) -> None:
 @pytest.mark.parametrize("bits", FORMAT_BITS)
 def test_scale_search(kernels: Kernels, bits: int) -> None:
     w = weights(32, 33, bits)
-    choice = search_scales(jnp.asarray(w), jnp.float32(bits), None, kernels)
+    choice = search_scales(jnp.asarray(w), jnp.float32(bits), GroupContext(kernels=kernels))
     index, _, _, multiplier = scales_oracle.search(w, bits)
     assert np.array_equal(np.asarray(choice.qs), index)
     reached, best = (scales_oracle.grid_loss(w, bits, float(p)) for p in (choice.multiplier, multiplier))
@@ -162,7 +162,8 @@ def test_scale_search(kernels: Kernels, bits: int) -> None:
 def test_search_by_column(kernels: Kernels, bits: int) -> None:
     w = weights(32, 33, bits)
     importance = jnp.linspace(1, 40, 32)
-    choice, reference = (search_columns(jnp.asarray(w), jnp.float32(bits), importance, k) for k in (kernels, XLA))
+    contexts = (GroupContext(importance, k) for k in (kernels, XLA))
+    choice, reference = (search_columns(jnp.asarray(w), jnp.float32(bits), context) for context in contexts)
     multipliers = np.asarray([choice.multiplier, reference.multiplier])
     losses = scales_oracle.index_losses(w, bits, multipliers, np.asarray(importance))
     reached, best = (losses[i, np.asarray(c.qs) - 1, range(33)].sum() for i, c in enumerate((choice, reference)))

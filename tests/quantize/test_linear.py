@@ -10,7 +10,8 @@ from exl2jax.errors import FormatError, HessianError, NumericalError, SettingsEr
 from exl2jax.models import LinearSpec
 from exl2jax.ops import QuantizedLinear, factorize, unpack_linear
 from exl2jax.qparams import q
-from exl2jax.quantize.linear import Task, factor_hessian, pack_checked, quantize_linear, quantize_many
+from exl2jax.quantize.linear import factor_hessian, in_threads, pack_checked
+from tests.quantize.sound import quantize_soundly
 
 SPEC = LinearSpec(name="up_proj", key="model.layers.7.mlp.up_proj", rows=64, columns=40)
 SETTING = q("4/3", ".4/.6", "32")
@@ -27,7 +28,7 @@ def hessian(seed: int = 1) -> jnp.ndarray:
 
 @pytest.fixture(scope="module")
 def quantized() -> QuantizedLinear:
-    return quantize_linear(kernel(), factor_hessian(hessian(), SPEC.key), SETTING, SPEC)
+    return quantize_soundly(kernel(), factor_hessian(hessian(), SPEC.key), SETTING, SPEC)
 
 
 def test_a_sound_linear_packs_to_the_weight_that_goes_on(quantized: QuantizedLinear) -> None:
@@ -73,19 +74,20 @@ def test_weights_beyond_half_precision_are_named() -> None:
     weights = kernel()
     weights[5, 7] = np.inf
     with pytest.raises(NumericalError, match=r"up_proj: a weight of magnitude inf"):
-        quantize_linear(weights, factor_hessian(hessian(), SPEC.key), SETTING, SPEC)
+        quantize_soundly(weights, factor_hessian(hessian(), SPEC.key), SETTING, SPEC)
 
 
 def test_rows_that_the_format_cannot_hold_are_named() -> None:
     spec = LinearSpec(name="up_proj", key=SPEC.key, rows=48, columns=40)
     with pytest.raises(SettingsError, match=r"up_proj: in_features is 48, EXL2 needs a multiple of 32"):
-        quantize_linear(kernel()[:48], factorize(jnp.eye(48)), SETTING, spec)
+        quantize_soundly(kernel()[:48], factorize(jnp.eye(48)), SETTING, spec)
 
 
 def test_side_by_side_is_one_after_the_other() -> None:
     factor = factor_hessian(hessian(), SPEC.key)
     settings = [q(str(bits), "1", "32") for bits in (2, 3, 4, 5, 6, 8)]
-    together = quantize_many([Task(kernel(i), factor, s, SPEC) for i, s in enumerate(settings)])
-    for i, (setting, got) in enumerate(zip(settings, together, strict=True)):
-        alone = quantize_linear(kernel(i), factor, setting, SPEC)
+    tasks = list(enumerate(settings))
+    together = in_threads(lambda task: quantize_soundly(kernel(task[0]), factor, task[1], SPEC), tasks)
+    for (i, setting), got in zip(tasks, together, strict=True):
+        alone = quantize_soundly(kernel(i), factor, setting, SPEC)
         assert np.array_equal(np.asarray(got.weight), np.asarray(alone.weight))

@@ -217,7 +217,7 @@ def kill_at(index: int, torn: bool) -> Callable[[Operation], None]:
 
 
 def freeze_at(index: int, torn: bool) -> Callable[[Operation], None]:
-    """What `kill_at` does to the disk, without the death of the process: no operation from this one on happens."""
+    """The effect of `kill_at` on the disk without killing the process: no operation from this one on happens."""
 
     def before(operation: Operation) -> None:
         if operation.index >= index:
@@ -234,7 +234,7 @@ REFUSED = {
     errno.EIO: {"write", "fsync"},
     errno.EROFS: {"create", "rename", "mkdir", "unlink"},
 }
-"""What a full disk, missing rights, a broken disk and a file system turned read-only refuse."""
+"""Operations that a full disk, missing rights, a broken disk and a read-only file system refuse."""
 
 
 def refuse_from(index: int, error: int) -> Callable[[Operation], None]:

@@ -17,7 +17,7 @@ VARIANTS = ("lost", "empty", "torn")
 
 
 class PowerModel:
-    """What of `root` is safe; pass `after` to a `Watch` over it."""
+    """The part of `root` that survives a power loss; pass `after` to a `Watch` over it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -53,7 +53,7 @@ class PowerModel:
         self._safe_names = elsewhere | here
 
     def images(self) -> Iterator[tuple[str, Image]]:
-        """What the disk could hold now, by variant."""
+        """The possible contents of the disk after a power loss now, by variant."""
         for variant in VARIANTS:
             names = self._safe_names if variant == "lost" else self._names
             kept = {n: i for n, i in names.items() if all(str(p) in names for p in Path(n).parents[:-1])}

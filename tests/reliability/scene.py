@@ -49,7 +49,7 @@ class Scene:
 
 def make_scene(home: Path) -> Scene:
     home.mkdir(parents=True, exist_ok=True)
-    model = write_tiny_llama(home / "model", seed=3, hidden_size=64, intermediate_size=96, num_layers=2)
+    model = write_tiny_llama(home / "model", seed=3)
     tokens = home / "rows.safetensors"
     save_file({"input_ids": np.random.default_rng(5).integers(0, 300, (ROWS, LENGTH)).astype(np.int64)}, tokens)
     return Scene(model, tokens)

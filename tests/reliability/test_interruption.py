@@ -41,7 +41,7 @@ def known(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def test_the_harness_sees_the_whole_conversion(known: Reference) -> None:
-    """What is not seen cannot be spoiled: every file of the result came by a write, a sync and a rename."""
+    """The watch sees every operation: each file of the result came by a write, a sync and a rename."""
     assert {o.kind for o in known.operations} >= {"create", "write", "fsync", "rename", "mkdir", "unlink"}
     renamed = {o.path for o in known.operations if o.kind == "rename"}
     assert set(known.outcome) <= renamed

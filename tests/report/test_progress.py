@@ -1,4 +1,4 @@
-"""What a run says of itself: lines where there is no terminal, a bar where there is one, stock's status lines."""
+"""The progress of a run: lines without a terminal, a bar on a terminal, stock's status lines."""
 
 import io
 import json

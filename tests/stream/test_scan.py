@@ -68,7 +68,7 @@ def run(
         step,
         begin,
         BLOCKS,
-        form=Form[Carry](dict, dict),
+        form=Form[Carry](dict, dict, dict),
         load=load,
         describe=lambda spec, output: f"{spec}: {output:.1f}",
         checkpoint=memory,

@@ -118,7 +118,7 @@ def setting(tiny_llama_untied: Path) -> tuple[Decoder, tuple[ModuleSpec, ...], l
 
 
 def inputs_of(kind: str, params: Any, h: np.ndarray) -> list[np.ndarray]:
-    """What both stages of a module read, in float64."""
+    """The inputs of both stages of a module, in float64."""
     if kind == "mlp":
         return list(llama.mlp_block(params, h, 1e-5))[1:]
     frequencies = llama.plain_frequencies(10000.0, 16)

@@ -243,7 +243,7 @@ def test_settings_out_of_range(text: str) -> None:
 def test_a_transform_of_ones_own(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, value: np.ndarray, error: type[Exception] | None
 ) -> None:
-    """What a plugin gives is held against the model; a head of its own ends the tie."""
+    """The result of a plugin is checked against the model; a head of its own ends the tie."""
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
     @variant("transform", "mine")

@@ -9,7 +9,7 @@ import pytest
 from exl2jax.errors import SettingsError
 from exl2jax.ops import gptq
 from exl2jax.qparams import q
-from exl2jax.variants import KINDS, STOCK, Method, NoSettings, choose, find, names, variant
+from exl2jax.variants import KINDS, STOCK, NoSettings, Quantizer, choose, find, names, variant
 from tests.oracles.gptq import proxy_loss
 from tests.oracles.rounding import quantize
 
@@ -27,13 +27,13 @@ def problem() -> tuple[np.ndarray, np.ndarray]:
     return w.astype(np.float32), (x.T @ x / 4).astype(np.float32)
 
 
-def method(**choices: str) -> Method:
-    return Method.of([choose(kind, text) for kind, text in choices.items()])
+def quantizer(**choices: str) -> Quantizer:
+    return Quantizer.of([choose(kind, text) for kind, text in choices.items()])
 
 
 def quantized(problem: tuple[np.ndarray, np.ndarray], **choices: str):
     w, h = problem
-    chosen = method(**choices)
+    chosen = quantizer(**choices)
     factor = chosen.factorize(jnp.asarray(h))
     assert bool(factor.ok)
     return chosen.quantize(jnp.asarray(w), factor, GROUPS), factor
@@ -100,7 +100,7 @@ def test_scale_searches_find_the_least_loss(
 def test_orders(problem: tuple[np.ndarray, np.ndarray]) -> None:
     diagonal = np.diagonal(problem[1])
     for name in names("order"):
-        perm = np.asarray(method(order=name).factorize(jnp.asarray(problem[1])).perm)
+        perm = np.asarray(quantizer(order=name).factorize(jnp.asarray(problem[1])).perm)
         assert sorted(perm.tolist()) == list(range(ROWS))
     stock, none, group = (choose("order", n) for n in ("stock", "none", "group"))
     by = {c.name: np.asarray(c.function(jnp.asarray(diagonal), c.settings)) for c in (stock, none, group)}
@@ -115,11 +115,13 @@ def test_orders(problem: tuple[np.ndarray, np.ndarray]) -> None:
 def test_dampings(problem: tuple[np.ndarray, np.ndarray]) -> None:
     _, h = problem
     mean, smallest = np.mean(np.diagonal(h)), np.linalg.eigvalsh(h.astype(np.float64))[0]
-    assert float(method(damping="growing:share=0.001").factorize(jnp.asarray(h)).damping) == pytest.approx(0.001 * mean)
-    lifted = float(method(damping="eigenvalue:share=0.05").factorize(jnp.asarray(h)).damping)
+    assert float(quantizer(damping="growing:share=0.001").factorize(jnp.asarray(h)).damping) == pytest.approx(
+        0.001 * mean
+    )
+    lifted = float(quantizer(damping="eigenvalue:share=0.05").factorize(jnp.asarray(h)).damping)
     assert smallest + lifted == pytest.approx(0.05 * mean, rel=1e-3)
     singular = jnp.asarray(np.outer(np.ones(ROWS), np.ones(ROWS)), jnp.float32)
-    factor = method(damping="growing:share=1e-9").factorize(singular)
+    factor = quantizer(damping="growing:share=1e-9").factorize(singular)
     assert bool(factor.ok) and int(factor.attempts) >= 1
 
 
@@ -127,7 +129,7 @@ def test_any_order_and_damping_give_a_factor_of_the_inverse(problem: tuple[np.nd
     _, h = problem
     for order in names("order"):
         for damping in names("damping"):
-            factor = method(order=order, damping=damping).factorize(jnp.asarray(h))
+            factor = quantizer(order=order, damping=damping).factorize(jnp.asarray(h))
             perm, u = np.asarray(factor.perm), np.asarray(factor.u, np.float64)
             damped = h[perm][:, perm] + float(factor.damping) * np.eye(ROWS)
             assert np.allclose(u.T @ u @ damped, np.eye(ROWS), atol=2e-2), (order, damping)
@@ -146,8 +148,8 @@ def test_objectives() -> None:
 
 
 def test_stock_is_the_default_and_costs_nothing() -> None:
-    assert Method.of([]) == STOCK and hash(STOCK) == hash(Method())
-    assert method(scales="stock", order="stock", rounding="stock", damping="stock") == STOCK
+    assert Quantizer.of([]) == STOCK and hash(STOCK) == hash(Quantizer())
+    assert quantizer(scales="stock", order="stock", rounding="stock", damping="stock") == STOCK
     defaults = dict.fromkeys(KINDS, "stock") | {"solver": "exact", "tuning": "none", "transform": "none"}
     assert {kind: names(kind)[0] for kind in KINDS} == defaults
 
@@ -191,7 +193,7 @@ def test_what_cannot_be_registered() -> None:
 @pytest.mark.parametrize("choices", [{"rounding": "nearest"}, {"rounding": "descent"}, {"scales": "grid"}])
 def test_tile_losses_sum_to_the_weighted_error(problem: tuple[np.ndarray, np.ndarray], choices: dict[str, str]) -> None:
     w, h = problem
-    chosen, weight = method(**choices), np.linspace(0.5, 2, COLUMNS, dtype=np.float32)
+    chosen, weight = quantizer(**choices), np.linspace(0.5, 2, COLUMNS, dtype=np.float32)
     linear, factor = quantized(problem, **choices)
     (tiles,) = chosen.tile_losses(jnp.asarray(w), factor, (GROUPS,), jnp.asarray(weight))
     error = np.asarray(linear.weight, np.float64) - w
@@ -204,5 +206,5 @@ def test_tile_losses_sum_to_the_weighted_error(problem: tuple[np.ndarray, np.nda
 def test_tile_losses_of_stocks_own_grid_are_stocks(problem: tuple[np.ndarray, np.ndarray]) -> None:
     w, weight = jnp.asarray(problem[0]), jnp.ones(COLUMNS)
     factor = STOCK.factorize(jnp.asarray(problem[1]))
-    plain, tuned = (m.tile_losses(w, factor, (GROUPS,), weight)[0] for m in (method(scales="grid"), STOCK))
+    plain, tuned = (q.tile_losses(w, factor, (GROUPS,), weight)[0] for q in (quantizer(scales="grid"), STOCK))
     np.testing.assert_allclose(plain, tuned, rtol=0.1)

@@ -1,1 +1,1 @@
-"""Verification: an EXL2 directory read back and held against everything the format demands."""
+"""Verification: an EXL2 directory is read back and checked against every rule of the format."""

@@ -1,4 +1,4 @@
-"""The `quantization_config` of an EXL2 directory, and its promises held against what the files hold."""
+"""The `quantization_config` of an EXL2 directory, checked against the contents of the files."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
@@ -14,7 +14,7 @@ BITS_TOLERANCE = 0.05
 """Bits per weight that the count may differ from `bits` beyond what the allocation leaves unspent."""
 
 MAX_BITS = 16.0
-"""Bits per weight of the unquantized model; no conversion asks for more."""
+"""Bits per weight of the unquantized model, more than which no conversion makes."""
 
 WIDEST_STEP = 2.0
 """Bits per weight between neighbouring candidates at their widest, from all at 6 bits to all at 8."""
@@ -43,7 +43,7 @@ def stated_head_bits(raw: dict[str, Any]) -> int | None:
 
 
 def bits_faults(stated: float, counted: float, specs: Sequence[ModuleSpec]) -> list[Fault]:
-    """A fault where the counted bits per weight are not what the config says the model was made for.
+    """A fault where the counted bits per weight differ from those of the config.
 
     An allocation stays within its budget and stops where the next option of every module would not fit, so it may
     fall short by one step of the largest module: little in a real model, much in one of two layers.

@@ -1,4 +1,4 @@
-"""Verification: an EXL2 directory is read back and held against everything its format demands (docs/format.md 1)."""
+"""Verification: an EXL2 directory is read back and checked against every rule of the format (docs/format.md 1)."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ CHUNK = 2**22
 """Values of a float tensor checked at a time."""
 
 TABLE_TENSORS = (".q_weight", ".q_groups")
-"""Tensors whose shape the count of bits rests on."""
+"""Tensors whose shapes give the count of bits."""
 
 LAYER = re.compile(r"(?:.*\.)?model\.layers\.(\d+)\.")
 
@@ -66,7 +66,7 @@ class _Implied:
         return (*(linear for spec in self.modules for linear in spec.linears), self.head)
 
     def names(self) -> frozenset[str]:
-        """Every tensor that belongs into the directory."""
+        """Every tensor that belongs in the directory."""
         quantized = {f"{linear.key}.{name}" for linear in self.linears for name in TENSOR_NAMES}
         return frozenset(quantized | {f"{linear.key}.bias" for linear in self.linears if linear.bias} | set(self.plain))
 
@@ -93,7 +93,7 @@ def verify(directory: Path) -> VerifyReport:
     counted, head = _count_bits(shards, implied)
     broken = list(_tensor_faults(shards, implied, stated_head_bits(raw)))
     stated = stated_bits(raw)
-    # A count over damaged tables says nothing about what was promised.
+    # A count over damaged tables cannot be compared with the config.
     if stated is not None and counted is not None and not any(f.tensor.endswith(TABLE_TENSORS) for f in broken):
         faults += bits_faults(stated, counted, implied.modules)
     return _report(shards, [*faults, *absurd, *broken], counted, head)
@@ -129,7 +129,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig | None, dict[str, Any], l
 def _bounded(config: ModelConfig, shards: Shards) -> tuple[ModelConfig, list[Fault]]:
     """The config with no more layers than the files name, where it claims more layers than there are tensors.
 
-    An absurd number is one fault, not endless ones for the linears it implies.
+    An absurd number is reported as one fault, and not as one for each of the linears that it implies.
     """
     if config.num_layers <= len(shards):
         return config, []
@@ -151,7 +151,7 @@ def _count_bits(shards: Shards, implied: _Implied) -> tuple[float | None, float 
 
 
 def _tensor_faults(shards: Shards, implied: _Implied, head_bits: int | None) -> Iterator[Fault]:
-    """Faults of every tensor that must be there, in the order of the model, then of those that must not."""
+    """Faults of every required tensor in the order of the model, then of tensors that must not be there."""
     for name, shape in implied.plain.items():
         yield from _guarded(name, _float_faults, shards, name, shape, FLOAT_DTYPES)
     for spec in implied.modules:
@@ -204,7 +204,7 @@ def _float_faults(shards: Shards, name: str, shape: tuple[int, ...], dtypes: Seq
 
 
 def _stray_faults(shards: Shards, implied: _Implied) -> Iterator[Fault]:
-    """Faults of tensors that do not belong: the loader would read them, or they cost memory for nothing."""
+    """Faults of tensors that do not belong there: the loader would read them, or they would waste memory."""
     weights = frozenset(f"{linear.key}.weight" for linear in implied.linears)
     biases = frozenset(f"{linear.key}.bias" for linear in implied.linears)
     expected = implied.names()
@@ -221,7 +221,7 @@ def _stray_faults(shards: Shards, implied: _Implied) -> Iterator[Fault]:
 
 
 def _faults_without_config(shards: Shards) -> Iterator[Fault]:
-    """Checks of the stored linears without a list of which there must be or how large."""
+    """Faults of the stored linears where no config says which there must be and how large."""
     for key in shards.quantized_keys():
         shapes = [shards.shape(f"{key}.{n}") if f"{key}.{n}" in shards else () for n in ("q_invperm", "q_weight")]
         rows, columns = shapes[0][:1], shapes[1][1:2]

@@ -50,7 +50,7 @@ class Shards:
 
 
 def open_shards(directory: Path) -> tuple[Shards, list[Fault]]:
-    """Read the header of every `*.safetensors` file, which is what the loader globs, and say what is wrong with them.
+    """Read the headers of all `*.safetensors` files, which the loader reads too, and collect their faults.
 
     A tensor that two files hold is a fault; the first file's is the one checked further.
     """

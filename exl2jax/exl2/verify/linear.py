@@ -35,7 +35,7 @@ def stored_bits(shards: Shards, key: str) -> int | None:
 
 
 def linear_faults(shards: Shards, spec: LinearSpec, widths: Sequence[int] | None = None) -> list[Fault]:
-    """Everything wrong with a linear of which some tensor is stored, bias apart.
+    """All faults of a linear that has stored tensors, except those of its bias.
 
     `widths` are the only bit widths it may use, where that is known.
     """

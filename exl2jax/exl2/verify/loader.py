@@ -1,4 +1,4 @@
-"""The files beside the weights that stock ExLlamaV2 0.3.2 opens: those that must be there, and those it would refuse.
+"""The files besides the weights that stock ExLlamaV2 0.3.2 opens: required ones, and ones that it would refuse.
 
 Its configuration opens `config.json`, `generation_config.json` and, for a vision model, `preprocessor_config.json`. Its
 tokenizer opens `tokenizer.json`, `tokenizer_config.json` and `added_tokens.json`.
@@ -45,7 +45,7 @@ PROCESSORS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def loader_faults(directory: Path, raw: Mapping[str, Any]) -> list[Fault]:
-    """Everything about these files that stops the loader or makes it read something else; `raw` is the config."""
+    """All faults of these files that stop the loader or make it read something else; `raw` is the config."""
     checks: tuple[Callable[[Path], Iterator[str]], ...] = (
         _tokenizer_faults,
         _tokenizer_config_faults,
@@ -65,7 +65,7 @@ def loader_faults(directory: Path, raw: Mapping[str, Any]) -> list[Fault]:
 
 
 def _named(path: Path, check: Callable[[Path], Iterator[str]]) -> list[Fault]:
-    """The faults of one file; what keeps it from being read is one too."""
+    """The faults of one file, the error of reading it included."""
     try:
         return [Fault(tensor=path.name, message=message) for message in check(path)]
     except FormatError as e:
@@ -84,7 +84,7 @@ def _token_id_faults(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _spelling_faults(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that the loader takes for others than they are meant, since it knows an older spelling only."""
+    """Keys that the loader misreads, since it knows an older spelling only."""
     names = raw.get("architectures")
     if not (isinstance(names, list) and names and names[0] in ARCHITECTURES):
         return

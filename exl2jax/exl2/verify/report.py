@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One thing wrong: `tensor` is the name of the tensor, linear or file at fault, `message` says what and why."""
+    """One fault: `tensor` is the name of the tensor, linear or file, `message` says what is wrong and why."""
 
     tensor: str
     message: str
@@ -31,5 +31,5 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no fault."""
         return not self.faults

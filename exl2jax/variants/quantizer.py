@@ -1,4 +1,4 @@
-"""How one linear is quantized: the choices of order, damping, scales and rounding together."""
+"""The quantizer of a linear: the choices of order, damping, scale search and rounding together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from exl2jax.ops import (
     search_columns,
     search_scales,
 )
-from exl2jax.ops.scales import ScaleChoice, ScaleSearch
+from exl2jax.ops.scales import ALONE, GroupContext, ScaleChoice, ScaleSearch
 from exl2jax.qparams import ROW_MULTIPLE, Group
 from exl2jax.variants.registry import STOCK_NAME, Choice, NoSettings
 from exl2jax.variants.rounding import Ordered, Rounded, weight_of
@@ -43,24 +43,15 @@ class SizedSearch:
 
     choice: Choice
 
-    def __call__(
-        self,
-        w: jax.Array,
-        bits: jax.Array,
-        importance: jax.Array | None = None,
-        kernels: Kernels = XLA,
-        rows: jax.Array | None = None,
-        matrices: int = 1,
-        tile: jax.Array | int = 0,
-    ) -> ScaleChoice:
-        """`ScaleSearch`, by columns of one matrix after those of another."""
+    def __call__(self, w: jax.Array, bits: jax.Array, context: GroupContext = ALONE) -> ScaleChoice:
+        """`ScaleSearch`, one matrix after the other."""
         weights = jnp.ones(len(w), jnp.float32)
-        if importance is not None:
-            weights = lax.dynamic_slice_in_dim(importance, tile * ROW_MULTIPLE, len(w))
-        parts = jnp.split(w, matrices, axis=1)
-        of_part = jnp.broadcast_to(bits, (w.shape[1],)).reshape(matrices, -1)[:, 0]
-        found = [self._on_rows(part, of_part[i], weights, rows) for i, part in enumerate(parts)]
-        if matrices == 1:
+        if context.importance is not None:
+            weights = lax.dynamic_slice_in_dim(context.importance, context.tile * ROW_MULTIPLE, len(w))
+        parts = jnp.split(w, context.matrices, axis=1)
+        of_part = jnp.broadcast_to(bits, (w.shape[1],)).reshape(context.matrices, -1)[:, 0]
+        found = [self._on_rows(part, of_part[i], weights, context.rows) for i, part in enumerate(parts)]
+        if context.matrices == 1:
             return found[0]
         stacked = (jnp.stack(x) for x in zip(*found, strict=True))
         return ScaleChoice(*(x.reshape(-1) for x in stacked))
@@ -87,8 +78,8 @@ class Bound:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """The choices that quantize a linear. GPTQ runs in the walk of `ops`, any other rounding in plain functions."""
+class Quantizer:
+    """The four choices by which a linear is quantized. GPTQ runs in the walk of `ops`, any other rounding as it is."""
 
     order: Choice = ORDER
     damping: Choice = DAMPING
@@ -96,8 +87,8 @@ class Method:
     rounding: Choice = ROUNDING
 
     @classmethod
-    def of(cls, choices: Sequence[Choice]) -> "Method":
-        """The method that a recipe's choices make, stock where they say nothing."""
+    def of(cls, choices: Sequence[Choice]) -> "Quantizer":
+        """The quantizer of a recipe's choices, with stock's choice of every kind that they leave out."""
         known = {field.name for field in fields(cls)}
         return cls(**{choice.kind: choice for choice in choices if choice.kind in known})
 
@@ -148,8 +139,8 @@ class Method:
         return self.rounding == ROUNDING
 
 
-STOCK = Method()
-"""Stock's choices."""
+STOCK = Quantizer()
+"""The quantizer of stock ExLlamaV2."""
 
 
 @jax.jit
