@@ -12,6 +12,7 @@ from exl2jax.conversion.config import ConversionConfig
 from exl2jax.estimate import Passes, Work, conversion_work
 from exl2jax.estimate.devices import CORE
 from exl2jax.models import ModelConfig
+from exl2jax.ops import Products
 
 PROBE = 1024
 """Rows and columns of the product that the machine's speed is measured with."""
@@ -20,6 +21,12 @@ PROBING = 2.0
 
 SLOWER = CORE["products"] / CORE["elementwise"]
 """Operations of a product that one core does in the time of one element-wise operation."""
+
+FASTER = 4.0
+"""Operations of bfloat16 products that a core with AMX does in the time of one in float32 (performance page)."""
+
+ROUNDED = ("price", "quantize")
+"""The passes whose products may be bfloat16."""
 
 MODEL_ERROR = 2.0
 """The factor by which times of whole stages were off, at most, at the speed that fits the whole (laboratory page)."""
@@ -48,8 +55,11 @@ def pass_operations(config: ConversionConfig, model: ModelConfig) -> dict[str, f
     measuring = conversion_work(model, recipe, passes_of(config, model, measure=True))
     quantizing = conversion_work(model, recipe, passes_of(config, model))["quantize"]
     names = () if config.measurement is not None else recipe.passes
-    taken = {name: _weighted(measuring[name]) for name in names}
-    return taken if config.output_measurement is not None else {**taken, "quantize": _weighted(quantizing)}
+    taken = {name: measuring[name] for name in names}
+    if config.output_measurement is None:
+        taken["quantize"] = quantizing
+    faster = FASTER if config.precision is Products.BFLOAT16 else 1.0
+    return {name: _weighted(work, faster if name in ROUNDED else 1.0) for name, work in taken.items()}
 
 
 def passes_of(config: ConversionConfig, model: ModelConfig, *, measure: bool = False) -> Passes:
@@ -63,8 +73,8 @@ def passes_of(config: ConversionConfig, model: ModelConfig, *, measure: bool = F
     )
 
 
-def _weighted(work: Work) -> float:
-    return work.products + SLOWER * work.elementwise
+def _weighted(work: Work, faster: float) -> float:
+    return work.fast / faster + work.exact + SLOWER * work.elementwise
 
 
 def machine_speed(seconds: float = PROBING) -> Speed:

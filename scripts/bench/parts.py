@@ -1,6 +1,7 @@
 """The parts of the quantization pass on one block, and the work of each: where the time goes."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from exl2jax.estimate.work import Work, factor_work, forward_work, gptq_work, hessian_work
 from exl2jax.models import HFModel, LinearSpec, Module, ModuleSpec, build_decoder, module_specs
 from exl2jax.models.modules import ATTENTION_KIND
-from exl2jax.ops import HessianFactor, QuantizedLinear
+from exl2jax.ops import HessianFactor, Products, QuantizedLinear
 from exl2jax.quantize.linear import in_threads, module_factors, pack_checked, quantize
 from exl2jax.stream.forward import forward, relative_error
 from exl2jax.stream.hessians import collect
@@ -40,7 +41,8 @@ def parts(model: HFModel, sizes: PassSizes) -> Iterator[Part]:
         ahead = forward_work(spec, model.config, length).times(ROWS)
         module, rows = decoder.module(spec), Rows.of(np.ones(states.shape[:2]), states.shape[-1])
         stream, out = rows.place(states), rows.place(states)
-        yield Part(f"{name} forward", lambda m=module, p=params, s=stream, o=out: _forward(m, p, s, o), ahead)
+        for label, way in {"": module, ", bfloat16": replace(module, products=Products.BFLOAT16)}.items():
+            yield Part(f"{name} forward{label}", partial(_forward, way, params, stream, out), ahead)
         run = partial(collect, module, spec, params, rows, stream, out)
         both = ahead + hessian_work(spec, length).times(ROWS)
         yield Part(f"{name} forward and Hessians", lambda run=run: run().hessians, both)

@@ -21,6 +21,7 @@ def test_each_pass_counts_its_own_rows_and_length(tiny_llama: Path) -> None:
         measurement_rows=2,
         measurement_length=10,
         preset="fast",
+        products="float32",
     )
     model, _, _ = read_config(tiny_llama)
     measuring = conversion_work(model, config.recipe, Passes(rows=3, measurement_rows=2, length=10))
@@ -29,6 +30,9 @@ def test_each_pass_counts_its_own_rows_and_length(tiny_llama: Path) -> None:
     expected = {name: work.fast + work.exact + 107 / 49 * work.elementwise for name, work in works.items()}
     found = pass_operations(config, model)
     assert found == pytest.approx(expected) and list(found) == list(expected)
+    rounded = pass_operations(replace(config, products="bfloat16"), model)
+    fewer = {name: 3 / 4 * work.fast if name in ("price", "quantize") else 0 for name, work in works.items()}
+    assert rounded == pytest.approx({name: expected[name] - fewer[name] for name in works})
     only = pass_operations(replace(config, output_measurement=Path("m.json")), model)
     assert only == {name: found[name] for name in config.recipe.passes}
     assert pass_operations(replace(config, measurement=Path("m.json")), model) == {"quantize": found["quantize"]}
