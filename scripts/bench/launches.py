@@ -48,8 +48,8 @@ def _of(bodies: dict[str, list[str]], name: str) -> Launches:
         if kind in NOTHING or not kind:
             continue
         if kind in ("while", "conditional", "call"):
-            inner = [_of(bodies, called) for called in _called(line, kind)]
             times = _TRIPS.search(line) if kind == "while" else None
+            inner = [_of(bodies, called) for called in _called(line, kind, counted=times is not None)]
             trips = int(times[1]) if times else 1
             pieces = inner if kind == "while" else inner[:1] if kind == "call" else [max(inner, default=Launches(0))]
             total += trips * sum(piece.total for piece in pieces)
@@ -59,10 +59,10 @@ def _of(bodies: dict[str, list[str]], name: str) -> Launches:
     return Launches(total, unknown)
 
 
-def _called(line: str, kind: str) -> Iterator[str]:
-    """The computations that an instruction runs."""
+def _called(line: str, kind: str, counted: bool) -> Iterator[str]:
+    """The computations that an instruction runs; XLA does not ask the condition of a loop whose rounds it `counted`."""
     if kind == "while":
-        yield from re.findall(r"(?:condition|body)=%?([\w.\-]+)", line)
+        yield from re.findall(r"body=%?([\w.\-]+)" if counted else r"(?:condition|body)=%?([\w.\-]+)", line)
     elif kind == "call":
         yield from re.findall(r"to_apply=%?([\w.\-]+)", line)
     else:

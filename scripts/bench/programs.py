@@ -79,6 +79,7 @@ def dry(meter: Meter) -> Iterator[list[Program]]:
     with ExitStack() as stack:
         stack.enter_context(replaced(pjit, "_pjit_call_impl_python", record))
         stack.enter_context(replaced(pjit, "_get_fastpath_data", lambda _: lambda *args, **options: None))
+        stack.enter_context(replaced(jax, "default_backend", lambda _: lambda: "gpu"))
         stack.enter_context(replaced(dispatch, "choose_implementation", lambda _: lambda device=None: "pallas"))
         stack.enter_context(replaced(dispatch, "_mosaic_device", lambda _: lambda device: True))
         found: list[Program] = []
