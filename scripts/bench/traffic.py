@@ -81,15 +81,32 @@ class Meter:
             self._kept.write_text(json.dumps({"modules": self.modules}))
 
 
+class Outermost(threading.local):
+    """Durations of calls that may lie in each other, each without those inside it, which end before it does."""
+
+    def __init__(self) -> None:
+        """Nothing has ended yet in this thread."""
+        self._ended: list[tuple[float, float]] = []
+
+    def own(self, duration: float, now: float) -> float:
+        """The seconds of a call that ends `now` after `duration`, those inside it taken off, which were counted."""
+        begun, inside = now - duration, 0.0
+        while self._ended and self._ended[-1][0] >= begun:
+            inside += self._ended.pop()[1]
+        self._ended.append((begun, duration))
+        return duration - inside
+
+
 @contextmanager
 def compiling(meter: Meter) -> Iterator[None]:
     """Count programs, and the seconds of tracing, lowering and compiling them."""
+    nested = {event: Outermost() for event in SECONDS}
 
     def listen(event: str, duration_secs: float, **about: str | int) -> None:
         what = SECONDS.get(event)
         if what is None:
             return
-        meter.note(what, duration_secs)
+        meter.note(what, nested[event].own(duration_secs, time.perf_counter()))
         if what == "compiling seconds":
             meter.note(PROGRAMS)
             meter.names[str(about.get("fun_name"))] += 1

@@ -13,7 +13,7 @@ import pytest
 from exl2jax.testing.tiny_model import write_tiny_llama
 from scripts.bench import counts
 from scripts.bench.launches import Launches, launches
-from scripts.bench.traffic import CALLS, DOWN, PROGRAMS, READS, TIME, UP, Meter, compiling, traffic
+from scripts.bench.traffic import CALLS, DOWN, PROGRAMS, READS, TIME, UP, Meter, Outermost, compiling, traffic
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +129,14 @@ def test_the_table_of_two_checkouts(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert counts.main(["table", *map(str, folders)]) == 0
     assert "programs compiled, cold" in capsys.readouterr().out
+
+
+def test_seconds_of_calls_inside_others_count_once() -> None:
+    """Two calls inside a third, a call after them, and a fourth around all."""
+    clock = Outermost()
+    calls = [(1.0, 2.0), (1.0, 4.0), (4.0, 5.0), (1.0, 6.5), (7.0, 8.0)]  # duration, end
+    owned = [clock.own(duration, now) for duration, now in calls]
+    assert owned == [1.0, 1.0, 2.0, 1.0, 2.0]
 
 
 def test_launches_of_a_priced_linear() -> None:
