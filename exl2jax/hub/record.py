@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def record_size(
         evaluated_on=None if evaluation is None else HELDOUT_SAID,
         source_perplexity=None if evaluation is None else evaluation[1],
         evaluation=found,
-        command=command_of(config),
+        command=command_of(replace(config, products=config.precision)),
         seed=config.seed,
         versions=versions(),
         fingerprints={

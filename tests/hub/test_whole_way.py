@@ -21,6 +21,7 @@ from exl2jax.errors import MeasurementError, SettingsError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.hub.finish import CardWishes
 from exl2jax.hub.record import read_record
+from exl2jax.ops import natural_products
 from exl2jax.testing.hub_server import Hub, Repo
 from tests.hub.conftest import WRITE
 
@@ -50,6 +51,7 @@ def test_from_a_name_to_branches(
     assert f"{first.evaluation['kl_divergence']:.4f}" in card and "Text of the source" not in card
     assert metadata_load(folders[0] / "README.md")["license"] == "apache-2.0"  # type: ignore[index]
     assert f"convert -i org/tiny@{first.revision} -o WORK" in card and str(tmp_path) not in card
+    assert f"--products {natural_products()}" in card
     _fits_sizes(Path(work), tmp_path, monkeypatch)
 
     monkeypatch.setenv("HF_TOKEN", WRITE)
