@@ -27,6 +27,7 @@ VALUES = {
     "head_bits": "8",
     "cal_split": "validation",
     "moe_calibration": "all",
+    "products": "bfloat16",
 }
 """Values that not every text would do for."""
 

@@ -111,7 +111,8 @@ def test_parts_of_a_block(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = run(capsys, monkeypatch, "--model", str(tiny_llama), "--only", "parts", "--length", str(LENGTH))
-    ends = ("forward", "forward and Hessians", "error of the output", "factors", "GPTQ", "packing and check")
+    first = ("forward", "forward, bfloat16", "forward and Hessians", "error of the output")
+    ends = (*first, "factors", "GPTQ", "packing and check")
     assert list(rows) == [f"{name} {end}" for name in ("attention", "MLP") for end in ends]
     assert all(row["limit_seconds"] > 0 for row in rows.values())
 

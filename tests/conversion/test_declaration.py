@@ -76,7 +76,7 @@ def test_every_deciding_setting_is_compared() -> None:
         if setting.declared.decides in (Decides.MEASUREMENT, Decides.QUANTIZATION) and not setting.declared.by_content:
             assert setting.name in {s.name for s in inputs.compared_settings(config())}
     by_content = {s.name for s in SETTINGS if s.declared.by_content}
-    assert by_content == {"in_dir", "cal_dataset", "measurement", "preset", "variants"}
+    assert by_content == {"in_dir", "cal_dataset", "measurement", "preset", "products", "variants"}
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_the_tuned_model_is_the_one_that_was_judged(base: ConversionConfig, tmp_
     out = tuned(base, tmp_path)
     model = open_model(out)
     ids = load_file(tmp_path / "work" / "cal_data.safetensors")["input_ids"]
-    decoder, states = build_decoder(model.config), embed(model, ids)
+    decoder, states = build_decoder(model.config, base.precision), embed(model, ids)
     stream = stream_of(states)
     for spec in module_specs(model.config):
         forward(decoder.module(spec), jax.device_put(model.module_params(spec)), stream, stream)
