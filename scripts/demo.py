@@ -19,6 +19,7 @@ from exl2jax import ConversionConfig, ConversionResult, Evaluation, Exl2JaxError
 from exl2jax.calibration import load_tokenizer
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.generation import Sampling, encode_prompt, generate, load_resident
+from exl2jax.ops import Products
 from exl2jax.report import make_progress
 from exl2jax.stream.progress import RunControl
 
@@ -103,6 +104,7 @@ def main() -> int:
     parser.add_argument("-b", "--bits", type=float, default=4.0, help="target bits per weight")
     parser.add_argument("-r", "--rows", type=int, default=24, help="calibration rows of 512 tokens")
     parser.add_argument("-mr", "--measurement-rows", type=int, default=6, help="measurement rows of 512 tokens")
+    parser.add_argument("--products", choices=tuple(Products), help="products of the passes over all rows")
     arguments = parser.parse_args()
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -116,6 +118,7 @@ def main() -> int:
         measurement_rows=arguments.measurement_rows,
         length=ROW_LENGTH,
         measurement_length=ROW_LENGTH,
+        products=arguments.products,
         no_resume=True,
     )
     try:
