@@ -15,7 +15,8 @@ from pathlib import Path
 
 import markdown
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+from exl2jax.testing.browser import BROWSERS, find_browser
+
 STYLE = """
 body { max-width: 760px; margin: 24px auto; font: 15px/1.5 sans-serif; color: #1f2328; background: #fff }
 table { border-collapse: collapse; margin: 12px 0; font-size: 13px }
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=900)
     parser.add_argument("--height", type=int, default=1000)
     arguments = parser.parse_args()
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = find_browser()
     if browser is None:
         print(f"no browser: install one of {', '.join(BROWSERS)}", file=sys.stderr)
         return 1

@@ -9,9 +9,10 @@ from exl2jax.calibration import CalibrationConfig, Examples
 from exl2jax.calibration.source import KNOWN
 from exl2jax.conversion.declaration import Decides, check_all, declare
 from exl2jax.errors import SettingsError
-from exl2jax.ops import Products, natural_products
+from exl2jax.ops import Products
 from exl2jax.qparams import FORMAT_BITS
 from exl2jax.stock_tables import HEAD
+from exl2jax.stream.devices import natural_products
 from exl2jax.variants import Choice, choose
 from exl2jax.variants.recipe import DEFAULT_PRESET, PRESETS, Recipe, find_recipe, parse_choices
 

@@ -25,6 +25,7 @@ MEASURING = "measurement of all sizes"
 STEPS = 1000
 """Bits that fit a file size are searched in steps of a thousandth."""
 TRIES_BY_SLOPE = 6
+"""Tries by the slope of sizes, before what is left is halved."""
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 

@@ -48,7 +48,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `x [..., K]` to `[..., N]`."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.columns))
-        y = x @ kernel.astype(jnp.float32)
+        y = product(x, kernel, Products.FLOAT32)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.columns,))
         return y

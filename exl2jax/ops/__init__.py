@@ -20,7 +20,7 @@ from exl2jax.ops.groups import GroupTable, group_table
 from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize, gram, solve
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.packing import PackedArrays, PackedLinear, pack_arrays, pack_linear, pack_scales, unpack_linear
-from exl2jax.ops.products import Products, natural_products, product
+from exl2jax.ops.products import Products, product
 from exl2jax.ops.rounding import dequantize, half_scale, quantize
 from exl2jax.ops.scales import ScaleChoice, search_columns, search_scales
 
@@ -45,7 +45,6 @@ __all__ = [
     "gram",
     "group_table",
     "half_scale",
-    "natural_products",
     "pack_arrays",
     "pack_codes",
     "pack_linear",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +20,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exl2jax.errors import JobError, SettingsError
+from exl2jax.ops import Products
 
 ROWS = "rows"
 """Name of the mesh's one axis."""
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Variables that make a command one of several processes; JAX finds the last two by itself on a known cluster."""
+
+PROCESSOR = Path("/proc/cpuinfo")
+"""Linux lists what the processor can do here."""
+
+_FAST_BFLOAT16 = "amx_bf16"
+"""Flag of processors that multiply matrices of bfloat16 several times as fast as those of float32."""
 
 _rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
 
@@ -110,6 +118,17 @@ def to_host(value: jax.Array | np.ndarray) -> np.ndarray:
         return np.asarray(value)
     assert isinstance(value.sharding, NamedSharding)  # `place_rows` makes them, and results keep the kind
     return np.asarray(_gather(_replicated(value.sharding.mesh))(value))
+
+
+def natural_products() -> Products:
+    """The products that the default device is made for: bfloat16 on a processor with AMX, else float32.
+
+    On a GPU float32 stands for the device's default precision, which is TF32 on NVIDIA's.
+    """
+    if jax.default_backend() != "cpu" or not PROCESSOR.exists():
+        return Products.FLOAT32
+    flags = PROCESSOR.read_text(encoding="utf-8", errors="replace")
+    return Products.BFLOAT16 if _FAST_BFLOAT16 in flags.split() else Products.FLOAT32
 
 
 def require_agreement(what: str) -> None:

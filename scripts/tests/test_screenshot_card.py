@@ -1,6 +1,5 @@
 """The page of a card, and its picture."""
 
-import shutil
 import struct
 import subprocess
 import sys
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.screenshot_card import BROWSERS, card_page
+from exl2jax.testing.browser import find_browser
+from scripts.screenshot_card import card_page
 
 CARD = """---
 base_model: org/tiny
@@ -33,7 +33,7 @@ def test_the_page_shows_the_card_without_its_head() -> None:
     assert "<h1>tiny, EXL2</h1>" in card_page(CARD.split("---\n", 2)[2])
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium: install it to take pictures of cards")
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium: install it to take pictures of cards")
 def test_the_picture_has_the_size_asked_for(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD, encoding="utf-8")
     picture = tmp_path / "card.png"

@@ -21,7 +21,7 @@ from exl2jax.errors import MeasurementError, SettingsError
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.hub.finish import CardWishes
 from exl2jax.hub.record import read_record
-from exl2jax.ops import natural_products
+from exl2jax.stream.devices import natural_products
 from exl2jax.testing.hub_server import Hub, Repo
 from tests.hub.conftest import WRITE
 

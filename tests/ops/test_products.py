@@ -1,15 +1,11 @@
 """Products of linears in float32 and in bfloat16, against float64."""
 
-from pathlib import Path
-
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from exl2jax.ops import Products, natural_products, product
-from exl2jax.ops import products as module
+from exl2jax.ops import Products, product
 
 TOKENS, K, N = (2, 16), 192, 96
 
@@ -36,19 +32,3 @@ def test_bfloat16_rounds_the_factors_and_sums_in_float32(factors: tuple[np.ndarr
     expected = x.astype(np.float64) @ w.astype(np.float64)
     np.testing.assert_allclose(got, expected, atol=2e-4)
     assert np.abs(expected.astype(ml_dtypes.bfloat16).astype(np.float64) - expected).max() > 2e-2
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [("fpu amx_bf16 amx_tile", Products.BFLOAT16), ("fpu avx512_bf16", Products.FLOAT32)]
-)
-def test_the_processor_decides(flags: str, expected: Products, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "cpuinfo"
-    file.write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(module, "PROCESSOR", file)
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert natural_products() is expected
-
-
-def test_without_a_list_of_flags_products_are_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROCESSOR", tmp_path / "missing")
-    assert natural_products() is Products.FLOAT32

@@ -1,7 +1,6 @@
 """Reports: the numbers in the page are the table's, and a real browser shows them, light and dark, wide and narrow."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -17,6 +16,7 @@ from exl2jax.report.conversion import conversion_page, read_conversion
 from exl2jax.report.page import NumberTable, Page, Section, page_html
 from exl2jax.report.plots import DARK, LIGHT, Plot, label, render
 from exl2jax.report.tables import folded
+from exl2jax.testing.browser import find_browser
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
@@ -127,9 +127,7 @@ def test_command_writes_page_and_plots(work: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs headless Chromium on a page and returns the document that it shows."""
-    program = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
+    program = find_browser()
     if program is None:
         pytest.skip("no chromium on this machine")
     home = tmp_path_factory.mktemp("chromium")
