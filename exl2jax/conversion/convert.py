@@ -17,15 +17,8 @@ from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.passes import (
-    accuracy_pass,
-    backward_pass,
-    forward_pass,
-    perturb_pass,
-    price_pass,
-    quantize_pass,
-    read_reports,
-)
+from exl2jax.conversion.gradient_passes import backward_pass, forward_pass, output_pass, perturb_pass, trace_pass
+from exl2jax.conversion.passes import accuracy_pass, price_pass, quantize_pass, read_reports
 from exl2jax.conversion.preflight import chosen_qparams, require_space
 from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
 from exl2jax.conversion.result import ConversionResult
@@ -54,6 +47,9 @@ MEASURING_PASSES = {
     "measure": accuracy_pass,
 }
 """Passes of the measurement in order; a recipe takes some of them."""
+
+OUTPUT_PASSES = {"trace": trace_pass, "outputs": output_pass}
+"""Passes that come before the quantization where errors are fed to later columns."""
 
 
 def convert(config: ConversionConfig, control: RunControl | None = None) -> ConversionResult:
@@ -101,19 +97,22 @@ class _Conversion:
     def _check_calibration(self, state: JobState, stages: Iterable[str]) -> None:
         """Build the rows of every remaining pass, so that bad input is refused before any weight is read."""
         coming = list(dropwhile(lambda name: name != state.stage, stages))
-        passes = sorted({name != "quantize" for name in coming}, reverse=True)
+        passes = sorted({name in MEASURING_PASSES for name in coming}, reverse=True)
         built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
         require_space(self.context, built)
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""
-        recipe = self.context.recipe
-        measure = partial(self._with_rows, measure=True)
-        if self.config.measurement is not None:
-            stages: dict[str, Stage] = {}
-        else:
-            stages = {name: partial(measure, run) for name, run in MEASURING_PASSES.items() if name in recipe.passes}
-        return stages if self.config.output_measurement is not None else {**stages, "quantize": self._quantize}
+        recipe, config = self.context.recipe, self.config
+        stages: dict[str, Stage] = {}
+        if config.measurement is None:
+            measuring = [name for name in MEASURING_PASSES if name in recipe.passes]
+            stages = {name: partial(self._with_rows, MEASURING_PASSES[name], measure=True) for name in measuring}
+        if config.output_measurement is None:
+            for name in recipe.quantizing_passes:
+                run = OUTPUT_PASSES.get(name)
+                stages[name] = self._quantize if run is None else partial(self._with_rows, run, measure=False)
+        return stages
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
         """Run a stage and add its seconds, those of interrupted runs included."""

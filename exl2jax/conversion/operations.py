@@ -53,11 +53,11 @@ def pass_operations(config: ConversionConfig, model: ModelConfig) -> dict[str, f
     """Operations of each pass that the conversion takes, in order, in units of a matrix product's operations."""
     recipe = config.recipe
     measuring = conversion_work(model, recipe, passes_of(config, model, measure=True))
-    quantizing = conversion_work(model, recipe, passes_of(config, model))["quantize"]
+    quantizing = conversion_work(model, recipe, passes_of(config, model))
     names = () if config.measurement is not None else recipe.passes
     taken = {name: measuring[name] for name in names}
     if config.output_measurement is None:
-        taken["quantize"] = quantizing
+        taken |= {name: quantizing[name] for name in recipe.quantizing_passes}
     faster = FASTER if config.precision is Products.BFLOAT16 else 1.0
     return {name: _weighted(work, faster if name in ROUNDED else 1.0) for name, work in taken.items()}
 

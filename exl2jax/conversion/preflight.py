@@ -20,6 +20,7 @@ from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.qparams import QParams, padded_columns
 from exl2jax.quantize.diagnostics import calibration_shortage
+from exl2jax.quantize.outputs import feeds_columns, sample_bytes
 from exl2jax.quantize.propagate import kept_bytes
 from exl2jax.stock_tables import head_qparams
 
@@ -177,12 +178,13 @@ def _states(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
 
 
 def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
-    """Bytes of the module inputs that the forward pass keeps."""
-    if "forward" not in context.recipe.passes or "measure" not in rows:
-        return 0
-    ids = rows["measure"].input_ids
-    size = min(context.recipe.fisher_rows, len(ids)) * ids.shape[1] * context.model.config.hidden_size
-    return size * FLOAT * (len(context.specs) + 1)
+    """Bytes of the module inputs that a forward pass keeps for gradients, and of the gradients that are kept."""
+    recipe, width = context.recipe, context.model.config.hidden_size
+    counts = {"measure": recipe.fisher_rows if "forward" in recipe.passes else 0, "quantize": recipe.output_rows}
+    tokens = {name: min(counts[name], len(x.input_ids)) * x.input_ids.shape[1] for name, x in rows.items()}
+    linears = (x for spec in context.specs for x in spec.linears if feeds_columns(x))
+    kept = sum(sample_bytes(linear, tokens.get("quantize", 0)) for linear in linears)
+    return kept + max(tokens.values(), default=0) * width * FLOAT * (len(context.specs) + 1)
 
 
 def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:

@@ -107,8 +107,10 @@ def set_operations(base: ConversionConfig, sizes: Sequence[Size]) -> dict[str, f
     if base.measurement is None:
         passes = pass_operations(replace(base, output_measurement=base.out_dir / MEASURED, compile_full=None), model)
         work = {f"{MEASURING}, {name}": amount for name, amount in passes.items()}
-    quantize = pass_operations(replace(base, output_measurement=None), model)["quantize"]
-    return work | {f"{_number(i, len(sizes))}, quantize": quantize for i in range(1, len(sizes) + 1)}
+    passes = pass_operations(replace(base, output_measurement=None), model)
+    of_size = {name: passes[name] for name in base.recipe.quantizing_passes}
+    numbers = [_number(i, len(sizes)) for i in range(1, len(sizes) + 1)]
+    return work | {f"{number}, {name}": amount for number in numbers for name, amount in of_size.items()}
 
 
 def of_size(base: ConversionConfig, bits: float, head_bits: int, measured: Path) -> ConversionConfig:

@@ -23,7 +23,7 @@ from exl2jax.storage.digests import fingerprint
 
 JOB_FORMAT = 3
 """Version of the job file and of the checkpoints."""
-STAGES = ("forward", "backward", "perturb", "price", "measure", "quantize", "compile", "finished")
+STAGES = ("forward", "backward", "perturb", "price", "measure", "trace", "outputs", "quantize", "compile", "finished")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +57,7 @@ class WorkDirectory:
         self.scaled_fisher = path / "scaled_fisher.safetensors"
         self.measurement = path / "measurement.json"
         self.reports = path / "quantized.json"
+        self.outputs = path / "outputs"
         self.out_tensor = path / "out_tensor"
 
     @property
@@ -64,7 +65,7 @@ class WorkDirectory:
         """All files of a job, the job file first: without it the rest belongs to no job."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
         states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
-        return (self.job_file, *states, self.measurement, self.reports, self.out_tensor)
+        return (self.job_file, *states, self.measurement, self.reports, self.outputs, self.out_tensor)
 
     def left_by(self, stage: str) -> Path | None:
         """The file with a stage's result for later stages; the job file keeps its checksum."""

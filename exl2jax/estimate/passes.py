@@ -9,6 +9,7 @@ from exl2jax.estimate.work import (
     candidates_work,
     distinct_settings,
     factor_work,
+    feedback_work,
     forward_work,
     gptq_work,
     hessian_work,
@@ -16,6 +17,7 @@ from exl2jax.estimate.work import (
 )
 from exl2jax.measure.sensitivity import MEASURED
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
+from exl2jax.quantize.outputs import SAMPLES, feeds_columns
 from exl2jax.variants.recipe import Recipe
 
 CHECK_ROWS = 16
@@ -39,15 +41,18 @@ def conversion_work(config: ModelConfig, recipe: Recipe, passes: Passes) -> dict
     counted: dict[str, Callable[[ModuleSpec], Work]] = {
         "forward": lambda spec: forward_work(spec, config, passes.length).times(_fisher_rows(recipe, passes)),
         "backward": lambda spec: _backward(spec, config, passes.length).times(_fisher_rows(recipe, passes)),
+        "trace": lambda spec: forward_work(spec, config, passes.length).times(_output_rows(recipe, passes)),
+        "outputs": lambda spec: _backward(spec, config, passes.length).times(_output_rows(recipe, passes)),
         "perturb": lambda spec: _perturb(spec, config, recipe, passes),
         "price": lambda spec: _price(spec, config, recipe, passes),
         "measure": lambda spec: _measure(spec, config, recipe, passes),
         "quantize": lambda spec: _quantize(spec, config, recipe, passes),
     }
     specs, head = module_specs(config), head_spec(config)
-    found = {name: sum(map(counted[name], specs), Work()) for name in (*recipe.passes, "quantize")}
-    if "backward" in found:
-        found["backward"] += _head_gradient(head, recipe, passes)
+    found = {name: sum(map(counted[name], specs), Work()) for name in (*recipe.passes, *recipe.quantizing_passes)}
+    for name, rows in (("backward", _fisher_rows), ("outputs", _output_rows)):
+        if name in found:
+            found[name] += _head_gradient(head, rows(recipe, passes) * passes.length)
     found["quantize"] += _head(head, recipe, passes)
     return found
 
@@ -59,6 +64,10 @@ def priced(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, int]]:
 
 def _fisher_rows(recipe: Recipe, passes: Passes) -> int:
     return min(recipe.fisher_rows, passes.measurement_rows)
+
+
+def _output_rows(recipe: Recipe, passes: Passes) -> int:
+    return min(recipe.output_rows, passes.rows)
 
 
 def _backward(spec: ModuleSpec, config: ModelConfig, length: int) -> Work:
@@ -103,7 +112,9 @@ def _quantize(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pas
         reference = passes.rows if recipe.carries_reference else min(CHECK_ROWS, passes.rows)
         total += row.times(passes.rows + reference)
     walks = (gptq_work(linear.rows, linear.columns, search) for linear in spec.linears)
-    return sum((*_factors(spec), *walks), total)
+    samples = min(SAMPLES, _output_rows(recipe, passes) * passes.length)
+    fed = (feedback_work(linear, samples) for linear in spec.linears if samples and feeds_columns(linear))
+    return sum((*_factors(spec), *walks, *fed), total)
 
 
 def _propagation(spec: ModuleSpec, config: ModelConfig, passes: Passes) -> Work:
@@ -127,9 +138,9 @@ def _factors(spec: ModuleSpec) -> Iterator[Work]:
     return (factor_work(group[0].rows) for group in spec.groups)
 
 
-def _head_gradient(head: LinearSpec, recipe: Recipe, passes: Passes) -> Work:
+def _head_gradient(head: LinearSpec, tokens: int) -> Work:
     """The logits of all tokens, and their gradient at the final states."""
-    return Work(fast=2 * linear_work(head, _fisher_rows(recipe, passes) * passes.length))
+    return Work(fast=2 * linear_work(head, tokens))
 
 
 def _head(head: LinearSpec, recipe: Recipe, passes: Passes) -> Work:

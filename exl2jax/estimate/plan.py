@@ -7,6 +7,8 @@ from typing import Any
 from exl2jax.estimate.devices import Device
 from exl2jax.estimate.passes import Passes, conversion_work, priced
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
+from exl2jax.ops.columns import block_columns
+from exl2jax.quantize.outputs import feeds_columns
 from exl2jax.stream.blocks import cut
 from exl2jax.variants.recipe import Recipe
 
@@ -22,6 +24,9 @@ of 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
 
 PER_ROW = 3
 """Launches of a row where XLA's loops walk in place of the kernels."""
+
+PER_BLOCK = 5
+"""Launches of a block of columns in a group: a product, the kernel, three results put in place. Not seen compiled."""
 
 TYPICAL_GROUP = 128
 """Rows of a group in the quantization, where the strategy is not known yet."""
@@ -65,7 +70,7 @@ def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device:
     """Count a conversion and divide by the rates of a device."""
     work = conversion_work(config, recipe, passes)
     whole = [sum(each) for each in zip(*work.values(), strict=True)]
-    memory, streams = device_memory(config), _streams(config, recipe, passes)
+    memory, streams = device_memory(config, recipe), _streams(config, recipe, passes)
     fits_with = memory + streams <= device.memory
     launches = conversion_launches(config, recipe, device) if device.launches else 0
     up = bytes_up(config, recipe) + (0 if fits_with else _stream_bytes(config, recipe, passes))
@@ -93,20 +98,23 @@ def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device:
     )
 
 
-def device_memory(config: ModelConfig) -> int:
+def device_memory(config: ModelConfig, recipe: Recipe) -> int:
     """Bytes of the largest piece that is worked on at a time, states of a chunk included, streams apart.
 
-    Its weights in float32 beside those of the next as they are read; Hessian, cross product and factor of every group;
-    what GPTQ holds of the largest linear; the activations of a chunk. The head counts as a piece.
+    Its weights in float32 beside those of the next as they are read; Hessian, cross product and factor of every group,
+    and as many squares for the outputs of linears whose errors are fed from column to column; what GPTQ holds of the
+    largest linear; the activations of a chunk. The head counts as a piece.
     """
     pieces = [piece for spec in module_specs(config) for piece in cut(spec)]
     head = head_spec(config)
-    return max(*map(_piece_bytes, pieces), (STORED + HELD) * head.weights)
+    return max(*(_piece_bytes(piece, fed=recipe.output_rows > 0) for piece in pieces), (STORED + HELD) * head.weights)
 
 
-def _piece_bytes(piece: ModuleSpec) -> int:
+def _piece_bytes(piece: ModuleSpec, *, fed: bool) -> int:
     weights = (FLOAT + STORED) * piece.weights
-    squares = 3 * FLOAT * sum(group[0].rows ** 2 for group in piece.groups)
+    sides = [group[0].rows for group in piece.groups]
+    sides += [linear.columns for linear in piece.linears if fed and feeds_columns(linear)]
+    squares = 3 * FLOAT * sum(side**2 for side in sides)
     largest = HELD * max(linear.weights for linear in piece.linears)
     chunk = FLOAT * CHUNK * sum(linear.rows + linear.columns for linear in piece.linears)
     return weights + squares + largest + 2 * chunk
@@ -120,7 +128,7 @@ def _streams(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
 def bytes_up(config: ModelConfig, recipe: Recipe) -> int:
     """Bytes of weights that go up: those of every module once a pass."""
     weights = sum(spec.weights for spec in module_specs(config)) + head_spec(config).weights
-    return STORED * weights * (len(recipe.passes) + 1)
+    return STORED * weights * len((*recipe.passes, *recipe.quantizing_passes))
 
 
 def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
@@ -132,7 +140,15 @@ def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
 def conversion_launches(config: ModelConfig, recipe: Recipe, device: Device) -> int:
     """Launches of the walks of GPTQ, which are all but a few of a conversion's."""
     walks = _walks(config, recipe, side_by_side=device.kernels)
-    return sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+    fed = _fed(config, recipe)
+    blocks = sum(-(-x.rows // TYPICAL_GROUP) * -(-x.columns // block_columns(x.columns)) for x in fed)
+    return PER_BLOCK * blocks + sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+
+
+def _fed(config: ModelConfig, recipe: Recipe) -> list[LinearSpec]:
+    """The linears whose errors are fed from column to column."""
+    linears = (linear for spec in module_specs(config) for linear in spec.linears)
+    return [linear for linear in linears if feeds_columns(linear)] if recipe.output_rows else []
 
 
 def _walks(config: ModelConfig, recipe: Recipe, *, side_by_side: bool) -> Iterator[tuple[LinearSpec, int]]:

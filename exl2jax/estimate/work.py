@@ -54,6 +54,14 @@ def factor_work(rows: int) -> Work:
     return Work(exact=2 / 3 * rows**3)
 
 
+def feedback_work(linear: LinearSpec, samples: int) -> Work:
+    """Feedback between the columns of a linear: the Hessian of its outputs and its factor, and the products of a walk.
+
+    A walk multiplies what every row has lost with all of the square that says where it goes.
+    """
+    return Work(exact=samples * linear.columns**2 + 2 * linear.weights * linear.columns) + factor_work(linear.columns)
+
+
 def hessian_work(spec: ModuleSpec, tokens: int) -> Work:
     """The Hessians of all groups of linears, half of each being the mirror of the other."""
     return Work(exact=sum(tokens * k * k for k in (group[0].rows for group in spec.groups)))

@@ -6,7 +6,7 @@ sampled from the model itself. Its diagonal needs one forward and one backward p
 second one over the modules in reverse, each recomputed from its stored input, so that one module is resident at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import product
@@ -46,17 +46,12 @@ def _parts(spec: ModuleSpec) -> Iterator[tuple[LinearSpec, str]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BackwardStep:
-    """The step of the backward scan over `tokens` tokens: gradients at the module's input, Fisher of its linears.
-
-    `weigh` asks for weights of tokens by class; padding, whose gradients are zero, is left out of them.
-    """
+class GradientStep:
+    """The step of a backward scan: gradients at the module's input, and what a pass keeps of those at its linears."""
 
     decoder: Decoder
     stack: InputStack
     rows: Rows
-    tokens: int
-    weigh: bool = False
 
     def __call__(self, carry: Carry, block: Block) -> tuple[Carry, Columns]:
         """Pull the gradients `[R, T, D]` back through a module; those through its pieces add up."""
@@ -65,8 +60,22 @@ class BackwardStep:
         out, found = reduce(joined, map(pull, block.pieces(self.decoder)))
         return {GRADIENT: out}, found
 
-    def _pull(self, piece: Piece, states: Stream, gradient: Stream) -> tuple[Stream, dict[str, np.ndarray]]:
-        """The gradients through a piece, row by row, and the Fisher information of its linears."""
+    def _pull(self, piece: Piece, states: Stream, gradient: Stream) -> tuple[Stream, dict[str, Any]]:
+        """The gradients through a piece, row by row, and what is kept of them by linear."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackwardStep(GradientStep):
+    """The step over `tokens` tokens that finds the Fisher information of each linear's columns.
+
+    `weigh` asks for weights of tokens by class; padding, whose gradients are zero, is left out of them.
+    """
+
+    tokens: int
+    weigh: bool = False
+
+    def _pull(self, piece: Piece, states: Stream, gradient: Stream) -> tuple[Stream, dict[str, Any]]:
         columns = tuple((linear.name, linear.columns) for linear in piece.spec.linears)
         program = partial(_row_backward, module=piece.module, columns=columns)
         params, out = on_all_devices(piece.params), piece.target(gradient)
@@ -78,10 +87,7 @@ class BackwardStep:
             return (*felt, new), (moved,)
 
         felt = read(fold(pull, (), (states, self.rows.mask, gradient), (out,)))
-        if not all(row.finite for row in felt):
-            raise NumericalError(
-                f"{piece.spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none"
-            )
+        require_finite_gradients([row.finite for row in felt], piece.spec)
         wide = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *felt)
         return out, self._columns(piece.spec, wide.squares, wide.tokens)
 
@@ -95,6 +101,12 @@ class BackwardStep:
                 if self.weigh:
                     found[x.name + TOKENS] = weights.astype(np.float32)
         return found
+
+
+def require_finite_gradients(finite: Iterable[Any], spec: ModuleSpec) -> None:
+    """Raise `NumericalError` where gradients of a module are not finite."""
+    if not all(finite):
+        raise NumericalError(f"{spec.key}: the gradients hold NaN or infinity; use `preset` stock, which needs none")
 
 
 def head_gradients(decoder: Decoder, params: Any, states: np.ndarray, mask: np.ndarray, *, seed: int) -> np.ndarray:
@@ -144,19 +156,26 @@ class Felt(NamedTuple):
 def _row_backward(
     params: Any, chunk: Chunk, gradient: jax.Array, *, module: Module, columns: tuple[tuple[str, int], ...]
 ) -> tuple[jax.Array, Felt]:
-    """Pull rows' gradients back through a module; zero probes at the linears' outputs collect theirs.
+    """Pull rows' gradients back through a module.
 
     Returns the gradient at the input, and the gradients at the linears by class of tokens.
     """
-
-    def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
-        return module.forward(params, h, probes).hidden
-
     h, mask, _ = chunk
-    probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
-    _, pull = jax.vjp(run, h, probes)
-    back, felt = pull(gradient)
+    back, felt = pulled(params, h, gradient, module, columns)
     classes = token_classes(h, mask)
     members = jnp.sum(jax.nn.one_hot(classes, CLASSES) * mask[..., None], axis=(0, 1))
     squares = {name: squares_by_class(g, classes) for name, g in felt.items()}
     return back, Felt(squares, members, jnp.all(jnp.isfinite(back)))
+
+
+def pulled(
+    params: Any, h: jax.Array, gradient: jax.Array, module: Module, columns: tuple[tuple[str, int], ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Gradients at a module's input, and at the outputs `[B, T, N]` of each linear, where zero probes collect them."""
+
+    def run(h: jax.Array, probes: dict[str, jax.Array]) -> jax.Array:
+        return module.forward(params, h, probes).hidden
+
+    probes = {name: jnp.zeros((*h.shape[:2], n), jnp.float32) for name, n in columns}
+    _, pull = jax.vjp(run, h, probes)
+    return pull(gradient)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from exl2jax.ops.columns import ColumnFeedback, walk_columns
 from exl2jax.ops.groups import LARGEST_GROUP, GroupTable, group_table, span_rows
 from exl2jax.ops.hessian import HessianFactor
 from exl2jax.ops.kernels import XLA, Kernels
@@ -58,7 +59,7 @@ class _Plan(NamedTuple):
 
     `widths [K / 32 or 1, 1 or columns]` are the bits of every group, or of all; `copies` of the matrix go side by side
     as columns. `size` is the most rows of a group; `rows` are those of each and `number` is how many there
-    are, where known.
+    are, where known. `toward` feeds errors to later columns (`ColumnFeedback`).
     """
 
     groups: GroupTable
@@ -68,13 +69,14 @@ class _Plan(NamedTuple):
     copies: int = 1
     rows: int | None = None
     number: int | None = None
+    toward: jax.Array | None = None
 
     @classmethod
-    def of(cls, table: jax.Array, options: WalkOptions) -> "_Plan":
+    def of(cls, table: jax.Array, options: WalkOptions, toward: jax.Array | None = None) -> "_Plan":
         """Of any groups."""
         groups = GroupTable.of(table)
         size = min(LARGEST_GROUP, ROW_MULTIPLE * len(groups.rows))
-        return cls(groups, groups.bits[:, None].astype(jnp.float32), options, size)
+        return cls(groups, groups.bits[:, None].astype(jnp.float32), options, size, toward=toward)
 
     @classmethod
     def beside(cls, cuts: Sequence[Sequence[Group]], rows: int, columns: int, options: WalkOptions) -> "_Plan":
@@ -117,12 +119,28 @@ class QuantizedArrays(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="options")
-def gptq_arrays(w: jax.Array, factor: HessianFactor, table: jax.Array, *, options: WalkOptions) -> QuantizedArrays:
-    """`gptq` with the groups as a `group_table`: one program for a shape of matrix."""
-    walk = _walk(w[factor.perm], factor.u, _Plan.of(table, options))
-    codes = walk.codes[: len(w)]
-    weight = dequantized_weight(codes, walk.qs, walk.qscale_max, factor.inv_perm, table)
-    return QuantizedArrays(codes, walk.qs, walk.qscale_max, weight)
+def gptq_arrays(
+    w: jax.Array,
+    factor: HessianFactor,
+    table: jax.Array,
+    columns: ColumnFeedback | None = None,
+    *,
+    options: WalkOptions,
+) -> QuantizedArrays:
+    """`gptq` with the groups as a `group_table`: one program for a shape of matrix.
+
+    With feedback between `columns` too, if given.
+    """
+    ordered = w[factor.perm]
+    if columns is None:
+        walk = _walk(ordered, factor.u, _Plan.of(table, options))
+        codes, qs = walk.codes[: len(w)], walk.qs
+    else:
+        walk = _walk(ordered[:, columns.perm], factor.u, _Plan.of(table, options, columns.toward))
+        back = jnp.argsort(columns.perm)
+        codes, qs = walk.codes[: len(w)][:, back], walk.qs[:, back]
+    weight = dequantized_weight(codes, qs, walk.qscale_max, factor.inv_perm, table)
+    return QuantizedArrays(codes, qs, walk.qscale_max, weight)
 
 
 @partial(jax.jit, static_argnames=("cuts", "kernels", "search"))
@@ -251,7 +269,9 @@ def _walk_group(
     if counted is not None:
         mine = jnp.where((jnp.arange(plan.size) < counted)[:, None], mine, 0.0)
     choice = plan.options.search(mine, width, GroupContext(importance, kernels, counted, plan.copies, tile))
-    errors, codes = kernels.walk_group(mine, u, tile, choice.scale, width, counted)
+    inputs = (mine, u, tile, choice.scale, width, counted)
+    walked = kernels.walk_group if plan.toward is None else partial(walk_columns, kernels.walk_group, plan.toward)
+    errors, codes = walked(*inputs)
     return _Walk(
         lax.dynamic_update_slice_in_dim(walk.errors, errors, row, 0),
         lax.dynamic_update_slice_in_dim(walk.codes, codes, row, 0),

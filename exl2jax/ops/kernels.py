@@ -20,6 +20,7 @@ class WalkGroup(Protocol):
         scale: jax.Array,
         bits: jax.Array,
         rows: jax.Array | None = None,
+        shift: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Scaled errors and codes of the group `w [size, N]`, which begins at tile `tile` of 32 rows of `u`."""
         ...

@@ -17,31 +17,35 @@ def walk_group(
     scale: jax.Array,
     bits: jax.Array,
     rows: jax.Array | None = None,
+    shift: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Walk the rows of one group `w [size, N]`, which begin at a `tile` of 32 rows of `u [K, K]`.
 
     `scale [N]` are the working scales and `bits` the width, one for all columns or one for each. Where the group has
-    fewer `rows` (traced, a multiple of 32), the rest of the result is zero.
+    fewer `rows` (traced, a multiple of 32), the rest of the result is zero. A `shift [size, N]` is taken off the
+    current weights before they are rounded; their errors are still those of the weights themselves.
     """
     start = tile * ROW_MULTIPLE
     u = lax.dynamic_slice(u, (start, start), (len(w), len(w)))
     if rows is None:
-        return _walk(w, u, scale, bits)
+        return _walk(w, u, scale, bits, shift)
     sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)
     branches = [partial(_walk_first, size) for size in sizes]
-    return lax.switch(rows // ROW_MULTIPLE - 1, branches, w, u, scale, bits)
+    return lax.switch(rows // ROW_MULTIPLE - 1, branches, w, u, scale, bits, shift)
 
 
 def _walk_first(
-    size: int, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array
+    size: int, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Walk the first `size` rows alone; zeros for the others."""
-    errors, codes = _walk(w[:size], u[:size, :size], scale, bits)
+    errors, codes = _walk(w[:size], u[:size, :size], scale, bits, None if shift is None else shift[:size])
     rest = ((0, len(w) - size), (0, 0))
     return jnp.pad(errors, rest), jnp.pad(codes, rest)
 
 
-def _walk(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _walk(
+    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     inverse = 1 / jnp.diagonal(u)
 
     def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +54,8 @@ def _walk(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array) -> tupl
         current = lax.dynamic_index_in_dim(w, i, 0, keepdims=False) - jnp.matmul(
             toward, errors, precision=lax.Precision.HIGHEST
         )
-        code = quantize(current, scale, bits)
+        moved = current if shift is None else current - lax.dynamic_index_in_dim(shift, i, 0, keepdims=False)
+        code = quantize(moved, scale, bits)
         error = (current - dequantize(code, scale, bits)) * inverse[i]
         return (
             lax.dynamic_update_index_in_dim(errors, error, i, 0),

@@ -25,33 +25,37 @@ def walk_group(
     scale: jax.Array,
     bits: jax.Array,
     rows: jax.Array | None = None,
+    shift: jax.Array | None = None,
     *,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled errors float32 and codes uint8 of a group `w [size, N]`, which begins at a `tile` of `u [K, K]`.
 
     `scale [N]` are the working scales; `bits` is one width or one for each column `[N]`, so that one matrix at several
-    widths walks side by side. Where the group has fewer `rows` than `w`, the rest of the result is zero.
+    widths walks side by side. Where the group has fewer `rows` than `w`, the rest of the result is zero. A `shift
+    [size, N]` is taken off the current weights before they are rounded.
     """
     size, columns = w.shape
     zero = jnp.broadcast_to(jnp.exp2(bits.astype(jnp.float32) - 1), (columns,))
     w, scale, zero = (pad_columns(x) for x in (w, scale, zero))
     run = launch(
-        partial(_body, size=size, tiles=tiles),
+        partial(_body, size=size, tiles=tiles, shifted=shift is not None),
         (shape(w.shape, jnp.float32), shape(w.shape, jnp.uint8)),
         {"columns": w.shape[1] // LANES},
         tiles,
         (plgpu.SMEM((size, LANES), jnp.float32),),
     )
     counted = () if rows is None else (rows,)
+    shifts = () if shift is None else (pad_columns(shift),)
     scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tile, *counted))
-    errors, codes = run(w, u, scale, zero, *scalars)
+    errors, codes = run(w, u, scale, zero, *shifts, *scalars)
     return errors[:, :columns], codes[:, :columns]
 
 
-def _body(w: Any, u: Any, scales: Any, levels: Any, first_tile: Any, *rest: Any, size: int, tiles: Tiles) -> None:
+def _body(w: Any, u: Any, scales: Any, levels: Any, *rest: Any, size: int, tiles: Tiles, shifted: bool) -> None:
     """One program: `LANES` columns. `past [size, LANES]` in shared memory holds their errors so far."""
-    *counted, errors, codes, past = rest
+    *shift, first_tile = rest[: 1 + shifted]
+    *counted, errors, codes, past = rest[1 + shifted :]
     count, rows = (counted[0][0] if counted else size), tiles.walk_rows
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
     scale, zero, at = scales[columns], levels[columns], first_tile[0] * ROW_MULTIPLE
@@ -66,7 +70,8 @@ def _body(w: Any, u: Any, scales: Any, levels: Any, first_tile: Any, *rest: Any,
 
         current = list(lax.fori_loop(0, a, take_up, owed))
         for r in range(rows):
-            steps = jnp.where(scale > 0, current[r] / scale, 0.0)
+            moved = current[r] - shift[0][a + r, columns] if shifted else current[r]
+            steps = jnp.where(scale > 0, moved / scale, 0.0)
             code = jnp.clip(jnp.round(steps) + zero, 0.0, 2 * zero - 1)
             error = (current[r] - _half((code - zero) * scale)) / u[at + a + r, at + a + r]
             past[a + r] = error

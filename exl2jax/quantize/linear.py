@@ -26,6 +26,7 @@ from exl2jax.ops import (
     group_table,
     pack_arrays,
 )
+from exl2jax.ops.columns import ColumnFeedback
 from exl2jax.ops.gptq import QuantizedArrays
 from exl2jax.ops.groups import GroupTable
 from exl2jax.ops.kernels import PackTiles
@@ -79,8 +80,11 @@ def quantize(
     spec: LinearSpec,
     quantizer: Quantizer = STOCK,
     source: np.ndarray | jax.Array | None = None,
+    columns: ColumnFeedback | None = None,
 ) -> Quantized:
     """Quantize and pack a linear's weight `[K, N]`; `source` is the model's own where another target is asked for.
+
+    The walk feeds errors to later `columns`, if given.
 
     `SettingsError` where the format cannot hold its rows. All else that may be wrong is in the checks.
     """
@@ -90,7 +94,7 @@ def quantize(
     source = kernel if source is None else source
     if quantizer.walks:
         options = WalkOptions(quantizer.search, kernels)
-        found, packed, checks = _quantized(kernel, source, factor, table, options=options)
+        found, packed, checks = _quantized(kernel, source, factor, table, columns, options=options)
     else:
         linear = quantizer.quantize(jnp.asarray(kernel, jnp.float32), factor, groups)
         found = QuantizedArrays(linear.codes, linear.qs, linear.qscale_max, linear.weight)
@@ -123,10 +127,16 @@ def repacked(linear: QuantizedLinear, factor: HessianFactor, kernel: np.ndarray 
 
 @partial(jax.jit, static_argnames="options")
 def _quantized(
-    kernel: jax.Array, source: jax.Array, factor: HessianFactor, table: jax.Array, *, options: WalkOptions
+    kernel: jax.Array,
+    source: jax.Array,
+    factor: HessianFactor,
+    table: jax.Array,
+    columns: ColumnFeedback | None,
+    *,
+    options: WalkOptions,
 ) -> tuple[QuantizedArrays, PackedArrays, jax.Array]:
     """Everything of `quantize` that runs on the device, as one program for a shape of matrix."""
-    found = gptq_arrays(kernel.astype(jnp.float32), factor, table, options=options)
+    found = gptq_arrays(kernel.astype(jnp.float32), factor, table, columns, options=options)
     return found, *_checked(kernel, source, factor, found, table, pack=options.kernels.pack_tiles)
 
 

@@ -1,5 +1,6 @@
 """The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -16,6 +17,7 @@ from exl2jax.qparams import QParams
 from exl2jax.quantize.diagnostics import clamp_bias, hessian_diagnostics, linear_diagnostics, starved_experts
 from exl2jax.quantize.head import quantize_head
 from exl2jax.quantize.linear import Checks, Quantized, as_checks, in_threads, quantize, repacked, require_sound
+from exl2jax.quantize.outputs import Outputs, feedback_of
 from exl2jax.quantize.propagate import StageTask, StageTerms, Strengths, corrected_targets, finish, stage_terms
 from exl2jax.quantize.report import ModuleReport
 from exl2jax.quantize.store import stored_norm, tensor_file
@@ -32,6 +34,8 @@ from exl2jax.stream.streams import Rows, Stream, added, read
 from exl2jax.stream.token_classes import group_tables
 from exl2jax.variants.recipe import Recipe
 
+SHRINKAGE = float(os.environ.get("SHRINK", "0.3"))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
@@ -39,7 +43,8 @@ class QuantizeStep:
 
     The carry holds the quantized model's states and, as `REFERENCE`, those of the full-precision one: of all rows where
     the recipe propagates errors or tunes, else of the `check_rows` that the final check runs on. `later` takes the work
-    that need not be done before the next module: writing the files.
+    that need not be done before the next module: writing the files. `outputs` gives the gradients at a linear's
+    outputs, where errors are fed to later columns.
     """
 
     decoder: Decoder
@@ -54,6 +59,7 @@ class QuantizeStep:
     seed: int = 0
     token_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     later: Later = at_once
+    outputs: Outputs | None = None
 
     def start(self, states: np.ndarray) -> dict[str, np.ndarray]:
         """The carry before the first module, from the embedded rows."""
@@ -146,7 +152,8 @@ class QuantizeStep:
         def run(task: tuple[LinearSpec, jax.Array, HessianFactor]) -> Quantized:
             x, target, factor = task
             kernel = piece.params[x.name]["kernel"]
-            return quantize(target, factor, self._settings(piece.spec)[x.name], x, self.recipe.quantizer, kernel)
+            setting, columns = self._settings(piece.spec)[x.name], feedback_of(x, self.outputs)
+            return quantize(target, factor, setting, x, self.recipe.quantizer, kernel, columns)
 
         params, results = dict(done.params), dict(done.results)
         for (x, _, factor), result in zip(tasks, in_threads(run, tasks), strict=True):

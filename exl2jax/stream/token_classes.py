@@ -39,6 +39,13 @@ def token_classes(states: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(norms > LOUD * typical, place + len(PLACES) + 1, place)
 
 
+def ordinary_tokens(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """1 for quiet tokens from the eighth place on `[B, T]`, 0 for others and for padding; as `token_classes`."""
+    classes = token_classes(states, mask)
+    first = PLACES.index(8) + 1
+    return jnp.where((classes >= first) & (classes <= len(PLACES)), mask, 0.0)
+
+
 def squares_by_class(gradients: jax.Array, classes: jax.Array) -> jax.Array:
     """Sum of squares `[CLASSES, N]` of `gradients [B, T, N]` over the tokens of each class."""
     member = jax.nn.one_hot(classes, CLASSES)

@@ -35,7 +35,8 @@ class Recipe:
     linears that write to the residual stream correct the stream's own error; 0 for both quantizes towards the source's
     weights, as stock does. `weigh_tokens` prices errors with the weight of each token's class
     (`exl2jax.stream.token_classes`), where there are gradients; `weigh_hessians` quantizes with these weights too,
-    raised to this power (0: all tokens alike, 1: as in the prices).
+    raised to this power (0: all tokens alike, 1: as in the prices). `output_rows` are the rows of the quantization
+    whose gradients tell how the error of one column is made up for in others (`exl2jax.ops.columns`; 0: not at all).
     `variants` are choices among the registered variants of other steps (`exl2jax.variants`), stock's where they say
     nothing.
     """
@@ -49,6 +50,7 @@ class Recipe:
     residual: float = 0.0
     weigh_tokens: bool = False
     weigh_hessians: float = 0.0
+    output_rows: int = 0
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Recipe:
                 f"recipe {self.name}: two variants of one kind, {max(kinds, key=kinds.count)}; give one"
             )
         self._check_rows(kinds)
+        self._check_outputs()
         if "objective" in kinds and self.pricing != "accuracy":
             raise SettingsError(
                 f"recipe {self.name}: an objective needs pricing accuracy (preset stock); by {self.pricing} the "
@@ -92,14 +95,29 @@ class Recipe:
         if "error" in kinds and not self.measures_rows:
             raise SettingsError(f"recipe {self.name}: an error of rows needs pricing accuracy, not {self.pricing}")
 
+    def _check_outputs(self) -> None:
+        """Refuse Hessians of outputs that no walk would use."""
+        if self.output_rows < 0:
+            raise SettingsError(f"recipe {self.name}: output_rows is {self.output_rows}; it must be at least 0")
+        if self.output_rows and not self.quantizer.walks:
+            raise SettingsError(
+                f"recipe {self.name}: output_rows needs rounding stock, whose walk feeds errors along, not "
+                f"{self.quantizer.rounding.name}; add output_rows=0"
+            )
+
     def chosen(self, kind: str) -> Choice | None:
         """The variant of a kind, None where none is chosen."""
         return next((choice for choice in self.variants if choice.kind == kind), None)
 
     def over(self, variants: Sequence[Choice], **fields: Any) -> "Recipe":
-        """The recipe with other fields, and with other variants in place of its own of the same kinds."""
+        """The recipe with other fields, and with other variants in place of its own of the same kinds.
+
+        Another rounding takes no Hessians of outputs, unless `fields` ask for them.
+        """
         kinds = {choice.kind for choice in variants}
         kept = (choice for choice in self.variants if choice.kind not in kinds)
+        if any(choice.kind == "rounding" and not choice.is_stock for choice in variants):
+            fields = {"output_rows": 0, **fields}
         return replace(self, variants=(*kept, *variants), **fields)
 
     def with_choices(self, choices: Mapping[str, Any]) -> "Recipe":
@@ -176,6 +194,11 @@ class Recipe:
         return ("forward", *gradients, *measured, "price", *exact)
 
     @property
+    def quantizing_passes(self) -> tuple[str, ...]:
+        """The passes of a conversion that come after the allocation, in order."""
+        return (*(("trace", "outputs") if self.output_rows else ()), "quantize")
+
+    @property
     def propagates(self) -> bool:
         """Whether the quantization pass carries a full-precision stream beside the quantized one."""
         return self.propagation > 0 or self.residual > 0
@@ -213,7 +236,16 @@ class Recipe:
         idle = {"fisher_rows": 8, "divergence_rows": 0, "accuracies": False} if self.pricing == "accuracy" else {}
         out = IDLE_IN_MEASUREMENT if self.measures_rows else (*IDLE_IN_MEASUREMENT, "candidates")
         kept = tuple(choice for choice in self.variants if choice.kind not in out)
-        return replace(self, name="measuring", propagation=0.0, residual=0.0, weigh_hessians=0.0, variants=kept, **idle)
+        return replace(
+            self,
+            name="measuring",
+            propagation=0.0,
+            residual=0.0,
+            weigh_hessians=0.0,
+            output_rows=0,
+            variants=kept,
+            **idle,
+        )
 
 
 _FISHER = Recipe(name="fisher", pricing="fisher", weigh_tokens=True, variants=(choose("scales", "columns"),))
@@ -221,7 +253,7 @@ _FISHER = Recipe(name="fisher", pricing="fisher", weigh_tokens=True, variants=(c
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5),
+        replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5, output_rows=8),
         replace(_FISHER, name="fast", fisher_rows=4, weigh_hessians=1.0),
         Recipe(name="stock", pricing="accuracy"),
     )

@@ -68,10 +68,12 @@ def test_all_experts_see_all_tokens(tmp_path: Path) -> None:
 
 def test_passes_that_find_prices(config: ModelConfig) -> None:
     found = conversion_work(config, find_recipe("best"), PASSES)
-    assert list(found) == ["forward", "backward", "price", "quantize"]
+    assert list(found) == ["forward", "backward", "price", "trace", "outputs", "quantize"]
     row = 2 * (2 * 24 * (ATTENTION + MLP) + 4 * PAIRS * 64)
     assert found["forward"] == Work(3 * row)
     assert found["backward"] == Work(3 * (2 * row + 2 * 4 * PAIRS * 64 + 2 * 2 * 24 * HEAD))
+    assert found["trace"] == Work(5 * row)
+    assert found["outputs"] == Work(5 * (2 * row + 2 * 4 * PAIRS * 64 + 2 * 2 * 24 * HEAD))
     assert found["price"].fast == 3 * row
     factors = 2 / 3 * (3 * 64**3 + 160**3)
     walks = 64 * (ATTENTION + 2 * 64 * 160) + 160 * 160 * 64
@@ -95,7 +97,10 @@ def test_quantization_with_propagation(config: ModelConfig) -> None:
     assert found.fast == plain.fast - 10 * row + extra
     cross = 2 * (2 * tokens * 64**2 + 4 * 64**3) + 2 * 64 * first
     owed = 4 * tokens * (down + o) + 6 * (160 * down + 64 * o)
-    assert found.exact == pytest.approx(plain.exact + 2 * (cross + owed) + 2 * tokens * 64**2)
+    # q and o, k, up, down: a Hessian and a factor of their columns, and as many products as the walk has errors.
+    fed = ((64, 64), (64, 64), (64, 32), (64, 160), (160, 64))
+    feedback = sum(tokens * n**2 + 2 / 3 * n**3 + 2 * k * n * n for k, n in fed)
+    assert found.exact == pytest.approx(plain.exact + 2 * (cross + owed + feedback) + 2 * tokens * 64**2)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -108,7 +113,7 @@ def test_every_architecture_is_counted_from_its_config_alone(tmp_path: Path, nam
     few, many = (conversion_work(config, find_recipe(preset), Passes(rows=n, length=8)) for n in (20, 40))
     assert all(work.products > 0 for work in few.values())
     assert many["quantize"].fast > few["quantize"].fast and many["quantize"].elementwise == few["quantize"].elementwise
-    assert device_memory(config) > 0
+    assert device_memory(config, find_recipe(preset)) > 0
 
 
 @pytest.mark.parametrize(("rows", "size", "seen"), [(4096, 128, 392), (4096, 32, 1416), (11008, 128, 1040)])
@@ -121,7 +126,7 @@ def test_launches(rows: int, size: int, seen: int) -> None:
 
 
 def test_widths_side_by_side_are_launched_once(config: ModelConfig) -> None:
-    best, (h100, a100) = find_recipe("best"), (DEVICES["h100"], DEVICES["a100"])
+    best, (h100, a100) = replace(find_recipe("best"), output_rows=0), (DEVICES["h100"], DEVICES["a100"])
     linears = [linear for spec in module_specs(config) for linear in spec.linears]
     sizes = (128, 128, 32, 128, 32, 128, 32)  # of the seven widths that are priced
 
@@ -140,10 +145,10 @@ def test_what_does_not_fit_crosses_the_bus(config: ModelConfig) -> None:
     found = device_estimate(config, best, passes, large)
     assert (found.streams, found.streams_fit, found.fits) == (streams, True, True)
     weights = 2 * (ATTENTION + MLP) + HEAD
-    assert found.bytes_up == bytes_up(config, best) == 2 * weights * 4
+    assert found.bytes_up == bytes_up(config, best) == 2 * weights * 6
     small = replace(large, memory=found.memory)
     found = device_estimate(config, best, passes, small)
-    assert not found.streams_fit and found.fits and found.bytes_up == 8 * weights + 2 * 4 * streams
+    assert not found.streams_fit and found.fits and found.bytes_up == 12 * weights + 2 * 4 * streams
     tiny = replace(large, memory=found.memory - 1)
     assert not device_estimate(config, best, passes, tiny).fits
 
@@ -180,10 +185,13 @@ LLAMA_7B = ModelConfig(
 
 
 def test_a_7b_against_a_count_by_hand() -> None:
-    """6.48 thousand million weights and 235,520 tokens: three passes over all, one of them in two thirds twice."""
+    """6.48 thousand million weights and 235,520 tokens: three passes over all, one of them in two thirds twice.
+
+    Twice 16,384 tokens go forward three times and back: for the prices, and for the feedback between columns.
+    """
     found = conversion_work(LLAMA_7B, find_recipe("best"), Passes())
-    assert sum(work.fast for work in found.values()) == pytest.approx(8.9e15, rel=0.01)
-    assert sum(work.exact for work in found.values()) == pytest.approx(4.4e15, rel=0.02)
+    assert sum(work.fast for work in found.values()) == pytest.approx(9.6e15, rel=0.01)
+    assert sum(work.exact for work in found.values()) == pytest.approx(4.5e15, rel=0.01)
 
 
 def test_an_unknown_device_is_refused() -> None:
