@@ -7,8 +7,8 @@ from typing import Any
 from exl2jax.estimate.devices import Device
 from exl2jax.estimate.passes import Passes, conversion_work, priced
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
-from exl2jax.ops.columns import block_columns
-from exl2jax.quantize.outputs import feeds_columns
+from exl2jax.ops.columns import BLOCKS, block_columns
+from exl2jax.quantize.outputs import FEW_BLOCKS, feeds_columns
 from exl2jax.stream.blocks import cut
 from exl2jax.variants.recipe import Recipe
 
@@ -140,9 +140,15 @@ def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
 def conversion_launches(config: ModelConfig, recipe: Recipe, device: Device) -> int:
     """Launches of the walks of GPTQ, which are all but a few of a conversion's."""
     walks = _walks(config, recipe, side_by_side=device.kernels)
-    fed = _fed(config, recipe)
-    blocks = sum(-(-x.rows // TYPICAL_GROUP) * -(-x.columns // block_columns(x.columns)) for x in fed)
-    return PER_BLOCK * blocks + sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+    found = sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+    return found + sum(feedback_launches(linear, kernels=device.kernels) for linear in _fed(config, recipe))
+
+
+def feedback_launches(linear: LinearSpec, *, kernels: bool) -> int:
+    """Launches that a walk takes beside its own where errors are fed from block to block of its columns."""
+    most = BLOCKS if kernels else FEW_BLOCKS
+    blocks, groups = -(-linear.columns // block_columns(linear.columns, most)), -(-linear.rows // TYPICAL_GROUP)
+    return blocks * groups * PER_BLOCK + (0 if kernels else (blocks - 1) * PER_ROW * linear.rows)
 
 
 def _fed(config: ModelConfig, recipe: Recipe) -> list[LinearSpec]:

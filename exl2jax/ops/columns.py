@@ -6,6 +6,7 @@ up for the error of each column in the columns after it. For `M = H_O`, shrunk a
 `W - Q = U_I^T e U` column after column minimises the cost greedily, as the walk does over rows.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,30 +21,32 @@ DAMPING = 1e-3
 """Share of the mean diagonal added to the diagonal of a shrunk Hessian of outputs."""
 
 BLOCKS = 32
-"""Most blocks of columns: within one there is no feedback, so that a row takes few steps."""
+"""Most blocks of columns by default: within one there is no feedback, so that a row takes few steps."""
 
 BLOCK_MULTIPLE = 16
 """Columns of a block are a multiple of this."""
 
 
 class ColumnFeedback(NamedTuple):
-    """The factored Hessian of a linear's outputs: `perm [N]` columns by descending diagonal, and `toward [N', N']`.
+    """The factored Hessian of a linear's outputs: `perm [N]` columns by descending diagonal, `toward [B, N', N' / B]`.
 
-    `toward[k, n]` is how much of the error of column `k` is taken off column `n` in a later block, in that order. `N'`
-    is `N` padded to whole blocks.
+    `toward[b, k, n]` is how much of the error of column `k` is taken off the `n`-th column of the later block `b`, in
+    that order. `N'` is `N` padded to whole blocks.
     """
 
     perm: jax.Array
     toward: jax.Array
 
 
-def block_columns(columns: int) -> int:
-    """Columns of a block."""
-    return -(-columns // (BLOCKS * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
+def block_columns(columns: int, blocks: int) -> int:
+    """Columns of a block, of at most so many `blocks`."""
+    return -(-columns // (blocks * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
 
 
-@jax.jit
-def column_feedback(samples: jax.Array, scale: jax.Array, shrinkage: jax.Array | float) -> ColumnFeedback:
+@partial(jax.jit, static_argnames="blocks")
+def column_feedback(
+    samples: jax.Array, scale: jax.Array, shrinkage: jax.Array | float, *, blocks: int = BLOCKS
+) -> ColumnFeedback:
     """Factor the Hessian of outputs of gradients `samples [S, N]`, in units of `scale [N]`, their root mean square.
 
     `shrinkage` (0 to 1) draws the correlations towards zero: few tokens know little of them. An output without
@@ -56,13 +59,14 @@ def column_feedback(samples: jax.Array, scale: jax.Array, shrinkage: jax.Array |
     together = (1 - shrinkage) * moments * (root * inverse) * (root * inverse)[:, None]
     hessian = jnp.where(jnp.eye(columns, dtype=bool), jnp.square(root), together)
     factor = factorize(hessian, damping=_little)
-    block = block_columns(columns)
+    block = block_columns(columns, blocks)
     count = -(-columns // block)
     u = jnp.eye(count * block).at[:columns, :columns].set(factor.u)
     tiles = u.reshape(count, block, -1)
     corners = jax.vmap(lambda i, tile: lax.dynamic_slice_in_dim(tile, i * block, block, 1))(jnp.arange(count), tiles)
-    toward = jax.scipy.linalg.solve_triangular(corners, tiles, lower=False)
-    return ColumnFeedback(factor.perm, jnp.where(factor.ok, toward.reshape(u.shape), jnp.eye(len(u))))
+    toward = jax.scipy.linalg.solve_triangular(corners, tiles, lower=False).reshape(u.shape)
+    toward = jnp.where(factor.ok, toward, jnp.eye(len(u)))
+    return ColumnFeedback(factor.perm, toward.reshape(-1, count, block).swapaxes(0, 1))
 
 
 def _safe_inverse(x: jax.Array) -> jax.Array:
@@ -90,7 +94,7 @@ def walk_columns(
     columns may be swapped: a block needs only whole columns before it, and its shift is one product.
     """
     size, columns = w.shape
-    block, padded = block_columns(columns), len(toward)
+    count, padded, block = toward.shape
     diagonal = lax.dynamic_slice_in_dim(jnp.diagonal(u), tile * ROW_MULTIPLE, size)[:, None]
     w = jnp.pad(w, ((0, 0), (0, padded - columns)))
     scale = jnp.pad(scale, (0, padded - columns))
@@ -98,7 +102,8 @@ def walk_columns(
     def one(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         missed, errors, codes = state
         at = j * block
-        shift = jnp.matmul(missed, lax.dynamic_slice_in_dim(toward, at, block, 1), precision=lax.Precision.HIGHEST)
+        into = lax.dynamic_index_in_dim(toward, j, 0, keepdims=False)
+        shift = jnp.matmul(missed, into, precision=lax.Precision.HIGHEST)
         own = lax.dynamic_slice_in_dim(w, at, block, 1)
         error, code = walk(own, u, tile, lax.dynamic_slice_in_dim(scale, at, block), bits, rows, shift)
         return (
@@ -108,5 +113,5 @@ def walk_columns(
         )
 
     start = (jnp.zeros_like(w), jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8))
-    _, errors, codes = lax.fori_loop(0, padded // block, one, start)
+    _, errors, codes = lax.fori_loop(0, count, one, start)
     return errors[:, :columns], codes[:, :columns]

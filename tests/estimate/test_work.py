@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from exl2jax.errors import SettingsError
 from exl2jax.estimate import DEVICES, Passes, Work, conversion_work, device_estimate, find_device
-from exl2jax.estimate.plan import PER_ROW, bytes_up, conversion_launches, device_memory, gptq_launches
+from exl2jax.estimate.plan import (
+    PER_ROW,
+    bytes_up,
+    conversion_launches,
+    device_memory,
+    feedback_launches,
+    gptq_launches,
+)
 from exl2jax.estimate.work import attention_work, factor_work, forward_work, gptq_work, hessian_work
 from exl2jax.models import LinearSpec, ModelConfig, head_spec, module_specs
 from exl2jax.models.config import read_config
@@ -136,6 +143,15 @@ def test_widths_side_by_side_are_launched_once(config: ModelConfig) -> None:
 
     assert conversion_launches(config, best, h100) == sums((128, 32), kernels=True)
     assert conversion_launches(config, best, a100) == sums(sizes, kernels=False)
+
+
+def test_launches_of_feedback_between_columns() -> None:
+    """With the kernels every block of a group takes five; without, every row of a block is walked by itself."""
+    linear = LinearSpec(name="q_proj", key="x", rows=4096, columns=4096)
+    assert feedback_launches(linear, kernels=True) == 32 * 32 * 5
+    assert feedback_launches(linear, kernels=False) == 4 * 32 * 5 + 3 * PER_ROW * 4096
+    narrow = LinearSpec(name="k_proj", key="x", rows=64, columns=32)
+    assert feedback_launches(narrow, kernels=True) == 2 * 5
 
 
 def test_what_does_not_fit_crosses_the_bus(config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2jax.ops import XLA, HessianFactor, QuantizedLinear, factorize, gptq_arrays, group_table
-from exl2jax.ops.columns import DAMPING, ColumnFeedback, block_columns, column_feedback
+from exl2jax.ops.columns import BLOCKS, DAMPING, ColumnFeedback, block_columns, column_feedback
 from exl2jax.ops.gptq import QuantizedArrays, WalkOptions
 from exl2jax.qparams import QParams, q
 from tests.ops.test_gptq import check_consistent, problem
@@ -62,7 +62,7 @@ def test_feedback_is_that_of_the_definition(columns: int, wide: bool) -> None:
     m = shrunk(*outputs)
     order = np.argsort(-np.diagonal(m), kind="stable")
     assert np.array_equal(feedback.perm, order)
-    expected = walked(w[:, order], perm, u, m[order][:, order], [(64, 3), (32, 3)], block_columns(columns))
+    expected = walked(w[:, order], perm, u, m[order][:, order], [(64, 3), (32, 3)], block_columns(columns, BLOCKS))
     back = np.argsort(order)
     assert (np.asarray(found.codes) == expected.codes[:, back]).mean() > 0.95
     ours, theirs = (kronecker_loss(h, m, w, x) for x in (np.asarray(found.weight), expected.weight[:, back]))
@@ -99,7 +99,20 @@ def test_outputs_that_do_not_go_together_are_rounded_as_ever(unknown: str) -> No
         assert np.array_equal(got, expected)
 
 
+def test_fewer_blocks_feed_less() -> None:
+    """Two blocks instead of ten: still better than none, and of the same errors."""
+    w, h = problem(12, rows=96, columns=160)
+    outputs = gradients(13, 160)
+    factor, losses = factorize(jnp.asarray(h)), list[float]()
+    for blocks in (32, 2, 1):
+        feedback = column_feedback(*map(jnp.asarray, outputs), SHRINKAGE, blocks=blocks)
+        assert feedback.toward.shape == {32: (10, 160, 16), 2: (2, 160, 80), 1: (1, 160, 160)}[blocks]
+        found = run(w, factor, q("3", "1", "32"), feedback)
+        losses.append(kronecker_loss(h, shrunk(*outputs), w, np.asarray(found.weight)))
+    assert losses[0] < losses[1] < losses[2]
+
+
 def test_gradients_that_are_no_numbers_feed_nothing() -> None:
     """The rounding goes on as it would without."""
     feedback = column_feedback(jnp.full((64, 16), jnp.nan, jnp.float16), jnp.ones(16), SHRINKAGE)
-    assert np.array_equal(feedback.toward, np.eye(16))
+    assert np.array_equal(feedback.toward, [np.eye(16)])
