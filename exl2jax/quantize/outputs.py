@@ -26,6 +26,9 @@ PADDED = 512
 FEW_BLOCKS = 4
 """Most blocks of columns on devices where every row of a block costs launches: those that the kernels do not run on."""
 
+MOST_COLUMNS = 1 << 14
+"""Most columns that errors are fed between: a square of more takes gigabytes, and the samples tell little of it."""
+
 SHRINKAGE: Mapping[str, float] = {
     "q_proj": 0.3,
     "k_proj": 0.3,
@@ -72,7 +75,7 @@ type Outputs = Callable[[LinearSpec], OutputGradients]
 
 def feeds_columns(linear: LinearSpec) -> bool:
     """Whether anything is fed from column to column in a linear."""
-    return SHRINKAGE[linear.role] < 1
+    return SHRINKAGE[linear.role] < 1 and linear.columns <= MOST_COLUMNS
 
 
 def feedback_of(linear: LinearSpec, outputs: Outputs | None) -> ColumnFeedback | None:

@@ -129,3 +129,4 @@ def test_linears_that_feed_nothing_read_nothing() -> None:
     for name in ("v_proj", "gate_proj", "w1.3"):
         assert feedback_of(LinearSpec(name=name, key=name, rows=32, columns=16), read) is None
     assert feedback_of(LinearSpec(name="q_proj", key="q", rows=32, columns=16), None) is None
+    assert feedback_of(LinearSpec(name="up_proj", key="up", rows=32, columns=16400), read) is None
