@@ -113,7 +113,7 @@ def test_another_rounding_goes_without() -> None:
     assert recipe.output_rows == 8 and recipe.quantizing_passes == ("trace", "outputs", "quantize")
     descent = recipe.with_choices({"rounding": "descent"})
     assert descent.output_rows == 0 and descent.quantizing_passes == ("quantize",)
-    with pytest.raises(SettingsError, match="output_rows needs rounding stock, .* not descent; add output_rows=0"):
+    with pytest.raises(SettingsError, match=r"output_rows needs rounding stock, .* not descent; add output_rows=0"):
         recipe.with_choices({"rounding": "descent", "output_rows": "4"})
     with pytest.raises(SettingsError, match="output_rows is -1; it must be at least 0"):
         recipe.with_choices({"output_rows": -1})
