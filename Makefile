@@ -3,10 +3,12 @@
 #   WORKERS=2        how many processes run the tests; 0 = in one process
 #   EXTRAS=dev,demo  the optional dependencies to install; .ci/run adds harness,ray,datasets
 #   STAGES=...       which stages of the torture run: kills moments faults power corruption fuzz; all unless named
+#   PEERS_ARGS=...   more arguments for the frontier, for instance PEERS_ARGS="--ours best=build/exl2"
 #   PYTEST_ARGS=...  more arguments for pytest, for instance PYTEST_ARGS="-k packing"
 
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PEERS_ARGS ?=
 STAGES ?=
 EXTRAS ?= dev,demo
 export PYTHON EXTRAS
@@ -15,7 +17,7 @@ BIN := .venv/bin
 DEMO_MODEL := demo/model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model lab check test test-fast torture quality lint format docs wheel parity parity-write gpu-env counts clean
+.PHONY: help setup demo demo-model lab check test test-fast torture quality lint format docs wheel parity parity-write gpu-env counts peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +76,10 @@ gpu-env: ## make .venv-gpu, JAX for CUDA (4.4 GB): compiles for a GPU where none
 
 counts: demo-model ## count programs, calls, reads and bytes of a conversion of the demo model (minutes)
 	$(BIN)/python -m scripts.bench.counts run build/counts
+
+peers: demo-model ## the frontier: every format on the same rows at equal file size (an hour, and 8 GB of other software)
+	@scripts/setup.sh peers
+	$(BIN)/python -m scripts.peers.frontier $(PEERS_ARGS)
 
 clean: ## remove caches and build outputs; keeps the virtual environments and the demo model
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -4,6 +4,7 @@
 #   scripts/setup.sh          .venv         the project with the extras that EXTRAS names; dev,demo if it names none
 #   scripts/setup.sh parity   .venv-parity  torch and transformers, to rebuild the reference logits
 #   scripts/setup.sh gpu      .venv-gpu     the project with JAX for CUDA (4.4 GB), to compile for a GPU without one
+#   scripts/setup.sh peers    .venv-peers   other quantizers (torch, llama.cpp from source), to compare formats
 #
 # PYTHON names an interpreter to use instead of the ones looked for. Nothing is printed when all is in place.
 set -euo pipefail
@@ -33,8 +34,17 @@ case "${1:-main}" in
         inputs=(pyproject.toml constraints.txt)
         arguments=(-c constraints.txt -e ".[cuda13]")
         ;;
+    peers)
+        venv=.venv-peers
+        wanted=3.12 newest=3.12
+        candidates=(python3.12 python3)
+        inputs=(scripts/peers/requirements.txt)
+        arguments=(-r scripts/peers/requirements.txt)
+        # Of llama.cpp, which comes as source, only the quantizer is wanted: it is C, and so is optimized all the same.
+        export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'"
+        ;;
     *)
-        echo "usage: scripts/setup.sh [parity|gpu]" >&2
+        echo "usage: scripts/setup.sh [parity|gpu|peers]" >&2
         exit 2
         ;;
 esac
