@@ -7,8 +7,8 @@ I_TYPES = ("IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 AS_THEY_ARE = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ2_M", "IQ4_XS")
 """Types without joined rows: on a model of narrow rows the rest give much the same files."""
 HALF_QUADRATIC = ((4, 64), (3, 64), (2, 16))
-GROUPED = tuple((bits, group) for bits in (4, 3) for group in (128, 32))
-ROUNDED = ((4, 128), (3, 128), (2, 128))
+GROUPED = tuple((bits, group) for bits in (4, 3) for group in (128, 64, 32))
+ROUNDED = ((4, 128), (4, 64), (3, 64), (2, 64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def _k_quants() -> list[Format]:
 FORMATS = (
     *_k_quants(),
     *_bits("hqq", "HQQ", "half_quadratic", HALF_QUADRATIC, dear=False),
-    # *_bits("gptq", "GPTQModel", "gptq", GROUPED, dear=False),
-    # *_bits("autoround", "AutoRound", "auto_rounding", ROUNDED, dear=True),
+    *_bits("gptq", "GPTQModel", "gptq", GROUPED, dear=False),
+    *_bits("autoround", "AutoRound", "auto_rounding", ROUNDED, dear=True),
 )
 """All formats, in the order in which they run."""

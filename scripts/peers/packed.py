@@ -35,3 +35,11 @@ def weight_of(parts: Mapping[str, np.ndarray], bits: int, group: int, zero_offse
     groups = parts.get("g_idx", np.arange(len(codes)) // group)
     zeros = zeros[:, : codes.shape[1]]
     return ((codes - zeros[groups]) * parts["scales"].astype(np.float32)[groups]).T
+
+
+def weights_of(tensors: Mapping[str, np.ndarray], bits: int, group: int) -> dict[str, np.ndarray]:
+    """The weights of all linears in a file, by their plain names."""
+    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    found = {name: {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors} for name in names}
+    return {f"{name}.weight": weight_of(held, bits, group) for name, held in found.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from scripts.peers.layout import spread
+from scripts.peers.layout import decoder_bytes, heads_of, spread, weight_bytes
 
 COPIED = (
     "config.json",
@@ -96,3 +96,9 @@ def write_facts(
         **more,
     }
     (out / "peer.json").write_text(json.dumps(facts, indent=1))
+
+
+def packed_facts(out: Path, packed: Path, timer: Timer, packages: Sequence[str]) -> None:
+    """Write `peer.json` of a directory of safetensors that another package saved."""
+    held = decoder_bytes(heads_of(packed))
+    write_facts(out, timer, packages, file_bytes=weight_bytes(packed), decoder_bytes=held, note="embedding float16")

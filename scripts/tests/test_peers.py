@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from scripts.peers import layout
+from exl2jax.testing.tiny_model import write_tiny_llama
+from scripts.peers import frontier, layout
+from scripts.peers.activations import importance_file
 from scripts.peers.formats import FORMATS
+from scripts.peers.off_grid import write_off_grid
 from scripts.peers.packed import pack, unpack, weight_of
 from scripts.peers.table import Record, plot, table
 
@@ -102,3 +105,55 @@ def test_a_format_that_failed_stands_in_the_table_with_the_reason(tmp_path: Path
 def test_formats_have_names_of_their_own() -> None:
     assert len({wanted.key for wanted in FORMATS}) == len(FORMATS)
     assert all((Path("scripts/peers") / f"{wanted.script}.py").exists() for wanted in FORMATS)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> frontier.Frontier:
+    base = tmp_path_factory.mktemp("frontier")
+    save_file({"input_ids": np.random.default_rng(3).integers(0, 300, (4, 24))}, base / "rows.safetensors")
+    model = write_tiny_llama(base / "model", num_layers=1)
+    named = ["--calibration", str(base / "rows.safetensors"), "--heldout", str(base / "rows.safetensors")]
+    return frontier.Frontier(frontier.parse([*named, "--model", str(model), "--out", str(base / "out")]))
+
+
+def test_a_finished_directory_is_judged_like_the_others(study: frontier.Frontier) -> None:
+    record = study.ours(f"itself=={study.model}")
+    assert record["label"] == "EXL2 itself=" and record["family"] == "EXL2 itself="
+    assert record["bpw"] in (16, 32) and record["file_bytes"] > record["decoder_bytes"]
+    for found in record["domains"].values():
+        assert abs(found["kl"]) < 1e-6 and found["top1"] == 1 and found["perplexity"] > 1
+
+
+def test_a_format_without_its_software_is_named(study: frontier.Frontier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "PYTHON", Path("no/such/python"))
+    assert study.kept(FORMATS[0]) is None
+    assert "scripts/setup.sh peers" in study.record(FORMATS[0])["failure"]
+    assert study.kept(FORMATS[0]) is not None
+
+
+def test_importance_is_the_mean_square_of_the_inputs(study: frontier.Frontier, tmp_path: Path) -> None:
+    path = tmp_path / "squares.safetensors"
+    seconds = importance_file(study.model, study.tokens, 3, path)
+    assert seconds > 0 and importance_file(study.model, study.tokens, 3, path) == seconds
+    found = load_file(path)
+    linears = [name for name in layout.heads_of(study.model) if layout.is_decoder_linear(name)]
+    assert {f"{name}.weight" for name in found} == set(linears)
+    gate, up = (found[f"model.layers.0.mlp.{name}"] for name in ("gate_proj", "up_proj"))
+    np.testing.assert_array_equal(gate, up)
+    norm = load_file(study.model / "model.safetensors")["model.layers.0.input_layernorm.weight"].astype(np.float32)
+    # A normed state has mean square 1, so the weight of the norm sets the size of its channels.
+    assert 0.5 < np.mean(found["model.layers.0.self_attn.q_proj"]) / np.mean(norm**2) < 2
+
+
+def test_weights_off_the_grid_make_the_same_model(study: frontier.Frontier, tmp_path: Path) -> None:
+    write_off_grid(study.model, tmp_path / "off")
+    before, after = (load_file(path / "model.safetensors") for path in (study.model, tmp_path / "off"))
+    for name in layout.heads_of(study.model):
+        ratio = after[name].astype(np.float64) / before[name].astype(np.float64)
+        assert (
+            np.ptp(ratio[np.isfinite(ratio)]) > 0.1
+            or "embed" in name
+            or name in ("model.norm.weight", "lm_head.weight")
+        )
+    for found in study.ours(str(tmp_path / "off"))["domains"].values():
+        assert abs(found["kl"]) < 1e-5 and found["top1"] > 0.9

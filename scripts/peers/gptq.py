@@ -1,0 +1,41 @@
+"""Quantize with GPTQModel by its defaults: symmetric, groups in the inputs' order, its group-aware reordering.
+
+.venv-peers/bin/python -m scripts.peers.gptq --model demo/model --out FOLDER --tokens FILE --bits 4 --group 32
+"""
+
+import argparse
+import sys
+
+import torch  # pyright: ignore[reportMissingImports]
+from gptqmodel import GPTQConfig, GPTQModel  # pyright: ignore[reportMissingImports]
+
+from scripts.peers.packed import weights_of
+from scripts.peers.peer import calibration, packed_facts, parser_of, source_tensors, timed, write_plain
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Quantize, save, read the codes back."""
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration(arguments)]
+    config = GPTQConfig(bits=arguments.bits, group_size=arguments.group)
+    model = GPTQModel.load(str(arguments.model), config, device="cpu")
+    with timed() as timer:
+        model.quantize(rows, batch_size=1)
+    packed = arguments.out / "packed"
+    model.save(str(packed))
+    write_plain(arguments.model, arguments.out, weights_of(source_tensors(packed), arguments.bits, arguments.group))
+    packed_facts(arguments.out, packed, timer, ("gptqmodel", "torch", "transformers"))
+
+
+def main() -> int:
+    """Read the command line and run."""
+    parser = parser_of("Quantize with GPTQModel.")
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group", type=int, required=True, help="weights that share a scale")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    run(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
