@@ -40,6 +40,7 @@ case "${1:-main}" in
         candidates=(python3.12 python3)
         inputs=(scripts/peers/requirements.txt)
         arguments=(-r scripts/peers/requirements.txt)
+        export DISABLE_CUDA=1  # HQQ would build kernels
         # Of llama.cpp, which comes as source, only the quantizer is wanted: it is C, and so is optimized all the same.
         export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'"
         ;;

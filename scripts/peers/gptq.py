@@ -4,20 +4,26 @@
 """
 
 import argparse
+import os
 import sys
 
 import torch  # pyright: ignore[reportMissingImports]
-from gptqmodel import GPTQConfig, GPTQModel  # pyright: ignore[reportMissingImports]
 
 from scripts.peers.packed import weights_of
 from scripts.peers.peer import calibration, packed_facts, parser_of, source_tensors, timed, write_plain
 
+WORKERS = "2"
+"""On two processors the package would start one worker and then miss the two that load a model."""
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantize, save, read the codes back."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", WORKERS)
+    from gptqmodel import GPTQConfig, GPTQModel  # pyright: ignore[reportMissingImports]
+
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration(arguments)]
     config = GPTQConfig(bits=arguments.bits, group_size=arguments.group)
-    model = GPTQModel.load(str(arguments.model), config, device="cpu")
+    model = GPTQModel.load(str(arguments.model), config, device="cpu", dtype=torch.float16)
     with timed() as timer:
         model.quantize(rows, batch_size=1)
     packed = arguments.out / "packed"
