@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         ).quantize_and_save(str(packed), format="auto_gptq")
     folder = next(packed.rglob("*.safetensors")).parent
     write_plain(arguments.model, arguments.out, weights_of(source_tensors(folder), arguments.bits, arguments.group))
-    packed_facts(arguments.out, folder, timer, ("auto-round", "torch", "transformers"))
+    packed_facts(arguments.out, folder, timer, ("auto-round", "torch", "transformers"), len(rows))
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     packed = arguments.out / "packed"
     model.save(str(packed))
     write_plain(arguments.model, arguments.out, weights_of(source_tensors(packed), arguments.bits, arguments.group))
-    packed_facts(arguments.out, packed, timer, ("gptqmodel", "torch", "transformers"))
+    packed_facts(arguments.out, packed, timer, ("gptqmodel", "torch", "transformers"), len(rows))
 
 
 def main() -> int:

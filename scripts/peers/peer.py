@@ -98,7 +98,8 @@ def write_facts(
     (out / "peer.json").write_text(json.dumps(facts, indent=1))
 
 
-def packed_facts(out: Path, packed: Path, timer: Timer, packages: Sequence[str]) -> None:
+def packed_facts(out: Path, packed: Path, timer: Timer, packages: Sequence[str], rows: int) -> None:
     """Write `peer.json` of a directory of safetensors that another package saved."""
     held = decoder_bytes(heads_of(packed))
-    write_facts(out, timer, packages, file_bytes=weight_bytes(packed), decoder_bytes=held, note="embedding float16")
+    note = f"embedding float16; {rows} calibration rows"
+    write_facts(out, timer, packages, file_bytes=weight_bytes(packed), decoder_bytes=held, note=note)

@@ -131,6 +131,13 @@ def test_a_format_without_its_software_is_named(study: frontier.Frontier, monkey
     assert study.kept(FORMATS[0]) is not None
 
 
+def test_the_table_of_what_ran_names_the_rest(study: frontier.Frontier, capsys: pytest.CaptureFixture[str]) -> None:
+    assert frontier.main(["--known", "--model", str(study.model), "--out", str(study.out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(FORMATS) and all("not run" in line for line in lines[2:])
+    assert any("hours on one core" in line for line in lines)
+
+
 def test_importance_is_the_mean_square_of_the_inputs(study: frontier.Frontier, tmp_path: Path) -> None:
     path = tmp_path / "squares.safetensors"
     seconds = importance_file(study.model, study.tokens, 3, path)
