@@ -79,7 +79,8 @@ def write_plain(model: Path, out: Path, tensors: Mapping[str, np.ndarray]) -> No
     unknown = sorted(tensors.keys() - kept.keys())
     if unknown:
         raise ValueError(f"the source has no {unknown[0]}")
-    whole = {name: tensors.get(name, value).astype(np.float16) for name, value in kept.items()}
+    # safetensors writes memory as it lies: a transposed view would come out scrambled.
+    whole = {name: tensors.get(name, value).astype(np.float16, order="C") for name, value in kept.items()}
     save_file(whole, plain / "model.safetensors", {"format": "pt"})
 
 

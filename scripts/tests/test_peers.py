@@ -12,6 +12,7 @@ from scripts.peers.activations import importance_file
 from scripts.peers.formats import FORMATS
 from scripts.peers.off_grid import write_off_grid
 from scripts.peers.packed import pack, unpack, weight_of
+from scripts.peers.peer import write_plain
 from scripts.peers.table import Record, plot, table
 
 DOMAIN = {"kl": 0.25, "kl_error": 0.01, "perplexity": 40.0, "top1": 0.7}
@@ -164,3 +165,13 @@ def test_weights_off_the_grid_make_the_same_model(study: frontier.Frontier, tmp_
         )
     for found in study.ours(str(tmp_path / "off"))["domains"].values():
         assert abs(found["kl"]) < 1e-5 and found["top1"] > 0.9
+
+
+def test_plain_directories_hold_transposed_weights_the_right_way_round(tmp_path: Path) -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
+    (tmp_path / "model").mkdir()
+    save_file({"w": np.zeros((3, 4), np.float16)}, tmp_path / "model" / "model.safetensors")
+    write_plain(tmp_path / "model", tmp_path, {"w": np.asfortranarray(weight)})
+    np.testing.assert_array_equal(load_file(tmp_path / "plain" / "model.safetensors")["w"], weight)
+    with pytest.raises(ValueError, match="no v"):
+        write_plain(tmp_path / "model", tmp_path, {"v": weight})
