@@ -21,7 +21,10 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", WORKERS)
     from gptqmodel import GPTQConfig, GPTQModel  # pyright: ignore[reportMissingImports]
 
+    arguments.model, arguments.out = arguments.model.resolve(), arguments.out.resolve()
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration(arguments)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    os.chdir(arguments.out)  # the package writes its logs where it runs
     config = GPTQConfig(bits=arguments.bits, group_size=arguments.group)
     model = GPTQModel.load(str(arguments.model), config, device="cpu", dtype=torch.float16)
     with timed() as timer:
