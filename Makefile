@@ -77,7 +77,7 @@ gpu-env: ## make .venv-gpu, JAX for CUDA (4.4 GB): compiles for a GPU where none
 counts: demo-model ## count programs, calls, reads and bytes of a conversion of the demo model (minutes)
 	$(BIN)/python -m scripts.bench.counts run build/counts
 
-peers: demo-model ## the frontier: every format on the same rows at equal file size (an hour, 6 GB of software)
+peers: demo-model ## the frontier: every format on the same rows at equal file size (more than an hour, 6 GB of software)
 	@scripts/setup.sh peers
 	$(BIN)/python -m scripts.peers.frontier $(PEERS_ARGS)
 

@@ -2,7 +2,7 @@
 
 .venv-peers/bin/python -m scripts.peers.auto_rounding --model demo/model --out FOLDER --tokens FILE --bits 4 --group 64
 
-Its 200 steps for each block take hours on one core: `frontier.py` runs it only when it is named.
+Its 200 steps for each block are many for a processor: `frontier.py` runs it only when it is named.
 """
 
 import argparse

@@ -151,7 +151,7 @@ def runs(wanted: Format, options: argparse.Namespace) -> bool:
 
 def left_out(wanted: Format) -> str:
     """Why a format that never ran stands in the table without figures."""
-    why = "its steps take hours on one core; " if wanted.dear else ""
+    why = "200 steps for each block are many for a processor; " if wanted.dear else ""
     return f"{why}`--only {wanted.key}` runs it"
 
 
