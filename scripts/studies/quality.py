@@ -114,6 +114,7 @@ class Study:
         self.model: Path = arguments.model
         self.out: Path = arguments.out
         self.rows: int = arguments.rows
+        self.keep: bool = arguments.keep
         self.calibration: str = arguments.calibration
         self.measuring: str = arguments.measuring
         self.out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +137,8 @@ class Study:
             "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
             "domains": self._judge(work / "exl2"),
         }
+        if self.keep:
+            (work / "exl2").rename(self.out / f"exl2-{trial.key}")
         shutil.rmtree(work)
         path.write_text(json.dumps(record, indent=1))
         return record
@@ -296,6 +299,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
     parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")
     parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
+    parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

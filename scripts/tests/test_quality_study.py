@@ -28,6 +28,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
         measuring=str(base / "measure.safetensors"),
         heldout=str(base / "heldout.safetensors"),
         development=False,
+        keep=True,
     )
 
 
@@ -47,6 +48,7 @@ def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
     path.write_text(json.dumps(records[0] | {"bpw": 1.0}))
     assert tiny_study.run(Trial(variant="best", bits=5.0))["bpw"] == 1.0
     assert not list((tiny_study.out / "work").glob("best*"))
+    assert (tiny_study.out / "exl2-best-5-0" / "output.safetensors").exists()
     lines = table(records).splitlines()
     assert len(lines) == 4 and lines[2].startswith("| best | ") and lines[3].startswith("| stock | ")
     plot(records, tiny_study.out / "plot.png")
