@@ -30,7 +30,7 @@ from exl2jax.errors import JobError, StorageError
 from exl2jax.exl2.compile import compile_model, copy_source_files
 from exl2jax.measure.measurement import Measurement, read_measurement
 from exl2jax.quantize.diagnostics import calibration_shortage
-from exl2jax.storage import make_directory
+from exl2jax.storage import make_directory, remove
 from exl2jax.storage.digests import digest
 from exl2jax.stream.devices import spread
 from exl2jax.stream.progress import RunControl
@@ -203,6 +203,7 @@ class _Conversion:
         target = self.config.compile_full or self.work.path
         self._require_unchanged(self.work.reports, state)
         start = time.monotonic()
+        remove(self.work.outputs)  # the job file says that the quantization is done
         reports = read_reports(self.context)
         shards = compile_model(
             self.context.model,

@@ -50,7 +50,6 @@ def output_pass(context: Context, rows: CalibrationRows) -> None:
     step = partial(OutputStep, write=partial(write_output_gradients, context.work.outputs), wanted=feeds_columns)
     nothing = Codec[Columns](lambda _: None, lambda count: [{}] * count)
     _pull_back(context, "outputs", spread(rows, context.recipe.output_rows), step, nothing)
-    remove(context.work.module_inputs)
 
 
 def _keep_inputs(context: Context, name: str, picked: TokenRows) -> None:

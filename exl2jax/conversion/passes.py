@@ -91,6 +91,7 @@ def quantize_pass(
 
     `token_weights` are weights of the token classes by key of a linear, empty where all tokens count alike.
     """
+    remove(context.work.module_inputs)  # as in `price_pass`
     make_directory(context.work.out_tensor, "the work directory")
     every = TokenRows.of(rows)
     placed = placed_rows(context, every, streams=3 if context.recipe.carries_reference else 2)
@@ -124,7 +125,6 @@ def quantize_pass(
             place=placed.place,
             describe=lambda spec, report: _describe(spec, report, strategy),
         ).run(context)
-    remove(context.work.outputs)
     if not math.isfinite(reports[-1].perplexity or math.nan):
         raise NumericalError("lm_head: the calibration perplexity of the quantized model is not finite")
 

@@ -18,7 +18,7 @@ from exl2jax.models import LinearSpec, Module
 from exl2jax.quantize.outputs import SAMPLES, OutputGradients
 from exl2jax.stream.blocks import Piece
 from exl2jax.stream.devices import on_all_devices, on_one_device
-from exl2jax.stream.streams import Stream, fold, read
+from exl2jax.stream.streams import Stream, fold, read, whole
 from exl2jax.stream.token_classes import ordinary_tokens
 
 
@@ -45,10 +45,12 @@ class OutputStep(GradientStep):
             return finite & fine, (moved, *samples)
 
         start = on_all_devices(jnp.bool_(True))
-        finite = read(on_one_device(fold(pull, start, (states, self.rows.mask, gradient), (out, *kept))))
+        finite = on_one_device(fold(pull, start, (states, self.rows.mask, gradient), (out, *kept)))
+        finite, parts = read((finite, [x.parts() if x.resident else [] for x in kept]))
         require_finite_gradients([finite], piece.spec)
-        for linear, stream in zip(linears, kept, strict=True):
-            self.write(linear, OutputGradients.of(stream.array().reshape(-1, linear.columns)))
+        for linear, stream, of_rows in zip(linears, kept, parts, strict=True):
+            samples = whole(stream.spans, of_rows) if of_rows else stream.array()
+            self.write(linear, OutputGradients.of(samples.reshape(-1, linear.columns)))
         return out, {}
 
 

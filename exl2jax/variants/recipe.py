@@ -250,10 +250,13 @@ class Recipe:
 
 _FISHER = Recipe(name="fisher", pricing="fisher", weigh_tokens=True, variants=(choose("scales", "columns"),))
 
+_BEST = replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5)
+
 PRESETS = {
     recipe.name: recipe
     for recipe in (
-        replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5, output_rows=8),
+        _BEST,
+        replace(_BEST, name="max", output_rows=8),
         replace(_FISHER, name="fast", fisher_rows=4, weigh_hessians=1.0),
         Recipe(name="stock", pricing="accuracy"),
     )

@@ -22,7 +22,7 @@ from scripts.gpu.whole import run
 BLOCK = 2
 """Modules of a block: attention and MLP."""
 
-PASSES = ("forward", "backward", "price", "trace", "outputs", "quantize")
+PASSES = ("forward", "backward", "price", "quantize")
 
 
 def parts(modules: Sequence[Counted]) -> dict[str, dict[str, float]]:

@@ -37,7 +37,7 @@ from exl2jax.variants import choose
 from exl2jax.variants.recipe import PRESETS, Recipe
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
-PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0, output_rows=0)
+PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
 TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
 METHODS = {
     "coordinate descent": choose("rounding", "descent"),
@@ -66,8 +66,8 @@ VARIANTS: dict[str, Recipe] = {
     "scaled by divergence": replace(BEST, divergence_rows=2),
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
-    "rows alone": replace(BEST, output_rows=0),
-    "24 output rows": replace(BEST, output_rows=24),
+    "max": PRESETS["max"],
+    "24 output rows": replace(PRESETS["max"], output_rows=24),
     **{name: replace(BEST.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
     **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
 }

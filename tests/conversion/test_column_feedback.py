@@ -1,4 +1,4 @@
-"""Feedback between columns in whole conversions: it is on by default, resumes, and serves every kind of module."""
+"""Feedback between columns in whole conversions, by the preset `max`: it resumes, and serves every kind of module."""
 
 import json
 import shutil
@@ -48,6 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ConversionConfig:
         compile_full=folder / "exl2",
         cal_dataset=str(folder / "rows.safetensors"),
         bits=3.0,
+        preset="max",
         measurement_rows=2,
         checkpoint_interval=0,
     )
@@ -63,11 +64,11 @@ def under(base: ConversionConfig, folder: Path, **changes: object) -> Conversion
     return replace(base, out_dir=folder / "work", compile_full=folder / "exl2", **changes)  # type: ignore[arg-type]
 
 
-def test_best_takes_it_and_leaves_nothing_behind(converted: ConversionConfig, tmp_path: Path) -> None:
+def test_max_takes_it_and_leaves_nothing_behind(converted: ConversionConfig, tmp_path: Path) -> None:
     seconds = json.loads((converted.out_dir / "job_new.json").read_text())["records"]["seconds"]
     assert list(seconds) == ["forward", "backward", "price", "trace", "outputs", "quantize", "compile"]
     assert not (converted.out_dir / "outputs").exists() and not (converted.out_dir / "module_inputs.f32").exists()
-    alone = under(converted, tmp_path, measurement=converted.out_dir / "measurement.json", variants=("output_rows=0",))
+    alone = under(converted, tmp_path, measurement=converted.out_dir / "measurement.json", preset="best")
     convert(alone)
     differ = [name for name in digests(alone.out_dir / "out_tensor") if _differs(converted, alone, name)]
     changed = {name.split(".")[-2] for name in differ if ".layers.0." in name}
@@ -109,7 +110,9 @@ def test_rows_too_short_for_an_ordinary_token_feed_nothing(base: ConversionConfi
 
 
 def test_another_rounding_goes_without() -> None:
-    recipe = find_recipe("best")
+    recipe = find_recipe("max")
+    assert recipe == find_recipe("best").over((), name="max", output_rows=8)
+    assert find_recipe("best").quantizing_passes == ("quantize",)
     assert recipe.output_rows == 8 and recipe.quantizing_passes == ("trace", "outputs", "quantize")
     descent = recipe.with_choices({"rounding": "descent"})
     assert descent.output_rows == 0 and descent.quantizing_passes == ("quantize",)
