@@ -12,7 +12,7 @@ import numpy as np
 
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.scans import Codec, Pass, TokenRows, embedded, placed_rows, spread
+from exl2jax.conversion.scans import Codec, Pass, TokenRows, embedded, placed_rows, spread_rows
 from exl2jax.errors import JobError
 from exl2jax.measure.fisher import BackwardStep, Columns, GradientStep, columns_by_key, columns_by_name, head_gradients
 from exl2jax.measure.inputs import ForwardStep, InputStack
@@ -29,17 +29,17 @@ PREDICTED = "predicted"
 
 def forward_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the full-precision input of every module on a few rows of the measurement."""
-    _keep_inputs(context, "forward", spread(rows, context.recipe.fisher_rows))
+    _keep_inputs(context, "forward", spread_rows(rows, context.recipe.fisher_rows))
 
 
 def trace_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the full-precision input of every module on some rows of the quantization."""
-    _keep_inputs(context, "trace", spread(rows, context.recipe.output_rows))
+    _keep_inputs(context, "trace", spread_rows(rows, context.recipe.output_rows))
 
 
 def backward_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the Fisher information of every linear's columns to the work directory."""
-    picked, specs = spread(rows, context.recipe.fisher_rows), context.specs[::-1]
+    picked, specs = spread_rows(rows, context.recipe.fisher_rows), context.specs[::-1]
     step = partial(BackwardStep, tokens=int(picked.mask.sum(dtype=np.int64)), weigh=context.recipe.weigh_tokens)
     _pull_back(context, "backward", picked, step, _columns_codec(context.work.fisher, specs))
 
@@ -49,7 +49,7 @@ def output_pass(context: Context, rows: CalibrationRows) -> None:
     make_directory(context.work.outputs, "the work directory")
     step = partial(OutputStep, write=partial(write_output_gradients, context.work.outputs), wanted=feeds_columns)
     nothing = Codec[Columns](lambda _: None, lambda count: [{}] * count)
-    _pull_back(context, "outputs", spread(rows, context.recipe.output_rows), step, nothing)
+    _pull_back(context, "outputs", spread_rows(rows, context.recipe.output_rows), step, nothing)
 
 
 def _keep_inputs(context: Context, name: str, picked: TokenRows) -> None:
@@ -100,7 +100,7 @@ def _pull_back(
 
 def perturb_pass(context: Context, rows: CalibrationRows) -> None:
     """Scale the Fisher information by the measured divergence of perturbing each module alone."""
-    picked = spread(rows, context.recipe.fisher_rows)
+    picked = spread_rows(rows, context.recipe.fisher_rows)
     step = PerturbStep(
         decoder=context.decoder,
         stack=_input_stack(context, picked.input_ids),

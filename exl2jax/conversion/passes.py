@@ -13,7 +13,7 @@ import numpy as np
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.scans import Codec, Pass, TokenRows, embedded, placed_rows, spread
+from exl2jax.conversion.scans import Codec, Pass, TokenRows, embedded, placed_rows, spread_rows
 from exl2jax.conversion.shown import shown
 from exl2jax.errors import JobError, NumericalError
 from exl2jax.measure.accuracy import MeasureStep
@@ -56,7 +56,7 @@ def price_pass(context: Context, rows: CalibrationRows) -> None:
         ),
         specs=context.specs,
         start=partial(embedded, context, every),
-        codec=_costs_codec(context, len(spread(rows, context.recipe.fisher_rows).input_ids)),
+        codec=_costs_codec(context, len(spread_rows(rows, context.recipe.fisher_rows).input_ids)),
         place=placed.place,
         describe=lambda spec, found: f"{spec.key}: {_price_range(found)}",
     ).run(context)

@@ -1,4 +1,4 @@
-"""What the passes of a conversion share: their form as checkpointed scans, and the token rows they go over."""
+"""The form of a pass as a checkpointed scan, and the token rows that the passes of a conversion go over."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class TokenRows(NamedTuple):
         return cls(rows.input_ids, full_mask(rows.input_ids.shape, rows.attention_mask))
 
 
-def spread(rows: CalibrationRows, most: int) -> TokenRows:
+def spread_rows(rows: CalibrationRows, most: int) -> TokenRows:
     """At most so many of the calibration rows, spread evenly over them and so over their domains."""
     count = min(most, len(rows.input_ids))
     picked = (2 * np.arange(count) + 1) * len(rows.input_ids) // (2 * count)

@@ -12,8 +12,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from auto_round import AutoRound  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.peers.packed import weights_of
-from scripts.peers.peer import calibration, packed_facts, parser_of, source_tensors, timed, write_plain
+from scripts.peers.peer import calibration, grouped_parser_of, timed, write_packed
 
 MOST_ROWS = 64
 
@@ -38,19 +37,15 @@ def run(arguments: argparse.Namespace) -> None:
             **({} if arguments.steps is None else {"iters": arguments.steps}),
         ).quantize_and_save(str(packed), format="auto_gptq")
     folder = next(packed.rglob("*.safetensors")).parent
-    write_plain(arguments.model, arguments.out, weights_of(source_tensors(folder), arguments.bits, arguments.group))
-    packed_facts(arguments.out, folder, timer, ("auto-round", "torch", "transformers"), len(rows))
+    write_packed(arguments, folder, timer, "auto-round", len(rows))
 
 
 def main() -> int:
     """Read the command line and run."""
-    parser = parser_of("Quantize with AutoRound.")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="weights that share a scale")
+    parser = grouped_parser_of("Quantize with AutoRound.")
     parser.add_argument("--steps", type=int, help="steps for each block; the package's default unless given")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments)
+    run(parser.parse_args())
     return 0
 
 

@@ -24,9 +24,9 @@ import jax
 
 from scripts.peers.activations import importance_file
 from scripts.peers.formats import FORMATS, Format
-from scripts.peers.judge import Judge
 from scripts.peers.layout import bits_per_weight, decoder_bytes, decoder_weights, heads_of, weight_bytes
 from scripts.peers.table import plot, table
+from scripts.studies.judge import Judge, halves
 
 PYTHON = Path(".venv-peers/bin/python")
 
@@ -35,14 +35,13 @@ class Frontier:
     """Inputs of all formats, and where their results lie."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        """Nothing is read yet."""
+        """Read the held-out rows and what the source holds."""
         self.model: Path = arguments.model
         self.out: Path = arguments.out
         self.tokens: Path = arguments.calibration
-        self.heldout: Path = arguments.heldout
         self.rows: int = arguments.rows
         self.weights = decoder_weights(heads_of(self.model))
-        self._judge: Judge | None = None
+        self.judge = Judge(self.model, *halves(arguments.heldout))
         self.out.mkdir(parents=True, exist_ok=True)
 
     def record(self, wanted: Format) -> dict[str, Any]:
@@ -60,7 +59,7 @@ class Frontier:
             facts = json.loads((work / "peer.json").read_text())
             facts["cpu_seconds"] = [*shared, facts["cpu_seconds"]]
             facts["bpw"] = bits_per_weight(facts["decoder_bytes"], self.weights)
-            record |= facts | {"domains": self._judged(work / "plain")}
+            record |= facts | {"domains": self.judge.domains_of(work / "plain")}
         shutil.rmtree(work, ignore_errors=True)
         self._file(wanted.key).write_text(json.dumps(record, indent=1))
         return record
@@ -83,16 +82,11 @@ class Frontier:
             "decoder_bytes": decoder_bytes(heads),
             "bpw": bits_per_weight(decoder_bytes(heads), self.weights),
             "cpu_seconds": [],
-            "domains": self._judged(directory),
+            "domains": self.judge.domains_of(directory),
         }
 
     def _file(self, key: str) -> Path:
         return self.out / f"{key}.json"
-
-    def _judged(self, directory: Path) -> dict[str, dict[str, float]]:
-        if self._judge is None:
-            self._judge = Judge(self.model, self.heldout)
-        return self._judge.domains_of(directory)
 
     def _make(self, wanted: Format, work: Path) -> tuple[str, list[float]]:
         """Run the script of a format; returns why it failed, or nothing, and the seconds that formats share."""

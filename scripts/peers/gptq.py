@@ -9,8 +9,7 @@ import sys
 
 import torch  # pyright: ignore[reportMissingImports]
 
-from scripts.peers.packed import weights_of
-from scripts.peers.peer import calibration, packed_facts, parser_of, source_tensors, timed, write_plain
+from scripts.peers.peer import calibration, grouped_parser_of, timed, write_packed
 
 WORKERS = "2"
 """On two processors the package would start one worker and then miss the two that load a model."""
@@ -31,18 +30,13 @@ def run(arguments: argparse.Namespace) -> None:
         model.quantize(rows, batch_size=1)
     packed = arguments.out / "packed"
     model.save(str(packed))
-    write_plain(arguments.model, arguments.out, weights_of(source_tensors(packed), arguments.bits, arguments.group))
-    packed_facts(arguments.out, packed, timer, ("gptqmodel", "torch", "transformers"), len(rows))
+    write_packed(arguments, packed, timer, "gptqmodel", len(rows))
 
 
 def main() -> int:
     """Read the command line and run."""
-    parser = parser_of("Quantize with GPTQModel.")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="weights that share a scale")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments)
+    run(grouped_parser_of("Quantize with GPTQModel.").parse_args())
     return 0
 
 

@@ -12,7 +12,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[r
 from safetensors.numpy import save_file
 
 from scripts.peers.layout import is_decoder_linear
-from scripts.peers.peer import parser_of, source_tensors, timed, write_facts, write_plain
+from scripts.peers.peer import grouped_parser_of, source_tensors, timed, write_facts, write_plain
 
 
 def quantize(weight: np.ndarray, bits: int, group: int) -> HQQLinear:
@@ -24,7 +24,7 @@ def quantize(weight: np.ndarray, bits: int, group: int) -> HQQLinear:
 
 
 def parts_of(layer: HQQLinear) -> dict[str, np.ndarray]:
-    """What must be stored of a quantized linear."""
+    """The arrays that are stored of a quantized linear."""
     held = {"qweight": layer.W_q, "scale": layer.meta["scale"], "zero": layer.meta["zero"]}
     return {name: value.detach().cpu().contiguous().numpy() for name, value in held.items()}
 
@@ -57,12 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Read the command line and run."""
-    parser = parser_of("Quantize with HQQ.")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="weights that share a scale")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments)
+    run(grouped_parser_of("Quantize with HQQ.").parse_args())
     return 0
 
 

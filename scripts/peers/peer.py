@@ -1,4 +1,4 @@
-"""What every script that quantizes with another's software does alike: its command line and its results.
+"""The command line and the results of every script that quantizes with another's software.
 
 A script leaves in its folder `plain/`, a Hugging Face directory in float16 that holds the dequantized weights, and
 `peer.json`: bytes, CPU seconds, versions. Runs in the environment of the peers: no JAX, nothing of exl2jax.
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from scripts.peers.layout import decoder_bytes, heads_of, spread, weight_bytes
+from scripts.peers.packed import weights_of
 
 COPIED = (
     "config.json",
@@ -50,6 +51,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--tokens", type=Path, help="calibration rows")
     parser.add_argument("--rows", type=int, default=115, help="how many of the calibration rows, evenly spaced")
+    return parser
+
+
+def grouped_parser_of(description: str) -> argparse.ArgumentParser:
+    """The same for a package that quantizes to a width in groups."""
+    parser = parser_of(description)
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group", type=int, required=True, help="weights that share a scale")
     return parser
 
 
@@ -99,8 +108,14 @@ def write_facts(
     (out / "peer.json").write_text(json.dumps(facts, indent=1))
 
 
-def packed_facts(out: Path, packed: Path, timer: Timer, packages: Sequence[str], rows: int) -> None:
-    """Write `peer.json` of a directory of safetensors that another package saved."""
-    held = decoder_bytes(heads_of(packed))
-    note = f"embedding float16; {rows} calibration rows"
-    write_facts(out, timer, packages, file_bytes=weight_bytes(packed), decoder_bytes=held, note=note)
+def write_packed(arguments: argparse.Namespace, packed: Path, timer: Timer, package: str, rows: int) -> None:
+    """Write the results of a directory that a package saved in GPTQ's layout: the plain directory and `peer.json`."""
+    write_plain(arguments.model, arguments.out, weights_of(source_tensors(packed), arguments.bits, arguments.group))
+    write_facts(
+        arguments.out,
+        timer,
+        (package, "torch", "transformers"),
+        file_bytes=weight_bytes(packed),
+        decoder_bytes=decoder_bytes(heads_of(packed)),
+        note=f"embedding float16; {rows} calibration rows",
+    )

@@ -29,12 +29,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from exl2jax import ConversionConfig, convert
-from exl2jax.evaluation.logits import final_states
 from exl2jax.lab.meter import metered
-from exl2jax.models import build_decoder, load_exl2, open_model
-from exl2jax.stream.scoring import perplexity, score
 from exl2jax.variants import choose
 from exl2jax.variants.recipe import PRESETS, Recipe
+from scripts.studies.judge import Judge, halves
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
 PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
@@ -110,7 +108,7 @@ class Study:
     """Inputs of all trials, and where their results lie."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        """Read the held-out rows and the reference's predictions on them."""
+        """Read the held-out rows."""
         self.model: Path = arguments.model
         self.out: Path = arguments.out
         self.rows: int = arguments.rows
@@ -118,7 +116,8 @@ class Study:
         self.calibration: str = arguments.calibration
         self.measuring: str = arguments.measuring
         self.out.mkdir(parents=True, exist_ok=True)
-        self.ids, self.domains = self._development() if arguments.development else _halves(arguments.heldout)
+        ids, domains = self._development() if arguments.development else halves(arguments.heldout)
+        self.judge = Judge(self.model, ids, domains)
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """The result of a trial, from its file where it was run before."""
@@ -135,7 +134,7 @@ class Study:
             "bpw": result.bpw,
             "predicted": (result.allocation or {})["objective"],
             "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
-            "domains": self._judge(work / "exl2"),
+            "domains": self.judge.domains_of(work / "exl2"),
         }
         if self.keep:
             (work / "exl2").rename(self.out / f"exl2-{trial.key}")
@@ -208,24 +207,6 @@ class Study:
             save_file({"input_ids": ids[picked] if self.rows < len(ids) else ids}, path)
         return str(path)
 
-    def _judge(self, directory: Path) -> dict[str, Any]:
-        """Perplexity, KL divergence with its standard error over rows, and agreement, by domain."""
-        model, full = load_exl2(directory), open_model(self.model)
-        reference = (full.head_params(), final_states(full, self.ids))
-        states = final_states(model, self.ids)
-        scores = score(build_decoder(model.config), model.head_params(), states, self.ids, reference)
-        assert scores.kl is not None and scores.agree is not None  # a reference was given
-        found = {}
-        for name, part in self.domains.items():
-            by_row = scores.kl[part].mean(axis=1, dtype=np.float64)
-            found[name] = {
-                "perplexity": perplexity(scores.nll[part]),
-                "kl": float(by_row.mean()),
-                "kl_error": float(by_row.std(ddof=1) / np.sqrt(len(by_row))),
-                "top1": float(scores.agree[part].mean()),
-            }
-        return found
-
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
@@ -266,12 +247,6 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_ylabel("KL to full precision, nats per token")
     axes[0].legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _halves(path: str) -> tuple[np.ndarray, dict[str, slice]]:
-    """The held-out rows, and the slice of each domain: web in the first half, code in the second."""
-    ids = load_file(path)["input_ids"].astype(np.int32)
-    return ids, {"web": slice(0, len(ids) // 2), "code": slice(len(ids) // 2, None)}
 
 
 def _cost_file(measurement: Path) -> Path:

@@ -23,12 +23,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from exl2jax.measure.fisher import head_gradients, pulled
-from exl2jax.models import LinearSpec, Model, ModuleSpec, build_decoder, module_specs, open_model
+from exl2jax.models import LinearSpec, Model, Module, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.ops import WalkOptions, factorize, gptq_arrays, group_table, search_columns
 from exl2jax.ops.columns import column_feedback
 from exl2jax.qparams import q
 from exl2jax.quantize.outputs import OutputGradients
-from exl2jax.stream.forward import embed
+from exl2jax.stream.forward import embed, forward_chunk
 from exl2jax.stream.token_classes import CLASSES, class_weights, ordinary_tokens, token_classes
 
 SETTING = q("3", "1", "64")
@@ -51,9 +51,8 @@ def gather(model: Model, ids: np.ndarray, layers: Sequence[int], seed: int) -> I
     states, inputs = np.asarray(embed(model, ids, seed)), list[np.ndarray]()
     for spec in specs:
         inputs.append(states)
-        run = jax.jit(partial(_hidden, decoder.module(spec)))
-        params = model.module_params(spec)
-        states = np.concatenate([np.asarray(run(params, states[r : r + 1])) for r in range(len(ids))])
+        module, params = decoder.module(spec), model.module_params(spec)
+        states = np.concatenate([np.asarray(forward_chunk(module, params, states[r : r + 1])) for r in range(len(ids))])
     mask = np.ones(ids.shape, np.float32)
     back = head_gradients(decoder, model.head_params(), states, mask, seed=seed)
     for spec, h in zip(specs[::-1], inputs[::-1], strict=True):
@@ -61,27 +60,26 @@ def gather(model: Model, ids: np.ndarray, layers: Sequence[int], seed: int) -> I
             return
         module, params = decoder.module(spec), model.module_params(spec)
         columns = tuple((linear.name, linear.columns) for linear in spec.linears)
-        pull = jax.jit(partial(pulled, module=module, columns=columns))
-        rows = [pull(params, h[r : r + 1], back[r : r + 1]) for r in range(len(ids))]
+        rows = [_pulled(params, h[r : r + 1], back[r : r + 1], module, columns) for r in range(len(ids))]
         back = np.concatenate([np.asarray(moved) for moved, _ in rows])
         if spec.layer in layers:
             felt = {name: np.concatenate([np.asarray(found[name]) for _, found in rows]) for name, _ in columns}
-            yield from _linears(spec, params, felt, jax.jit(partial(_inputs, module)), h, mask)
+            yield from _linears(module, spec, params, felt, h, mask)
 
 
-def _hidden(module: Any, params: Any, h: jax.Array) -> jax.Array:
-    return module.forward(params, h).hidden
+_pulled = jax.jit(pulled, static_argnames=("module", "columns"))
 
 
-def _inputs(module: Any, params: Any, h: jax.Array) -> list[jax.Array]:
+@partial(jax.jit, static_argnames="module")
+def _inputs(module: Module, params: Any, h: jax.Array) -> list[jax.Array]:
     return [x for stage in module.forward(params, h).inputs for x in stage]
 
 
 def _linears(
-    spec: ModuleSpec, params: Any, felt: dict[str, np.ndarray], inputs: Any, h: np.ndarray, mask: np.ndarray
+    module: Module, spec: ModuleSpec, params: Any, felt: dict[str, np.ndarray], h: np.ndarray, mask: np.ndarray
 ) -> Iterator[tuple[LinearSpec, Tokens]]:
     """The tokens of the linears of a module."""
-    rows = [inputs(params, h[r : r + 1]) for r in range(len(h))]
+    rows = [_inputs(module, params, h[r : r + 1]) for r in range(len(h))]
     operands = jnp.asarray(h), jnp.asarray(mask)
     kinds = np.asarray(token_classes(*operands)), np.asarray(ordinary_tokens(*operands))
     for i, group in enumerate(spec.groups):

@@ -81,8 +81,8 @@ def test_development_rows_are_those_that_no_trial_sees(arguments: argparse.Names
     seen = {*measured, *np.unique(np.linspace(0, 70, 24).round().astype(int))}
     fresh = [row for row in range(73) if row not in seen]
     web, text, code = ([r for r in fresh if r in part] for part in (range(10), range(10, 58), range(58, 73)))
-    np.testing.assert_array_equal(found.ids, ids[[*web[:5], *code[:5], *text[:2]]])
-    sizes = {name: part.stop - part.start for name, part in found.domains.items()}
+    np.testing.assert_array_equal(found.judge.ids, ids[[*web[:5], *code[:5], *text[:2]]])
+    sizes = {name: part.stop - part.start for name, part in found.judge.domains.items()}
     assert sizes == {"web": min(len(web), 5), "code": 5, "encyclopedia": 2}
     with pytest.raises(SystemExit, match="leave none of web"):
         Study(argparse.Namespace(**{**chosen, "rows": 73}))

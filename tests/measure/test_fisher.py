@@ -50,7 +50,13 @@ def states(model: Model) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def oracle(model: Model, specs: tuple[ModuleSpec, ...]) -> Llama:
+def oracle(model: Model) -> Llama:
+    return llama(model)
+
+
+def llama(model: Model) -> Llama:
+    """The float64 Llama with a model's parameters."""
+    specs = module_specs(model.config)
     return Llama(
         modules=[(spec.kind, model.module_params(spec)) for spec in specs],
         head=model.head_params(),
@@ -59,6 +65,17 @@ def oracle(model: Model, specs: tuple[ModuleSpec, ...]) -> Llama:
         eps=1e-5,
         frequencies=plain_frequencies(10000.0, 16),
     )
+
+
+def traced(model: Model, states: np.ndarray, path: Path) -> InputStack:
+    """The full-precision inputs of all modules, from the embedded rows `[R, T, D]`."""
+    specs, (rows, length, width) = module_specs(model.config), states.shape
+    stack = InputStack(path, specs, (rows, length, width))
+    stack.write(0, states)
+    carry, forward = {STATES: stream_of(states)}, ForwardStep(decoder=build_decoder(model.config), stack=stack)
+    for spec in specs:
+        carry, _ = forward(carry, Block(spec, model.module_params(spec)))
+    return stack
 
 
 def walk(
@@ -71,12 +88,7 @@ def walk(
     weigh: bool = False,
 ) -> tuple[dict[str, Columns], np.ndarray, np.ndarray]:
     """Forward, head, backward: the information by module key, the gradients at the embedding, the final states."""
-    stack = InputStack(path, specs, (ROWS, LENGTH, 64))
-    stack.write(0, states)
-    carry = {STATES: stream_of(states)}
-    forward = ForwardStep(decoder=decoder, stack=stack)
-    for spec in specs:
-        carry, _ = forward(carry, Block(spec, model.module_params(spec)))
+    stack = traced(model, states, path)
     rows = rows_of(states, mask, single=True)
     carry = {GRADIENT: rows.place(head_gradients(decoder, model.head_params(), stack.final(), mask, seed=SEED))}
     backward = BackwardStep(decoder=decoder, stack=stack, rows=rows, tokens=int(mask.sum()), weigh=weigh)

@@ -7,7 +7,6 @@ import pytest
 
 from exl2jax.errors import NumericalError, StorageError
 from exl2jax.measure.fisher import head_gradients
-from exl2jax.measure.inputs import ForwardStep, InputStack
 from exl2jax.measure.outputs import OutputStep
 from exl2jax.models import LinearSpec, Model, build_decoder, module_specs, open_model
 from exl2jax.quantize.outputs import (
@@ -21,12 +20,11 @@ from exl2jax.quantize.outputs import (
 )
 from exl2jax.stream.blocks import Block
 from exl2jax.stream.forward import embed
-from exl2jax.stream.scan import GRADIENT, STATES
-from exl2jax.testing.states import rows_of, stream_of
+from exl2jax.stream.scan import GRADIENT
+from exl2jax.testing.states import rows_of
 from exl2jax.testing.tiny_model import write_tiny_llama
-from tests.measure.test_fisher import labels
-from tests.oracles.fisher import Llama, Probe, slope
-from tests.oracles.llama import plain_frequencies
+from tests.measure.test_fisher import labels, llama, traced
+from tests.oracles.fisher import Probe, slope
 
 SEED, ROWS, LENGTH, STEP = 3, 2, 12, 1e-4
 MASK = np.ones((ROWS, LENGTH), np.int32)
@@ -43,11 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def kept(model: Model, states: np.ndarray, path: Path, spoiled: float = 0.0) -> dict[str, OutputGradients]:
     """Forward, head, back through the last block: what is written of each linear, by key."""
     specs, decoder = module_specs(model.config), build_decoder(model.config)
-    stack = InputStack(path, specs, states.shape)  # type: ignore[arg-type]
-    stack.write(0, states)
-    carry, forward = {STATES: stream_of(states)}, ForwardStep(decoder=decoder, stack=stack)
-    for spec in specs:
-        carry, _ = forward(carry, Block(spec, model.module_params(spec)))
+    stack = traced(model, states, path)
     rows, found = rows_of(states, MASK, single=True), dict[str, OutputGradients]()
 
     def write(linear: LinearSpec, gradients: OutputGradients) -> None:
@@ -65,14 +59,7 @@ def test_ordinary_tokens_are_kept(model: Model, tmp_path: Path) -> None:
     """Every slope at three columns of each linear of the last block."""
     states = embed(model, np.random.default_rng(1).integers(0, 320, (ROWS, LENGTH)).astype(np.int32))
     specs = module_specs(model.config)
-    oracle = Llama(
-        modules=[(spec.kind, model.module_params(spec)) for spec in specs],
-        head=model.head_params(),
-        heads=4,
-        kv_heads=2,
-        eps=1e-5,
-        frequencies=plain_frequencies(10000.0, 16),
-    )
+    oracle = llama(model)
     found, drawn = kept(model, states, tmp_path / "inputs"), labels(oracle, states)
     wanted = [(i, x) for i in (len(specs) - 2, len(specs) - 1) for x in specs[i].linears if feeds_columns(x)]
     assert sorted(found) == sorted(x.key for _, x in wanted) and len(wanted) == 5
