@@ -35,9 +35,6 @@ LINEARS_SHOWN = 8
 CHECK_ROWS = 16
 """Rows of the final check where `measurement_rows` is not set; stock's default."""
 
-PREDICTED = "predicted"
-"""Name of the predicted divergences in the file of perturbations."""
-
 
 def price_pass(context: Context, rows: CalibrationRows) -> None:
     """Write the measurement: the cost of each linear's error."""

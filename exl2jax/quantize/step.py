@@ -1,6 +1,5 @@
 """The quantization pass: every linear at its chosen setting, on the states that the quantized model really has."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -33,8 +32,6 @@ from exl2jax.stream.scoring import perplexity, score
 from exl2jax.stream.streams import Rows, Stream, added, read
 from exl2jax.stream.token_classes import group_tables
 from exl2jax.variants.recipe import Recipe
-
-SHRINKAGE = float(os.environ.get("SHRINK", "0.3"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
