@@ -94,12 +94,12 @@ class Trial:
 
 
 def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterator[Trial]:
-    """The trials of the study, the most informative first."""
+    """The trials of the study, the most informative first: the main variants, or those named, at every target."""
     for bits in targets:
-        yield from (Trial(variant=v, bits=bits) for v in EVERY_TARGET if not only or v in only)
-    for variant in VARIANTS:
-        if variant not in EVERY_TARGET and (variant in only if only else variant not in LEFT_OUT):
-            yield Trial(variant=variant, bits=3.0)
+        yield from (Trial(variant=variant, bits=bits) for variant in only or EVERY_TARGET)
+    if not only:
+        others = (variant for variant in VARIANTS if variant not in (*EVERY_TARGET, *LEFT_OUT))
+        yield from (Trial(variant=variant, bits=3.0) for variant in others)
     if not only or "best" in only:
         yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))
 
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
     parser.add_argument("--rows", type=int, default=24, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
-    parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants")
+    parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants, or of those named")
     parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
     parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
