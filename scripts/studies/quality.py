@@ -272,7 +272,9 @@ def main() -> int:
     parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
     parser.add_argument("--rows", type=int, default=24, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
-    parser.add_argument("--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants, or of those named")
+    parser.add_argument(
+        "--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants, or of those named"
+    )
     parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
     parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
