@@ -1,6 +1,8 @@
 """`exl2jax convert`: the stock converter's flags, and ours."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,7 @@ from exl2jax.conversion.sizes import (
     with_target,
 )
 from exl2jax.errors import SettingsError
+from exl2jax.evaluation import Evaluation
 from exl2jax.hub.finish import CardWishes, finish_set, finish_size
 from exl2jax.hub.tables import sizes_table
 from exl2jax.models import read_config
@@ -67,7 +70,10 @@ def convert_command(
     ] = 0,
     evaluate: Annotated[
         bool | None,
-        typer.Option("--evaluate/--no-evaluate", help="Measure quality for the card [several sizes: yes, one: no]."),
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Judge the result on held-out text, for the summary and the card [several sizes: yes, one: no].",
+        ),
     ] = None,
     card: Annotated[
         bool, typer.Option("--card/--no-card", help="Write a model card into the directory of -cf.")
@@ -106,9 +112,9 @@ def convert_command(
         return _several(config, sizes, wishes, control, called, as_json)
     target = with_target(config)
     result = convert(target, control)
-    finish_size(target, result, wishes)
+    found = finish_size(target, result, wishes)
     result = called.spelled(result, "warnings")
-    deliver(as_json, result.to_json(), lambda: conversion_table(result))
+    deliver(as_json, _as_json(result, found), lambda: conversion_table(result, found))
     return 0
 
 
@@ -131,15 +137,21 @@ def _several(
     write_set(config, sizes, asdict(wishes))
     outcomes = convert_sizes(config, sizes, control, finished)
     figures = finish_set(config, outcomes, wishes)
-    records = [_record(each, called) for each in outcomes]
+    records = [_record(each, called, figures) for each in outcomes]
     deliver(as_json, {"sizes": records}, lambda: sizes_table(outcomes, figures))
     return 1 if any(each.refused for each in outcomes) else 0
 
 
-def _record(outcome: SizeOutcome, called: Invocation) -> dict[str, Any]:
-    if outcome.result is None:
+def _record(outcome: SizeOutcome, called: Invocation, figures: Mapping[Path, Evaluation]) -> dict[str, Any]:
+    if outcome.result is None or outcome.config is None:
         return {"asked": outcome.size.asked, "refused": called.spelling(outcome.refused)}
-    return {"asked": outcome.size.asked, **called.spelled(outcome.result, "warnings").to_json()}
+    found = figures.get(outcome.config.compile_full or Path())
+    return {"asked": outcome.size.asked, **_as_json(called.spelled(outcome.result, "warnings"), found)}
+
+
+def _as_json(result: ConversionResult, found: Evaluation | None) -> dict[str, Any]:
+    """The summary, with the figures on held-out text where they were measured."""
+    return result.to_json() | ({} if found is None else {"evaluation": asdict(found)})
 
 
 def _sizes(bits: str | None, head_bits: str | None, size: str | None) -> list[Size]:

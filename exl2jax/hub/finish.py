@@ -28,12 +28,14 @@ class CardWishes:
         return CardWishes(**{**earlier, **own})
 
 
-def finish_size(config: ConversionConfig, result: ConversionResult, wishes: CardWishes) -> None:
-    """The record and the card of a finished directory; nothing without one."""
-    if not wishes.card or config.compile_full is None or config.output_measurement is not None:
-        return
+def finish_size(config: ConversionConfig, result: ConversionResult, wishes: CardWishes) -> Evaluation | None:
+    """The record and the card of a finished directory, and its figures where they are wanted; nothing without one."""
+    if config.compile_full is None or config.output_measurement is not None:
+        return None
     found = evaluate_sizes(config.in_dir, [config.compile_full])[0] if wishes.evaluate else None
-    _write(_record(config, result, found, wishes), config.compile_full)
+    if wishes.card:
+        _write(_record(config, result, found, wishes), config.compile_full)
+    return None if found is None else found[0]
 
 
 def finish_set(

@@ -19,9 +19,12 @@ from exl2jax.exl2.verify.directory import VerifyReport
 
 MEGABYTE, GIGABYTE = 1e6, 1e9
 
+NOT_JUDGED = "not judged; the weights were fitted to the calibration rows. --evaluate judges it, or `exl2jax eval`"
+"""What the summary says of a result without figures on held-out text."""
 
-def conversion_table(result: ConversionResult) -> Table:
-    """The summary of a conversion."""
+
+def conversion_table(result: ConversionResult, found: Evaluation | None = None) -> Table:
+    """The summary of a conversion, with the figures on held-out text where it was judged."""
     table = _two_columns("Conversion")
     table.add_row("result", result.output)
     table.add_row("preset", result.preset)
@@ -35,6 +38,7 @@ def conversion_table(result: ConversionResult) -> Table:
             "calibration perplexity",
             f"{shown(result.perplexity, 3)} (full precision {shown(result.perplexity_full, 3)})",
         )
+        table.add_row("quality on other text", NOT_JUDGED if found is None else _judged(found))
     for name, errors in (("mean rfn_error", result.rfn_error), ("mean stream error", result.stream_error)):
         if errors:
             table.add_row(name, f"{fmean(errors.values()):.5f}")
@@ -42,6 +46,11 @@ def conversion_table(result: ConversionResult) -> Table:
         table.add_row(f"seconds, {stage}", f"{seconds:.1f}")
     _add_warnings(table, result.warnings)
     return table
+
+
+def _judged(found: Evaluation) -> str:
+    figures = f"KL divergence {shown(found.kl_divergence or 0.0, 4)}, top-1 agreement {found.top1_agreement or 0.0:.1%}"
+    return f"{figures}, perplexity {shown(found.perplexity, 3)} ({found.tokens} held-out tokens)"
 
 
 def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:

