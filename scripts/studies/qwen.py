@@ -27,8 +27,8 @@ SOURCE = SlicedGguf(
     version="0.2.0",
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )
-WHOLE = (CONTROL_TOKEN, 4)
-"""GGUF's types of texts that are always one token: control tokens, and those that may stand in plain text."""
+USER_TOKEN = 4
+"""GGUF's token type of texts that are always one token and may stand in plain text."""
 
 WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,8 +89,9 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(t, special=kind == CONTROL_TOKEN, normalized=False) for t, kind in texts if kind in WHOLE]
-    tokenizer.add_special_tokens(added)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in texts if kind == USER_TOKEN])
+    control = [AddedToken(text, special=True, normalized=False) for text, kind in texts if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens(control)
     return tokenizer
 
 
