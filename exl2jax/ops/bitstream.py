@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from exl2jax.qparams import FORMAT_BITS, ROW_MULTIPLE
 
@@ -16,12 +17,14 @@ def pack_codes(codes: jax.Array, *, bits: int) -> jax.Array:
     """
     rows, columns = codes.shape
     tiles = codes.astype(jnp.uint32).reshape(rows // 32, 32, columns)
-    words = [jnp.zeros((rows // 32, columns), jnp.uint32) for _ in range(bits)]
-    for r in range(32):
-        word, shift = divmod(r * bits, 32)
-        words[word] = words[word] | (tiles[:, r] << shift)
-        if shift + bits > 32:
-            words[word + 1] = words[word + 1] | (tiles[:, r] >> (32 - shift))
+    first = np.arange(32, dtype=np.uint32) * bits  # bit of each row in its tile
+    low, high = tiles << (first % 32)[:, None], tiles >> (32 - first % 32 & 31)[:, None]
+    ends = np.searchsorted(first, 32 * np.arange(1, bits + 1))
+    words = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        word = jnp.bitwise_or.reduce(low[:, start:end], axis=1)
+        # The row before may reach into this word.
+        words.append(word | high[:, start - 1] if first[start] % 32 else word)
     packed = jnp.stack(words, axis=1).reshape(rows * bits // 32, columns)
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
 

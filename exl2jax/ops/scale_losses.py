@@ -99,10 +99,7 @@ def scale_losses(
         def tile(i: jax.Array, total: jax.Array) -> jax.Array:
             rows = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
             own = None if weights is None else lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
-            for r in range(UNROLL):
-                z = jnp.abs(jnp.clip(jnp.round(rows[r] * inverse), low, high) * p - rows[r])
-                total = total + raised(z, None if own is None else own[r])
-            return total
+            return _with_tile(total, rows, own, p, inverse, (low, high))
 
         return lax.fori_loop(0, count, tile, jnp.zeros((len(p), width), jnp.float32))
 
@@ -111,12 +108,29 @@ def scale_losses(
     return losses.transpose(1, 0, 2).reshape(len(scales), -1)[:, :columns]
 
 
+@jax.jit  # traced once for all matrices, whose blocks are alike
+def _with_tile(
+    total: jax.Array,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    p: jax.Array,
+    inverse: jax.Array,
+    limits: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """The losses `total [S, width]` with those of `UNROLL` more `rows` added, row after row."""
+    for r in range(UNROLL):
+        z = jnp.abs(jnp.clip(jnp.round(rows[r] * inverse), *limits) * p - rows[r])
+        total = total + raised(z, None if weights is None else weights[r])
+    return total
+
+
 def by_column(of_matrix: jax.Array, columns: int) -> jax.Array:
     """A value of each of some matrices side by side, `[..., matrices]`, for all their columns, `[..., columns]`."""
     lead, count = of_matrix.shape[:-1], of_matrix.shape[-1]
     return jnp.broadcast_to(of_matrix[..., None], (*lead, count, columns // count)).reshape(*lead, columns)
 
 
+@jax.jit
 def index_losses(
     w: jax.Array,
     base: jax.Array,

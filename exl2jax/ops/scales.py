@@ -89,6 +89,7 @@ def search_columns(w: jax.Array, bits: jax.Array, context: GroupContext = ALONE)
     return _choice(qs, smax, multiplier)
 
 
+@jax.jit
 def _least(total: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each matrix the multiplier of least `total [multipliers, matrices]`, the first of equals, and the indices
     `own [multipliers, N]` of its columns there. Comparisons fuse into what uses them; an argmin and a gather would not.

@@ -43,6 +43,7 @@ def _walk_first(
     return jnp.pad(errors, rest), jnp.pad(codes, rest)
 
 
+@jax.jit
 def _walk(
     w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
