@@ -9,8 +9,9 @@
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
 precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
-table of docs/quality.md and draws its plot; CPU seconds and peak memory are of the measurement, which conversions of
-a kind share, and of the conversion.
+table of docs/quality.md and draws its plot. "KL used" is the divergence on rows that the conversion quantized on: the
+less it is than that on held-out rows, the more was fitted to these rows alone. CPU seconds and peak memory are of the
+measurement, which conversions of a kind share, and of the conversion.
 """
 
 import argparse
@@ -75,6 +76,8 @@ EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
 """Calibration subsets of the noise floor, for `best` at three bits."""
+USED = 8
+"""Calibration rows on which a trial is judged beside the held-out ones."""
 DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia": (range(10, 58), 2)}
 """By domain of the calibration set: its rows, and how many of the rows no trial sees are used to judge choices."""
 
@@ -118,6 +121,7 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         ids, domains = self._development() if arguments.development else halves(arguments.heldout)
         self.judge = Judge(self.model, ids, domains)
+        self._judges: dict[int, Judge] = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """The result of a trial, from its file where it was run before."""
@@ -135,6 +139,7 @@ class Study:
             "predicted": (result.allocation or {})["objective"],
             "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
             "domains": self.judge.domains_of(work / "exl2"),
+            "used": self._used(trial.subset).domains_of(work / "exl2")["used"],
         }
         if self.keep:
             (work / "exl2").rename(self.out / f"exl2-{trial.key}")
@@ -155,6 +160,14 @@ class Study:
             domains[name] = slice(len(picked), len(picked) + len(fresh))
             picked += fresh
         return ids[np.asarray(picked)].astype(np.int32), domains
+
+    def _used(self, subset: int) -> Judge:
+        """The judge on some of the rows that the trials of a subset quantize on."""
+        if subset not in self._judges:
+            ids = load_file(self._calibration_rows(subset))["input_ids"].astype(np.int32)
+            picked = np.unique(np.linspace(0, len(ids) - 1, USED).round().astype(int))
+            self._judges[subset] = Judge(self.model, ids[picked], {"used": slice(None)})
+        return self._judges[subset]
 
     def _config(self, trial: Trial, work: Path) -> ConversionConfig:
         recipe = VARIANTS[trial.variant]
@@ -212,7 +225,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
     domains = list(records[0]["domains"])
     heads = [f"{figure} {name}" for figure in ("KL", "ppl", "top-1") for name in domains]
-    lines = [f"| variant | bpw | {' | '.join(heads)} | CPU s | peak GB |", "|---" * (len(heads) + 4) + "|"]
+    lines = [f"| variant | bpw | {' | '.join(heads)} | KL used | CPU s | peak GB |", "|---" * (len(heads) + 5) + "|"]
     for r in records:
         found = [r["domains"][name] for name in domains]
         name = r["variant"] + (f", calibration subset {r['subset']}" if r["subset"] else "")
@@ -220,6 +233,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         figures += [f"{d['perplexity']:.2f}" for d in found] + [f"{d['top1']:.3f}" for d in found]
         spent = " + ".join(f"{cost['cpu_seconds']:.0f}" for cost in r["costs"])
         peaks = ", ".join(f"{cost['peak_memory'] / 1e9:.2f}" for cost in r["costs"])
+        figures.append(f"{r['used']['kl']:.3f}")
         lines.append(f"| {name} | {r['bpw']:.3f} | {' | '.join(figures)} | {spent} | {peaks} |")
     return "\n".join(lines)
 

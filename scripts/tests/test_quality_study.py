@@ -44,6 +44,7 @@ def test_trials_are_run_once_and_judged_by_domain(tiny_study: Study) -> None:
         assert all(cost["cpu_seconds"] > 0 and cost["peak_memory"] > 1e8 for cost in record["costs"])
         for found in record["domains"].values():
             assert 0 < found["kl"] < 1 and 0 < found["top1"] <= 1 and found["kl_error"] >= 0
+        assert 0 < record["used"]["kl"] < 1
     path = tiny_study.out / "best-5-0.json"
     path.write_text(json.dumps(records[0] | {"bpw": 1.0}))
     assert tiny_study.run(Trial(variant="best", bits=5.0))["bpw"] == 1.0
@@ -93,4 +94,5 @@ def test_study_holds_every_variant() -> None:
     assert {t.variant for t in trials} == set(VARIANTS) - set(LEFT_OUT)
     assert len({t.key for t in trials}) == len(trials) == 2 * 3 + len(VARIANTS) - len(LEFT_OUT) - 3 + 2
     assert {t.variant for t in study(["fast"], [3.0], subsets=3)} == {"fast"}
-    assert [t.bits for t in study(LEFT_OUT, [2.5, 3.0], subsets=3)] == [3.0] * len(LEFT_OUT)
+    named = list(study(["fast", "stock"], [2.5, 3.0], subsets=3))
+    assert [(t.variant, t.bits) for t in named] == [("fast", 2.5), ("stock", 2.5), ("fast", 3.0), ("stock", 3.0)]
