@@ -32,8 +32,13 @@ def early_refusals(context: Context) -> list[Exl2JaxError]:
 
 
 def early_notes(context: Context) -> tuple[str, ...]:
-    """Notes on the source and on the place of the result, before anything is computed."""
-    return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context), *_shard_notes(context))
+    """Notes before anything is computed: the lasting ones, and what may stop the conversion later."""
+    return (*lasting_notes(context), *_shard_notes(context))
+
+
+def lasting_notes(context: Context) -> tuple[str, ...]:
+    """Notes on the source and on the place of the result, which are still true when it is finished."""
+    return (*context.model.notes, *_tokenizer_notes(context), *_place_notes(context))
 
 
 def _check_limits(context: Context) -> None:

@@ -9,7 +9,7 @@ from exl2jax.allocate.allocate import by_rows, unspent_note
 from exl2jax.allocate.strategy import Strategy
 from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
-from exl2jax.conversion.refusals import early_notes
+from exl2jax.conversion.refusals import lasting_notes
 from exl2jax.conversion.result import ConversionResult, perplexity_warnings
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.models.transform import transform_record
@@ -45,7 +45,7 @@ def summarize(
     other = [OTHER_METHOD.format(measured=measured_by or "stock's", own=own or "stock's")] if differs else []
     bpw, rows = sum(r.bits for r in modules) / weights, by_rows(strategy["pricing"], context.recipe.table)
     unspent = unspent_note(bpw, config.bits, context.specs, rows=rows)
-    found = [*early_notes(context), *([unspent] if unspent else [])]
+    found = [*lasting_notes(context), *([unspent] if unspent else [])]
     diagnostics = [line for report in reports for line in report.diagnostics]
     peaks = [(x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports]
     diagnostics += overflow_warnings(peaks, wide_residual=context.model.config.arch.wide_residual)

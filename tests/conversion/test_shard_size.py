@@ -79,3 +79,5 @@ def test_a_chosen_allocation_decides_before_the_quantization(home: Path, capsys:
     convert(replace(config, shard_size=0.05))
     assert work.measurement.stat().st_mtime_ns == made, "the measurement is not repeated"
     assert verify(home / "exl2").faults == () and len(list((home / "exl2").glob("*.safetensors"))) > 1
+    finished = convert(replace(config, bits=4.5, out_dir=home / "other", compile_full=home / "narrow"))
+    assert not [note for note in finished.warnings if "widest codes" in note], "nothing is left to warn of"
