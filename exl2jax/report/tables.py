@@ -19,7 +19,7 @@ from exl2jax.exl2.verify.directory import VerifyReport
 
 MEGABYTE, GIGABYTE = 1e6, 1e9
 
-NOT_JUDGED = "not judged; the weights were fitted to the calibration rows. --evaluate judges it, or `exl2jax eval`"
+NOT_JUDGED = "not judged: the weights were fitted to the calibration rows; `exl2jax eval` judges them on other text"
 """What the summary says of a result without figures on held-out text."""
 
 
