@@ -244,17 +244,44 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_gguf(path: Path) -> tuple[gguf.GGUFReader, Metadata]:
+    """A GGUF's reader, and its metadata."""
+    reader = gguf.GGUFReader(path)
+    return reader, {key: field.contents() for key, field in reader.fields.items()}
+
+
+def write_files(
+    directory: Path,
+    tensors: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
+    token_ids: Mapping[str, int],
+    tokens: Mapping[str, str],
+) -> None:
+    """Write the six files of a model into an existing empty directory; `tokens` are the texts of the special tokens."""
+    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", token_ids)
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+    write_json(directory / "special_tokens_map.json", tokens)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
 def write_model(gguf_path: Path, directory: Path) -> None:
-    """Write the six files of the model into an existing empty directory."""
-    reader = gguf.GGUFReader(gguf_path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    """Write the files of the model into an existing empty directory."""
+    reader, metadata = read_gguf(gguf_path)
     tensors = dict(read_tensors(reader, metadata))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    write_json(directory / "config.json", model_config(metadata, tied="lm_head.weight" not in tensors))
-    write_json(directory / "generation_config.json", special_token_ids(metadata))
-    write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
-    write_json(directory / "special_tokens_map.json", named_tokens(metadata))
-    build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
+    write_files(
+        directory,
+        tensors,
+        build_tokenizer(metadata),
+        config=model_config(metadata, tied="lm_head.weight" not in tensors),
+        tokenizer_config=tokenizer_config(metadata),
+        token_ids=special_token_ids(metadata),
+        tokens=named_tokens(metadata),
+    )
 
 
 def build(out: Path, gguf_path: Path | None) -> None:

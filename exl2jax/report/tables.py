@@ -20,7 +20,7 @@ from exl2jax.exl2.verify.directory import VerifyReport
 MEGABYTE, GIGABYTE = 1e6, 1e9
 
 NOT_JUDGED = "not judged: the weights were fitted to the calibration rows; `exl2jax eval` judges them on other text"
-"""What the summary says of a result without figures on held-out text."""
+"""The line of the summary for a result without figures on held-out text."""
 
 
 def conversion_table(result: ConversionResult, found: Evaluation | None = None) -> Table:

