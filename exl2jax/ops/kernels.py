@@ -37,16 +37,16 @@ class PackTiles(Protocol):
 class Kernels(NamedTuple):
     """Functions with the contracts of those in `exl2jax.ops`; hashable, so that they can be static under `jit`.
 
-    `wide` says that a few wide steps are faster than many narrow ones, as on a GPU: copies of a matrix then go side by
-    side, nothing branches, and a group takes up all errors before it in one product.
+    `panel` is set where a few wide steps are faster than many narrow ones, as on a GPU: copies of a matrix then go side
+    by side, nothing branches, and the errors of so many rows reach the rows after them in one product.
     """
 
     scale_losses: ScaleLosses
     index_losses: IndexLosses
     walk_group: WalkGroup
     pack_tiles: PackTiles
-    wide: bool
+    panel: int | None = None
 
 
-XLA = Kernels(scale_losses, index_losses, walk_group, pack_tiles, wide=False)
+XLA = Kernels(scale_losses, index_losses, walk_group, pack_tiles)
 """The implementation of this room, on every platform."""

@@ -9,7 +9,7 @@ from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels
 from exl2jax.pallas.packing import pack_tiles
 from exl2jax.pallas.scale_losses import index_losses, scale_losses
-from exl2jax.pallas.tiles import Tiles
+from exl2jax.pallas.tiles import PANEL, Tiles
 from exl2jax.pallas.walk import walk_group
 
 IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
@@ -50,7 +50,7 @@ def pallas_kernels(tiles: Tiles) -> Kernels:
         partial(index_losses, tiles=tiles),
         partial(walk_group, tiles=tiles),
         partial(pack_tiles, tiles=tiles),
-        wide=True,
+        panel=PANEL,
     )
 
 

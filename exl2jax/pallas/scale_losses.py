@@ -1,5 +1,6 @@
 """The losses of the scale searches, one thread per column: `ops.scale_losses.scale_losses` as a kernel."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -59,16 +60,18 @@ def _body(
     tried = [scales[first + i, columns] for i in range(count)]
     inverses = [1 / s for s in tried]
 
-    def row(r: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        value = weights[r, columns]
-        weight = importance[0][r] if importance else None
+    def load(r: jax.Array) -> tuple[jax.Array, ...]:
+        return (weights[r, columns], *(x[r] for x in importance))
+
+    def row(operands: tuple[jax.Array, ...], totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        value, weight = operands if importance else (*operands, None)
         errors = (
             jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
             for s, inverse in zip(tried, inverses, strict=True)
         )
         return tuple(total + raised(z, weight) for total, z in zip(totals, errors, strict=True))
 
-    totals = lax.fori_loop(0, rows, row, (zeros(jnp.float32, tiles),) * count)
+    totals = _over_rows(load, row, (zeros(jnp.float32, tiles),) * count, rows, tiles)
     for i, total in enumerate(totals):
         losses[first + i, columns] = total
 
@@ -128,15 +131,30 @@ def _index_body(
     scales = [index * index * (p / MAX_INDEX**2) for index in indices]
     inverses = [1 / scale for scale in scales]
 
-    def row(r: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        value, weight = weights[r, columns] * inverse, importance[at + r]
+    def load(r: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return weights[r, columns], importance[at + r]
+
+    def row(operands: tuple[jax.Array, jax.Array], totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        value, weight = operands[0] * inverse, operands[1]
         errors = (jnp.clip(jnp.round(value * i), low, high) * s - value for s, i in zip(scales, inverses, strict=True))
         return tuple(total + e * e * weight for total, e in zip(totals, errors, strict=True))
 
     nothing = (zeros(jnp.float32, tiles),) * len(indices)
-    totals = lax.fori_loop(0, counted[0][0] if counted else size, row, nothing)
+    totals = _over_rows(load, row, nothing, counted[0][0] if counted else size, tiles)
     best, index = totals[0], indices[0]
     for total, other in zip(totals[1:], indices[1:], strict=True):
         better = total < best
         best, index = jnp.where(better, total, best), jnp.where(better, other, index)
     least[m, columns], own[m, columns] = best, index
+
+
+def _over_rows[Row, Totals](
+    load: Callable[[Any], Row], add: Callable[[Row, Totals], Totals], totals: Totals, rows: Any, tiles: Tiles
+) -> Totals:
+    """The totals with all rows added; a row is loaded while those `ahead` of it are worked on."""
+
+    def step(r: jax.Array, state: tuple[tuple[Row, ...], Totals]) -> tuple[tuple[Row, ...], Totals]:
+        (first, *waiting), totals = state
+        return (*waiting, load(jnp.minimum(r + tiles.ahead, rows - 1))), add(first, totals)
+
+    return lax.fori_loop(0, rows, step, (tuple(load(r) for r in range(tiles.ahead)), totals))[1]

@@ -9,15 +9,25 @@ LANES = 128
 """Columns of a program: a warpgroup's threads, a column each."""
 
 
+PANEL = 1024
+"""Rows of a panel of a walk: enough for large products between panels, little enough to waste few within one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """How the kernels cut their work: `walk_rows` rows held in registers by the walk (a divisor of 32), and at most
-    `scales` tried by one program of a scale search. Both are unrolled, which is what takes tracing and compiling long.
-    Interpreted or compiled by `interpret`.
-    """  # noqa: D205
+    """How the kernels cut their work.
+
+    The walk holds `walk_rows` rows in registers (a divisor of 32) and takes up the errors of `taken_up` rows (a divisor
+    of those) in a step. A scale search tries at most `scales` in a program, and loads a row while it works on the one
+    `ahead` rows before. All but the last are unrolled, which is what takes tracing and compiling long. Loads that do
+    not wait for each other are what makes a step short: one from memory takes as long as hundreds of operations.
+    `interpret` instead of compiling.
+    """
 
     walk_rows: int = 8
+    taken_up: int = 4
     scales: int = 14
+    ahead: int = 4
     interpret: bool = False
 
 

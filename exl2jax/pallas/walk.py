@@ -63,22 +63,28 @@ def _body(w: Any, u: Any, scales: Any, levels: Any, *rest: Any, size: int, tiles
     def tile(t: jax.Array, carry: None) -> None:
         a = t * rows
         owed = tuple(w[a + r, columns] for r in range(rows))
+        # All loads come before the first store, past which no compiler may move them, so that they wait together.
+        corner = [[u[at + a + r, at + a + later] for later in range(r, rows)] for r in range(rows)]
+        inverses = [1 / row[0] for row in corner]
 
-        def take_up(j: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            error = past[j]
-            return tuple(x - u[at + j, at + a + r] * error for r, x in enumerate(owed))
+        def take_up(step: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            taken = [step * tiles.taken_up + i for i in range(tiles.taken_up)]
+            toward = [[u[at + j, at + a + r] for r in range(rows)] for j in taken]
+            for error, into in zip([past[j] for j in taken], toward, strict=True):
+                owed = tuple(x - share * error for x, share in zip(owed, into, strict=True))
+            return owed
 
-        current = list(lax.fori_loop(0, a, take_up, owed))
+        current = list(lax.fori_loop(0, a // tiles.taken_up, take_up, owed))
         for r in range(rows):
             moved = current[r] - shift[0][a + r, columns] if shifted else current[r]
             steps = jnp.where(scale > 0, moved / scale, 0.0)
             code = jnp.clip(jnp.round(steps) + zero, 0.0, 2 * zero - 1)
-            error = (current[r] - _half((code - zero) * scale)) / u[at + a + r, at + a + r]
+            error = (current[r] - _half((code - zero) * scale)) * inverses[r]
             past[a + r] = error
             errors[a + r, columns] = error
             codes[a + r, columns] = code.astype(jnp.int32).astype(jnp.uint8)
             for later in range(r + 1, rows):
-                current[later] = current[later] - u[at + a + r, at + a + later] * error
+                current[later] = current[later] - corner[r][later - r] * error
         return carry
 
     lax.fori_loop(0, count // rows, tile, None)

@@ -39,10 +39,10 @@ def _correlations(g: np.ndarray) -> np.ndarray:
 
 
 def run(
-    w: np.ndarray, factor: HessianFactor, setting: QParams, columns: ColumnFeedback | None, wide: bool = False
+    w: np.ndarray, factor: HessianFactor, setting: QParams, columns: ColumnFeedback | None, panel: int | None = None
 ) -> QuantizedArrays:
     groups = setting.groups(len(w))
-    options = WalkOptions(kernels=XLA._replace(wide=wide))
+    options = WalkOptions(kernels=XLA._replace(panel=panel))
     found = gptq_arrays(jnp.asarray(w), factor, group_table(groups, len(w)), columns, options=options)
     check_consistent(
         QuantizedLinear(found.codes, found.qs, found.qscale_max, factor.perm, groups, found.weight), groups
@@ -51,13 +51,13 @@ def run(
 
 
 @pytest.mark.parametrize("columns", [16, 41, 520])
-@pytest.mark.parametrize("wide", [False, True])
-def test_feedback_is_that_of_the_definition(columns: int, wide: bool) -> None:
+@pytest.mark.parametrize("panel", [None, 64])
+def test_feedback_is_that_of_the_definition(columns: int, panel: int | None) -> None:
     """The same codes but where a tie fell the other way, and the same loss."""
     w, h = problem(3, rows=96, columns=columns)
     outputs = gradients(4, columns)
     factor, feedback = factorize(jnp.asarray(h)), column_feedback(*map(jnp.asarray, outputs), SHRINKAGE)
-    found = run(w, factor, q("3", "1", "64"), feedback, wide)
+    found = run(w, factor, q("3", "1", "64"), feedback, panel)
     perm, u = hessian_oracle.factorize(h, float(factor.damping))
     m = shrunk(*outputs)
     order = np.argsort(-np.diagonal(m), kind="stable")

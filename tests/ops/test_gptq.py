@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from exl2jax.ops import (
     XLA,
+    Kernels,
     QuantizedLinear,
     ScaleChoice,
     factorize,
@@ -67,10 +68,10 @@ def check_consistent(result: QuantizedLinear, groups: tuple[Group, ...]) -> None
     assert np.array_equal(np.asarray(result.weight), weight)
 
 
-def compare(w: np.ndarray, h: np.ndarray, groups: tuple[Group, ...]) -> None:
+def compare(w: np.ndarray, h: np.ndarray, groups: tuple[Group, ...], kernels: Kernels = XLA) -> None:
     """Our walk with our factor, the float64 walk with the float64 factor: the same loss within half a percent."""
     factor = factorize(jnp.asarray(h))
-    result = gptq(jnp.asarray(w), factor, groups)
+    result = gptq(jnp.asarray(w), factor, groups, kernels)
     check_consistent(result, groups)
     perm, u = hessian_oracle.factorize(h, float(factor.damping))
     expected = oracle.gptq(w, perm, u, cut(groups))
@@ -81,6 +82,13 @@ def compare(w: np.ndarray, h: np.ndarray, groups: tuple[Group, ...]) -> None:
     np.testing.assert_allclose(float(result.qscale_max[0]), float(expected.q_scale_max[0]), rtol=step)
     assert np.array_equal(np.asarray(result.qs[0]), expected.index[0])
     assert (np.asarray(result.codes) == expected.codes).mean() > 0.98
+
+
+@pytest.mark.parametrize("panel", [64, 96, 1024])
+@pytest.mark.parametrize("setting", [q("4", "1", "32"), q("3", "1", "128"), q("8/4/3", ".2/.2/.6", "32/64/128")])
+def test_a_walk_in_panels(setting: QParams, panel: int) -> None:
+    """Groups that hang over the end of a panel, or are longer than one; a last panel that is not full; all in one."""
+    compare(*problem(82), setting.groups(ROWS), XLA._replace(panel=panel))
 
 
 @pytest.mark.parametrize("setting", [q("2", "1", "32"), q("3", "1", "128"), q("5/3", ".2/.8", "64")])
@@ -117,7 +125,8 @@ def test_tile_losses_are_what_rounding_a_row_costs_after_all_feedback(loud: floa
     np.testing.assert_allclose(got.sum(), oracle.weighted_loss(h, w, quantized, c), rtol=6e-2)
 
 
-def test_widths_side_by_side_cost_what_they_cost_alone() -> None:
+@pytest.mark.parametrize("panel", [64, 1024])
+def test_widths_side_by_side_cost_what_they_cost_alone(panel: int) -> None:
     """One walk with a copy of the matrix for every width of a group size, beside a walk for each."""
     w, h = problem(80, columns=24)
     factor, weight = factorize(jnp.asarray(h)), jnp.linspace(0.1, 3, 24)
@@ -126,7 +135,7 @@ def test_widths_side_by_side_cost_what_they_cost_alone() -> None:
     for search in (search_scales, search_columns):
         alone, beside = (
             np.asarray(gptq_tile_losses(jnp.asarray(w), factor, cuts, weight, kernels, search))
-            for kernels in (XLA, XLA._replace(wide=True))
+            for kernels in (XLA, XLA._replace(panel=panel))
         )
         assert alone.shape == (len(settings), ROWS // 32)
         np.testing.assert_allclose(beside, alone, rtol=0.03)
