@@ -82,7 +82,7 @@ def feedback_of(linear: LinearSpec, outputs: Outputs | None) -> ColumnFeedback |
     """The feedback between the columns of a linear, where the gradients at `outputs` are known."""
     if outputs is None or not feeds_columns(linear):
         return None
-    blocks = FEW_BLOCKS if jax.default_backend() != "cpu" and not kernels_for().wide else BLOCKS
+    blocks = FEW_BLOCKS if jax.default_backend() != "cpu" and not kernels_for().panel else BLOCKS
     return column_feedback(*outputs(linear).padded, SHRINKAGE[linear.role], blocks=blocks)
 
 
