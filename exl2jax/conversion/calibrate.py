@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 from exl2jax.calibration import CalibrationConfig, CalibrationRows, Sampler, Tokenizer, load_rows
 from exl2jax.calibration.chat import read_chat_template
 from exl2jax.conversion.config import ConversionConfig
+from exl2jax.conversion.scans import TokenRows
 from exl2jax.conversion.work_directory import WorkDirectory
+from exl2jax.errors import CalibrationError
 from exl2jax.models import HFModel, Model, ModelConfig
 from exl2jax.storage import write_tensors
 from exl2jax.storage.digests import fingerprint
@@ -18,6 +21,9 @@ from exl2jax.stream.progress import RunControl
 from exl2jax.stream.sample import model_sampler, remembered
 
 log = logging.getLogger(__name__)
+
+IDENTITY = 64
+"""First tokens of a row that tell it from others, whatever their length."""
 
 
 class PassRows:
@@ -45,20 +51,25 @@ class PassRows:
     def build(self, *, measure: bool) -> CalibrationRows:
         """The rows of a pass. A job builds those of both passes first, so that bad input stops it early."""
         if measure not in self._built:
-            rows = build_rows(
-                self._config.calibration(measure=measure),
-                self._model.config,
-                self._tokenizer,
-                lambda: self._model,
-                self._control,
-                memory=(self._work.self_rows, self._identity()) if self._sampling else None,
-                sampler=None if self._sampling else _prompts_only,
-                model_dir=self._config.in_dir,
-            )
+            rows = self._rows(self._config.calibration(measure=measure))
             for note in rows.notes:
                 log.warning("calibration: %s", note)
             self._built[measure] = rows
         return self._built[measure]
+
+    def unseen(self, count: int) -> TokenRows:
+        """At most so many rows of the quantization's source that no other pass takes; none where it holds no more."""
+        seen = self.build(measure=False)
+        taken = [seen, *([] if self._config.measurement else [self.build(measure=True)])]
+        asked = self._config.calibration(measure=False)
+        try:
+            more = self._rows(replace(asked, rows=len(seen.input_ids) + count))
+        except CalibrationError:  # a file that holds fewer
+            more = self._rows(replace(asked, rows=None))
+        known = {row[:IDENTITY].tobytes() for rows in taken for row in rows.input_ids}
+        rows = TokenRows.of(more)
+        fresh = [row[:IDENTITY].tobytes() not in known and row.min() >= 0 for row in more.input_ids]
+        return TokenRows(*(values[np.asarray(fresh)][:count] for values in rows))
 
     def write(self, *, measure: bool) -> CalibrationRows:
         """Write the rows of a pass to `cal_data.safetensors`; those of the measurement also under their own name."""
@@ -66,6 +77,19 @@ class PassRows:
         for path in (self._work.cal_data, *([self._work.measure_cal_data] if measure else [])):
             write_tensors(path, rows.tensors(), {"pass": "measure" if measure else "quantize", "sha256": rows.sha256})
         return rows
+
+    def _rows(self, source: CalibrationConfig) -> CalibrationRows:
+        """The rows of a source for this model."""
+        return build_rows(
+            source,
+            self._model.config,
+            self._tokenizer,
+            lambda: self._model,
+            self._control,
+            memory=(self._work.self_rows, self._identity()) if self._sampling else None,
+            sampler=None if self._sampling else _prompts_only,
+            model_dir=self._config.in_dir,
+        )
 
     def _identity(self) -> str:
         """The identity of the model, which its own text depends on besides the prompts."""

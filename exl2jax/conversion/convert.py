@@ -22,15 +22,17 @@ from exl2jax.conversion.passes import accuracy_pass, price_pass, quantize_pass, 
 from exl2jax.conversion.preflight import chosen_qparams, require_space
 from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
 from exl2jax.conversion.result import ConversionResult
+from exl2jax.conversion.scans import TokenRows
 from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.conversion.summary import quantization_config, strategy_record, summarize
+from exl2jax.conversion.tune_pass import obstacle, rows_to_tune, tune_pass
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.errors import JobError, StorageError
 from exl2jax.exl2.compile import compile_model, copy_source_files
 from exl2jax.measure.measurement import Measurement, read_measurement
 from exl2jax.quantize.diagnostics import calibration_shortage
-from exl2jax.storage import make_directory, remove
+from exl2jax.storage import make_directory, read_checked_tensors, remove, write_checked_tensors
 from exl2jax.storage.digests import digest
 from exl2jax.stream.devices import spread
 from exl2jax.stream.progress import RunControl
@@ -100,6 +102,8 @@ class _Conversion:
         passes = sorted({name in MEASURING_PASSES for name in coming}, reverse=True)
         built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
         require_space(self.context, built)
+        if "tune" in coming and (reason := obstacle(self.context, self._unseen())):
+            log.warning("%s", reason)
 
     def _stages(self) -> dict[str, Stage]:
         """The stages before compilation, in order."""
@@ -111,7 +115,8 @@ class _Conversion:
         if config.output_measurement is None:
             for name in recipe.quantizing_passes:
                 run = OUTPUT_PASSES.get(name)
-                stages[name] = self._quantize if run is None else partial(self._with_rows, run, measure=False)
+                own = {"quantize": self._quantize, "tune": self._tune}
+                stages[name] = own[name] if run is None else partial(self._with_rows, run, measure=False)
         return stages
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
@@ -167,6 +172,20 @@ class _Conversion:
         state = self._with_rows(run, state, measure=False)
         return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})
 
+    def _unseen(self) -> TokenRows:
+        """The rows that the model is tuned on."""
+        length = self.rows.build(measure=False).input_ids.shape[1]
+        return self.rows.unseen(rows_to_tune(self.context.recipe.tuned_steps, length))
+
+    def _tune(self, state: JobState) -> JobState:
+        self._require_unchanged(self.work.reports, state)
+        rows = self._unseen()
+        reason = obstacle(self.context, rows)
+        if reason:
+            write_checked_tensors(self.work.tuned, {})
+            return replace(state, records={**state.records, "tuned": {"reason": reason}})
+        return replace(state, records={**state.records, "tuned": tune_pass(self.context, rows)})
+
     def _token_weights(self, measurement: Measurement) -> dict[str, np.ndarray]:
         """The weights of tokens that Hessians take, by key of a linear, where the recipe asks for them."""
         power = self.context.recipe.weigh_hessians
@@ -204,6 +223,9 @@ class _Conversion:
         self._require_unchanged(self.work.reports, state)
         start = time.monotonic()
         remove(self.work.outputs)  # the job file says that the quantization is done
+        remove(self.work.tuning)
+        if "tuned" in state.records:
+            self._require_unchanged(self.work.tuned, state)
         reports = read_reports(self.context)
         shards = compile_model(
             self.context.model,
@@ -211,6 +233,7 @@ class _Conversion:
             target,
             shard_mb=self.config.shard_size,
             own_norms={key for report in reports for key in report.own_norms},
+            changed=read_checked_tensors(self.work.tuned)[0] if "tuned" in state.records else {},
             own_files=self.work.files if target == self.work.path else (),
         )
         if self.config.compile_full is not None:

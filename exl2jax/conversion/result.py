@@ -14,6 +14,9 @@ FAILED_PERPLEXITY = 1000.0
 class ConversionResult:
     """Summary of a finished run. Sizes in bytes, times in seconds, perplexities on the calibration rows.
 
+    `tuned` is the record of a tuning of the whole model: steps, tokens, and the divergence on text kept apart before
+    and after, or the reason why there was none. The perplexity is that before it.
+
     `output` is the compiled directory, or the measurement file of a run that only measures, where the rest is None.
     """
 
@@ -31,6 +34,7 @@ class ConversionResult:
     allocation: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] | None = None
+    tuned: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def summarize(
     diagnostics = [line for report in reports for line in report.diagnostics]
     peaks = [(x.key, x.largest_state or 0.0, x.largest_output or 0.0) for x in reports]
     diagnostics += overflow_warnings(peaks, wide_residual=context.model.config.arch.wide_residual)
+    tuned = state.records.get("tuned") or {}
+    untuned = [tuned["reason"]] if "reason" in tuned else []
     judged = perplexity_warnings(head.perplexity or math.nan, head.perplexity_full or 0.0)
     return ConversionResult(
         output=str(target),
@@ -65,7 +67,16 @@ def summarize(
         allocation=strategy,
         calibration=state.records.get("calibration"),
         seconds=state.records.get("seconds"),
-        warnings=(*found, *judged, *weaker, *other, *diagnostics, *notes),
+        tuned=state.records.get("tuned"),
+        warnings=(
+            *found,
+            *untuned,
+            *judged,
+            *weaker,
+            *other,
+            *diagnostics,
+            *notes,
+        ),
     )
 
 

@@ -23,7 +23,8 @@ from exl2jax.storage.digests import fingerprint
 
 JOB_FORMAT = 3
 """Version of the job file and of the checkpoints."""
-STAGES = ("forward", "backward", "perturb", "price", "measure", "trace", "outputs", "quantize", "compile", "finished")
+MEASURING = ("forward", "backward", "perturb", "price", "measure")
+STAGES = (*MEASURING, "trace", "outputs", "quantize", "tune", "compile", "finished")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,18 +60,21 @@ class WorkDirectory:
         self.reports = path / "quantized.json"
         self.outputs = path / "outputs"
         self.out_tensor = path / "out_tensor"
+        self.tuning = path / "tuning.safetensors"
+        self.tuned = path / "tuned.safetensors"
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files of a job, the job file first: without it the rest belongs to no job."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
         states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
-        return (self.job_file, *states, self.measurement, self.reports, self.outputs, self.out_tensor)
+        tuned = (self.tuning, self.tuned)
+        return (self.job_file, *states, self.measurement, self.reports, self.outputs, self.out_tensor, *tuned)
 
     def left_by(self, stage: str) -> Path | None:
         """The file with a stage's result for later stages; the job file keeps its checksum."""
         weights = {"backward": self.fisher, "perturb": self.scaled_fisher}
-        results = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports}
+        results = {"price": self.measurement, "measure": self.measurement, "quantize": self.reports, "tune": self.tuned}
         return (weights | results).get(stage)
 
     @contextlib.contextmanager

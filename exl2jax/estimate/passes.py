@@ -23,6 +23,9 @@ from exl2jax.variants.recipe import Recipe
 CHECK_ROWS = 16
 """Rows of the final check at most."""
 
+TUNED_TOKENS = 256
+"""Tokens of a step of the tuning of a whole model."""
+
 SOLVE = 2
 """Triangular products of a solve with a factor."""
 
@@ -47,12 +50,15 @@ def conversion_work(config: ModelConfig, recipe: Recipe, passes: Passes) -> dict
         "price": lambda spec: _price(spec, config, recipe, passes),
         "measure": lambda spec: _measure(spec, config, recipe, passes),
         "quantize": lambda spec: _quantize(spec, config, recipe, passes),
+        "tune": lambda spec: _tune(spec, config, recipe),
     }
     specs, head = module_specs(config), head_spec(config)
     found = {name: sum(map(counted[name], specs), Work()) for name in (*recipe.passes, *recipe.quantizing_passes)}
     for name, rows in (("backward", _fisher_rows), ("outputs", _output_rows)):
         if name in found:
             found[name] += _head_gradient(head, rows(recipe, passes) * passes.length)
+    if "tune" in found:
+        found["tune"] += _head_gradient(head, recipe.tuned_steps * TUNED_TOKENS).times(2)
     found["quantize"] += _head(head, recipe, passes)
     return found
 
@@ -115,6 +121,12 @@ def _quantize(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pas
     samples = min(SAMPLES, _output_rows(recipe, passes) * passes.length)
     fed = (feedback_work(linear, samples) for linear in spec.linears if samples and feeds_columns(linear))
     return sum((*_factors(spec), *walks, *fed), total)
+
+
+def _tune(spec: ModuleSpec, config: ModelConfig, recipe: Recipe) -> Work:
+    """The full-precision model's states, and every step: forward, forward again and back, gradients of the weights."""
+    step = forward_work(spec, config, TUNED_TOKENS)
+    return step.times(5 * recipe.tuned_steps)
 
 
 def _propagation(spec: ModuleSpec, config: ModelConfig, passes: Passes) -> Work:

@@ -38,11 +38,13 @@ def compile_model(
     *,
     shard_mb: float,
     own_norms: Collection[str] = (),
+    changed: Mapping[str, np.ndarray] | None = None,
     own_files: Collection[Path] = (),
 ) -> tuple[Path, ...]:
     """Write the shards of the quantized model into `target`: everything its loader looks up, and nothing else.
 
-    Norms come from the source, those whose keys are among `own_norms` from `out_tensor`.
+    Norms come from the source, those whose keys are among `own_norms` from `out_tensor`; a tensor that is among those
+    `changed` afterwards, by name, from there.
     Raises `StorageError` when `target` holds weight files that are neither shards nor among `own_files`: a loader would
     read them too.
     """
@@ -50,7 +52,7 @@ def compile_model(
     require_no_strays(target, own_files)
     writer = ShardWriter(target, shard_mb)
     for name, tensor in _tensors(model, out_tensor, own_norms):
-        writer.add(name, tensor)
+        writer.add(name, changed.get(name, tensor) if changed else tensor)
     return writer.finish()
 
 

@@ -91,7 +91,7 @@ def _start(rows: int, columns: int, copies: int) -> Walk:
 
 
 class _Panels(NamedTuple):
-    """A matrix padded to whole panels of `panel` rows, `count` of them.
+    """A matrix padded to whole panels of `panel` rows, `panels` of them.
 
     A group may hang over the end of the panel in which it begins, so that a panel works in a `window` of rows.
     `groups` is how many a panel has, where all are of one size that divides it. `toward = -u^T` has a row's feedback
@@ -104,7 +104,7 @@ class _Panels(NamedTuple):
     importance: jax.Array
     panel: int
     window: int
-    count: int
+    panels: int
     groups: int | None
 
     @classmethod
@@ -159,7 +159,7 @@ def _walk_in_panels(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
         return done._replace(walk=done.walk._replace(errors=errors))
 
     start = _start(len(panels.w), w.shape[1] * plan.copies, plan.copies)
-    walk = lax.fori_loop(0, panels.count, one, _At(start, jnp.int32(0), jnp.int32(0))).walk
+    walk = lax.fori_loop(0, panels.panels, one, _At(start, jnp.int32(0), jnp.int32(0))).walk
     return Walk(*(x[: len(w)] for x in walk[:2]), *(x[: len(w) // ROW_MULTIPLE] for x in walk[2:]))
 
 

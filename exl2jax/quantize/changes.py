@@ -43,7 +43,7 @@ def no_changes(linears: tuple[LinearSpec, ...], norms: tuple[NormSpec, ...], par
     )
 
 
-def moved(params: Mapping[str, Any], of_row: Mapping[str, jax.Array], values: Changes) -> dict[str, Any]:
+def moved(params: Mapping[str, Any], of_row: Mapping[str, Any], values: Changes) -> dict[str, Any]:
     """Parameters with the changes, unrounded; `of_row` is the group of each row of a linear, rows as in the model."""
     out = dict(params)
     for name, delta in values.maxima.items():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from rich import box
 from rich.markup import escape
@@ -39,6 +40,8 @@ def conversion_table(result: ConversionResult, found: Evaluation | None = None) 
             f"{shown(result.perplexity, 3)} (full precision {shown(result.perplexity_full, 3)})",
         )
         table.add_row("quality on other text", NOT_JUDGED if found is None else _judged(found))
+    if result.tuned and "steps" in result.tuned:
+        table.add_row("tuned as a whole", _tuned(result.tuned))
     for name, errors in (("mean rfn_error", result.rfn_error), ("mean stream error", result.stream_error)):
         if errors:
             table.add_row(name, f"{fmean(errors.values()):.5f}")
@@ -46,6 +49,11 @@ def conversion_table(result: ConversionResult, found: Evaluation | None = None) 
         table.add_row(f"seconds, {stage}", f"{seconds:.1f}")
     _add_warnings(table, result.warnings)
     return table
+
+
+def _tuned(record: Mapping[str, Any]) -> str:
+    before, after = shown(record["before"], 4), shown(record["after"], 4)
+    return f"KL divergence {before} to {after} on text kept apart, {record['steps']} steps on {record['tokens']} tokens"
 
 
 def _judged(found: Evaluation) -> str:

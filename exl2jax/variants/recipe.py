@@ -37,7 +37,9 @@ class Recipe:
     (`exl2jax.stream.token_classes`), where there are gradients; `weigh_hessians` quantizes with these weights too,
     raised to this power (0: all tokens alike, 1: as in the prices). `output_rows` are the rows of the quantization
     whose gradients tell how the error of one column is made up for in others (`exl2jax.ops.columns`; 0: not at all).
-    `variants` are choices among the registered variants of other steps (`exl2jax.variants`), stock's where they say
+    `tuned_steps` are the steps in which maxima of scales, norms and biases of the quantized model are tuned together,
+    each on a piece of text that no other pass saw (`exl2jax.quantize.end_to_end`; 0: not at all). `variants` are
+    choices among the registered variants of other steps (`exl2jax.variants`), stock's where they say
     nothing.
     """
 
@@ -51,6 +53,7 @@ class Recipe:
     weigh_tokens: bool = False
     weigh_hessians: float = 0.0
     output_rows: int = 0
+    tuned_steps: int = 0
     variants: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,9 +99,10 @@ class Recipe:
             raise SettingsError(f"recipe {self.name}: an error of rows needs pricing accuracy, not {self.pricing}")
 
     def _check_outputs(self) -> None:
-        """Refuse Hessians of outputs that no walk would use."""
-        if self.output_rows < 0:
-            raise SettingsError(f"recipe {self.name}: output_rows is {self.output_rows}; it must be at least 0")
+        """Refuse numbers below nothing, and Hessians of outputs that no walk would use."""
+        for name in ("output_rows", "tuned_steps"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"recipe {self.name}: {name} is {getattr(self, name)}; it must be at least 0")
         if self.output_rows and not self.quantizer.walks:
             raise SettingsError(
                 f"recipe {self.name}: output_rows needs rounding stock, whose walk feeds errors along, not "
@@ -196,7 +200,8 @@ class Recipe:
     @property
     def quantizing_passes(self) -> tuple[str, ...]:
         """The passes of a conversion that come after the allocation, in order."""
-        return (*(("trace", "outputs") if self.output_rows else ()), "quantize")
+        gradients = ("trace", "outputs") if self.output_rows else ()
+        return (*gradients, "quantize", *(("tune",) if self.tuned_steps else ()))
 
     @property
     def propagates(self) -> bool:
@@ -243,6 +248,7 @@ class Recipe:
             residual=0.0,
             weigh_hessians=0.0,
             output_rows=0,
+            tuned_steps=0,
             variants=kept,
             **idle,
         )
@@ -256,7 +262,7 @@ PRESETS = {
     recipe.name: recipe
     for recipe in (
         _BEST,
-        replace(_BEST, name="max", output_rows=8),
+        replace(_BEST, name="max", output_rows=8, tuned_steps=60),
         replace(_FISHER, name="fast", fisher_rows=4, weigh_hessians=1.0),
         Recipe(name="stock", pricing="accuracy"),
     )

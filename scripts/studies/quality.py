@@ -6,6 +6,7 @@
     python -m scripts.studies.quality --only rotation    one of the dear variants that the whole study leaves out
     python -m scripts.studies.quality --rows 115         as many calibration rows as a real conversion takes
     python -m scripts.studies.quality --development      judged on calibration rows that no trial saw, to choose by
+    python -m scripts.studies.quality --only max --more standard:../shared/data/standard_cal    tuned on these texts
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
 precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
@@ -29,8 +30,10 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from exl2jax import ConversionConfig, convert
+from exl2jax import CalibrationConfig, ConversionConfig, convert
+from exl2jax.calibration import load_rows, load_tokenizer
 from exl2jax.lab.meter import metered
+from exl2jax.models import open_model
 from exl2jax.variants import choose
 from exl2jax.variants.recipe import PRESETS, Recipe
 from scripts.studies.judge import Judge, halves
@@ -66,7 +69,8 @@ VARIANTS: dict[str, Recipe] = {
     "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
     "16 fisher rows": replace(BEST, fisher_rows=16),
     "max": PRESETS["max"],
-    "24 output rows": replace(PRESETS["max"], output_rows=24),
+    "untuned max": replace(PRESETS["max"], tuned_steps=0),
+    "24 output rows": replace(PRESETS["max"], output_rows=24, tuned_steps=0),
     **{name: replace(BEST.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
     **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
 }
@@ -76,6 +80,8 @@ EVERY_TARGET = ("stock", "fisher", "best")
 TARGETS = (2.5, 3.0, 4.0)
 SUBSETS = 3
 """Calibration subsets of the noise floor, for `best` at three bits."""
+MORE = 40
+"""Rows of other text beyond those of a conversion, of which a tuning of the whole model takes what it needs."""
 USED = 8
 """Calibration rows on which a trial is judged beside the held-out ones."""
 DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia": (range(10, 58), 2)}
@@ -118,6 +124,7 @@ class Study:
         self.keep: bool = arguments.keep
         self.calibration: str = arguments.calibration
         self.measuring: str = arguments.measuring
+        self.more: str | None = arguments.more
         self.out.mkdir(parents=True, exist_ok=True)
         ids, domains = self._development() if arguments.development else halves(arguments.heldout)
         self.judge = Judge(self.model, ids, domains)
@@ -178,7 +185,7 @@ class Study:
             bits=trial.bits,
             preset=recipe,
             measurement=self.measurement(recipe),
-            cal_dataset=self._calibration_rows(trial.subset),
+            **self._text(recipe, trial.subset),
         )
 
     def measurement(self, recipe: Recipe) -> Path:
@@ -219,6 +226,26 @@ class Study:
             picked = np.unique(np.linspace(subset, len(ids) - SUBSETS + subset, self.rows).round().astype(int))
             save_file({"input_ids": ids[picked] if self.rows < len(ids) else ids}, path)
         return str(path)
+
+    def _text(self, recipe: Recipe, subset: int) -> dict[str, Any]:
+        """The rows of a trial; where the recipe tunes the whole model, rows of other text come after them."""
+        path = Path(self._calibration_rows(subset))
+        if self.more is None or not recipe.tuned_steps:
+            return {"cal_dataset": str(path)}
+        ids, longer = _rows_of(path), path.with_stem(f"{path.stem}-more")
+        if not longer.exists():
+            every = _rows_of(self.calibration)
+            known = {row.tobytes() for row in (*every, *_rows_of(self.measuring))}
+            wanted = CalibrationConfig(source=self.more, rows=len(every) + MORE, length=ids.shape[1])
+            vocabulary = open_model(self.model).config.vocab_size
+            found = load_rows(wanted, load_tokenizer(self.model), vocab_size=vocabulary).input_ids
+            fresh = [row for row in found if row.min() >= 0 and row.tobytes() not in known]
+            save_file({"input_ids": np.concatenate([ids, fresh[:MORE]])}, longer)
+        return {"cal_dataset": str(longer), "dataset_rows": len(ids)}
+
+
+def _rows_of(path: Path | str) -> np.ndarray:
+    return load_file(path)["input_ids"].astype(np.int32)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -283,6 +310,7 @@ def main() -> int:
     parser.add_argument(
         "--heldout", default=str(golden / "heldout_public_512.safetensors"), help="web rows, then as many of code"
     )
+    parser.add_argument("--more", help="source of other text, for variants that tune the whole model")
     parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
     parser.add_argument("--rows", type=int, default=24, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")

@@ -66,7 +66,7 @@ def under(base: ConversionConfig, folder: Path, **changes: object) -> Conversion
 
 def test_max_takes_it_and_leaves_nothing_behind(converted: ConversionConfig, tmp_path: Path) -> None:
     seconds = json.loads((converted.out_dir / "job_new.json").read_text())["records"]["seconds"]
-    assert list(seconds) == ["forward", "backward", "price", "trace", "outputs", "quantize", "compile"]
+    assert list(seconds) == ["forward", "backward", "price", "trace", "outputs", "quantize", "tune", "compile"]
     assert not (converted.out_dir / "outputs").exists() and not (converted.out_dir / "module_inputs.f32").exists()
     alone = under(converted, tmp_path, measurement=converted.out_dir / "measurement.json", preset="best")
     convert(alone)
@@ -111,11 +111,11 @@ def test_rows_too_short_for_an_ordinary_token_feed_nothing(base: ConversionConfi
 
 def test_another_rounding_goes_without() -> None:
     recipe = find_recipe("max")
-    assert recipe == find_recipe("best").over((), name="max", output_rows=8)
+    assert recipe == find_recipe("best").over((), name="max", output_rows=8, tuned_steps=60)
     assert find_recipe("best").quantizing_passes == ("quantize",)
-    assert recipe.output_rows == 8 and recipe.quantizing_passes == ("trace", "outputs", "quantize")
+    assert recipe.output_rows == 8 and recipe.quantizing_passes == ("trace", "outputs", "quantize", "tune")
     descent = recipe.with_choices({"rounding": "descent"})
-    assert descent.output_rows == 0 and descent.quantizing_passes == ("quantize",)
+    assert descent.output_rows == 0 and descent.quantizing_passes == ("quantize", "tune")
     with pytest.raises(SettingsError, match=r"output_rows needs rounding stock, .* not descent; add output_rows=0"):
         recipe.with_choices({"rounding": "descent", "output_rows": "4"})
     with pytest.raises(SettingsError, match="output_rows is -1; it must be at least 0"):

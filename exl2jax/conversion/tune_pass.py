@@ -1,0 +1,203 @@
+"""The pass that tunes a quantized model on text that neither its measurement nor its quantization saw.
+
+What it changes goes to one file of tensors, which compilation takes in place of those of the passes before.
+"""
+
+import logging
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from exl2jax.conversion.context import Context
+from exl2jax.conversion.scans import TokenRows, embedded, placed_rows
+from exl2jax.errors import Interrupted, JobError, StorageError
+from exl2jax.models import LinearSpec, ModuleSpec, head_norm_spec, head_spec
+from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, read_groups, unpack_linear
+from exl2jax.qparams import ROW_MULTIPLE
+from exl2jax.quantize.changes import groups_of_rows
+from exl2jax.quantize.end_to_end import Piece, QuantizedModel, StoredModule, TuningState
+from exl2jax.quantize.store import tensor_file
+from exl2jax.storage import read_checked_tensors, write_checked_tensors
+from exl2jax.storage.digests import fingerprint
+from exl2jax.stream.blocks import Block, cut, forward_block
+from exl2jax.stream.devices import as_first_process
+from exl2jax.stream.scan import STATES
+from exl2jax.stream.streams import device_budget
+
+log = logging.getLogger(__name__)
+
+PIECE = 256
+"""Tokens of a piece of text, of which a step takes one."""
+
+JUDGES = 8
+"""Pieces kept apart, on which the changes are judged."""
+
+EVERY = 20
+"""Steps between two judgements."""
+
+LEAST = 8
+"""Fewest steps that are worth it."""
+
+KEPT_BYTES = 8 << 30
+"""Bytes of dequantized weights that stay in a host's memory; a device has a budget of its own."""
+
+TOO_FEW = (
+    "not tuned as a whole: beyond the rows that are quantized on, the calibration data holds {found} pieces of text "
+    "({piece} tokens, or a shorter row), {needed} are needed; give more text or fewer rows"
+)
+IN_PIECES = "not tuned as a whole: the experts of {key} do not fit in memory together"
+
+
+def rows_to_tune(steps: int, length: int) -> int:
+    """Rows of so many tokens that hold the pieces of a tuning of `steps` steps."""
+    return math.ceil((steps + JUDGES) / max(length // PIECE, 1))
+
+
+def obstacle(context: Context, rows: TokenRows) -> str:
+    """Why a model cannot be tuned on these rows; empty where it can."""
+    split = next((spec for spec in context.specs if len(cut(spec)) > 1), None)
+    if split is not None:
+        return IN_PIECES.format(key=split.key)
+    found = len(_pieces(rows).input_ids)
+    needed = LEAST + JUDGES
+    return "" if found >= needed else TOO_FEW.format(found=found, needed=needed, piece=PIECE)
+
+
+def tune_pass(context: Context, rows: TokenRows) -> dict[str, Any]:
+    """Write the tuned tensors to the work directory: the record of it, with the divergence on the judging pieces."""
+    judges, train = _texts(context, _pieces(rows))
+    steps = min(context.recipe.tuned_steps, len(train))
+    model = _model(context)
+    saved = _Saved(context, model.start())
+    state, before = saved.load()
+    if before is None:
+        state, before = model.judged(state, judges)
+    context.control.progress.start("tune", steps, int(state.step))
+    last = time.monotonic()
+    while state.step < steps:
+        state, loss = model.step(state, train[int(state.step)], steps)
+        line = f"step {int(state.step)}: divergence {loss:.4f}"
+        if state.step % EVERY == 0 or state.step == steps:
+            state, found = model.judged(state, judges)
+            line += f", {found:.4f} on text kept apart (before {before:.4f})"
+        context.control.progress.step(line)
+        stopping = as_first_process(context.control.stop.asked) and state.step < steps
+        if stopping or as_first_process(time.monotonic() - last >= context.config.checkpoint_interval):
+            saved.save(state, before)
+            last = time.monotonic()
+        if stopping:
+            done = f"stopped in tune after {int(state.step)} of {steps} steps"
+            raise Interrupted(f"{done}; run the same command to resume")
+    context.control.progress.finish()
+    write_checked_tensors(context.work.tuned, model.tensors(state.best))
+    tokens = int(sum(piece.mask.sum() for piece in train[:steps]))
+    return {"steps": steps, "before": before, "after": float(state.least), "tokens": tokens}
+
+
+def _pieces(rows: TokenRows) -> TokenRows:
+    """Rows in pieces of `PIECE` tokens, or of the whole row if that is shorter; those of padding alone are left out."""
+    length = min(PIECE, rows.input_ids.shape[1])
+    count = rows.input_ids.shape[1] // length
+    ids, mask = (x[:, : count * length].reshape(-1, length) for x in rows)
+    used = mask.sum(axis=1) > length // 2
+    return TokenRows(ids[used], mask[used])
+
+
+def _texts(context: Context, pieces: TokenRows) -> tuple[list[Piece], list[Piece]]:
+    """The pieces to judge by and those to train on, drawn from the job's seed, with their full-precision states."""
+    order = np.random.default_rng([context.config.seed, 0x74756E65]).permutation(len(pieces.input_ids))
+    picked = TokenRows(*(x[order[: context.recipe.tuned_steps + JUDGES]] for x in pieces))
+    placed = placed_rows(context, picked)
+    first = embedded(context, picked)[STATES]
+    states = placed.place(first.copy())
+    for spec in context.specs:
+        states, _ = forward_block(context.decoder, Block.of(context.model, spec), states)
+    mask = np.asarray(picked.mask, np.float32)
+    values = (first, mask, states.array())
+    every = [Piece(*(x[i : i + 1] for x in values)) for i in range(len(mask))]
+    return every[:JUDGES], every[JUDGES:]
+
+
+def _model(context: Context) -> QuantizedModel:
+    """The quantized model in the work directory; its weights stay in memory where they fit."""
+    head, norm = head_spec(context.model.config), head_norm_spec(context.model.config)
+    full = context.model.head_params()
+    budget = device_budget(context.config.device_memory)
+    weights = 2 * sum(spec.weights for spec in context.specs)
+    kept: dict[str, StoredModule] = {}
+
+    def load(spec: ModuleSpec) -> StoredModule:
+        if spec.key not in kept:
+            if weights > (KEPT_BYTES if budget is None else budget):
+                kept.clear()  # the last module only
+            kept[spec.key] = _stored(context, spec)
+        return kept[spec.key]
+
+    return QuantizedModel(
+        decoder=context.decoder,
+        specs=context.specs,
+        load=load,
+        head={**full, "lm_head": {**full["lm_head"], "kernel": _kernel(_packed(context, head), head)}},
+        full_head=full,
+        head_norm=norm,
+    )
+
+
+def _stored(context: Context, spec: ModuleSpec) -> StoredModule:
+    """A module from the tensors that the quantization left, its kernels on the device."""
+    params = dict(context.model.plain_params(spec))
+    maxima, of_row = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for x in spec.linears:
+        packed = _packed(context, x)
+        params[x.name] = {"kernel": jax.device_put(_kernel(packed, x))}
+        if packed.bias is not None:
+            params[x.name]["bias"] = packed.bias[: x.columns].astype(np.float32)
+        maxima[x.name] = np.zeros(x.rows // ROW_MULTIPLE, np.float16)
+        maxima[x.name][: len(packed.q_scale_max)] = packed.q_scale_max
+        of_row[x.name] = groups_of_rows(read_groups(packed))[packed.q_invperm]
+    return StoredModule(params, maxima, of_row)
+
+
+def _packed(context: Context, spec: LinearSpec) -> PackedLinear:
+    tensors = read_checked_tensors(tensor_file(context.work.out_tensor, spec.key))[0]
+    names = (*TENSOR_NAMES, "bias")
+    return PackedLinear(**{name: tensors[f"{spec.key}.{name}"] for name in names if f"{spec.key}.{name}" in tensors})
+
+
+def _kernel(packed: PackedLinear, spec: LinearSpec) -> np.ndarray:
+    return unpack_linear(packed)[:, : spec.columns]
+
+
+class _Saved(NamedTuple):
+    """The checkpoint of a tuning, a file of all leaves of its state in order; `start` is the state without one."""
+
+    context: Context
+    start: TuningState
+
+    @property
+    def _job(self) -> str:
+        return fingerprint(self.context.inputs)
+
+    def load(self) -> tuple[TuningState, float | None]:
+        """The state to go on from, and the divergence before the first step, None where there is no checkpoint."""
+        path = self.context.work.tuning
+        if not path.exists():
+            return self.start, None
+        try:
+            tensors, metadata = read_checked_tensors(path)
+            if metadata["job"] != self._job:
+                raise JobError(f"{path}: the checkpoint is of another job")
+            leaves, structure = jax.tree.flatten(self.start)
+            found = [tensors[f"{i:06}"].reshape(np.shape(leaf)) for i, leaf in enumerate(leaves)]
+            return jax.tree.unflatten(structure, found), float(metadata["before"])
+        except (StorageError, JobError, KeyError, ValueError) as e:
+            log.warning("%s; starting the tuning over", e)
+            return self.start, None
+
+    def save(self, state: TuningState, before: float) -> None:
+        """Write a checkpoint."""
+        leaves = {f"{i:06}": np.atleast_1d(np.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(state))}
+        write_checked_tensors(self.context.work.tuning, leaves, {"job": self._job, "before": repr(before)})
