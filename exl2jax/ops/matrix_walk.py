@@ -4,7 +4,7 @@ On a CPU groups go in spans, which are short, since a core does little work that
 panels, in few launches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -94,14 +94,13 @@ class _Panels(NamedTuple):
     """A matrix padded to whole panels of `panel` rows, `panels` of them.
 
     A group may hang over the end of the panel in which it begins, so that a panel works in a `window` of rows.
-    `groups` is how many a panel has, where all are of one size that divides it. `toward = -u^T` has a row's feedback
-    lie together, and makes the difference one product that is added.
+    `groups` is how many a panel has, where all are of one size that divides it. `toward = -u^T` has the factors of a
+    row lie together, and makes the difference one product that is added.
     """
 
     w: jax.Array
     u: jax.Array
     toward: jax.Array
-    importance: jax.Array
     panel: int
     window: int
     panels: int
@@ -116,10 +115,10 @@ class _Panels(NamedTuple):
         count = -(-len(w) // panel)
         more = (count - 1) * panel + window - len(w)
         w, u = jnp.pad(w, ((0, more), (0, 0))), jnp.pad(u, ((0, more), (0, more)))
-        return cls(w, u, -u.T, 1 / jnp.square(jnp.diagonal(u)), panel, window, count, groups)
+        return cls(w, u, -u.T, panel, window, count, groups)
 
-    def weights(self, p: jax.Array, errors: jax.Array, copies: int) -> jax.Array:
-        """The weights in the window of panel `p` with the errors of all panels before it taken up."""
+    def window_of(self, p: jax.Array, errors: jax.Array, copies: int) -> "_Window":
+        """The window of panel `p`, the errors of all panels before it taken up."""
         first = p * self.panel
 
         def take_up(before: jax.Array, current: jax.Array) -> jax.Array:
@@ -128,11 +127,25 @@ class _Panels(NamedTuple):
             return current + jnp.matmul(toward, past, precision=lax.Precision.HIGHEST)
 
         own = jnp.tile(lax.dynamic_slice_in_dim(self.w, first, self.window, 0), (1, copies))
-        return lax.fori_loop(0, p, take_up, own)
+        toward, corner = (lax.dynamic_slice(x, (first, first), (self.window,) * 2) for x in (self.toward, self.u))
+        importance = 1 / jnp.square(jnp.diagonal(corner))
+        return _Window(first, lax.fori_loop(0, p, take_up, own), toward, corner, importance)
+
+
+class _Window(NamedTuple):
+    """The rows that a panel works in: its first row in the matrix, and of these rows alone the weights, the factors
+    towards them, the factor, and their importance.
+    """  # noqa: D205
+
+    first: jax.Array
+    current: jax.Array
+    toward: jax.Array
+    corner: jax.Array
+    importance: jax.Array
 
 
 class _At(NamedTuple):
-    """How far a walk in panels has come: its next tile of 32 rows, and its next group."""
+    """How far a walk in panels has come: its next group, and where this begins in the panel, in tiles of 32 rows."""
 
     walk: Walk
     tile: jax.Array
@@ -146,16 +159,16 @@ def _walk_in_panels(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
     panels = _Panels.of(w, u, plan)
 
     def one(p: jax.Array, at: _At) -> _At:
-        errors, first = at.walk.errors, p * panels.panel
-        recent = lax.dynamic_slice_in_dim(errors, first, panels.window, 0)
-        inside = at._replace(walk=at.walk._replace(errors=recent))
-        group = partial(_next_group, panels, plan, first, panels.weights(p, errors, plan.copies))
+        errors, window = at.walk.errors, panels.window_of(p, at.walk.errors, plan.copies)
+        recent = lax.dynamic_slice_in_dim(errors, window.first, panels.window, 0)
+        inside, group = at._replace(walk=at.walk._replace(errors=recent)), partial(_next_group, window, plan)
         if panels.groups is None:
-            end = jnp.minimum(first + panels.panel, len(w))
+            end = jnp.minimum(panels.panel, len(w) - window.first)
             done = lax.while_loop(lambda at: at.tile * ROW_MULTIPLE < end, group, inside)
+            done = done._replace(tile=done.tile - panels.panel // ROW_MULTIPLE)
         else:
-            done = lax.fori_loop(0, panels.groups, lambda _, at: group(at), inside)
-        errors = lax.dynamic_update_slice_in_dim(errors, done.walk.errors, first, 0)
+            done = at._replace(walk=_known_groups(panels.groups, p, plan, group, inside.walk))
+        errors = lax.dynamic_update_slice_in_dim(errors, done.walk.errors, window.first, 0)
         return done._replace(walk=done.walk._replace(errors=errors))
 
     start = _start(len(panels.w), w.shape[1] * plan.copies, plan.copies)
@@ -163,14 +176,24 @@ def _walk_in_panels(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
     return Walk(*(x[: len(w)] for x in walk[:2]), *(x[: len(w) // ROW_MULTIPLE] for x in walk[2:]))
 
 
-def _next_group(panels: _Panels, plan: Plan, first: jax.Array, current: jax.Array, at: _At) -> _At:
-    """Walk the next group in the window `current` of the panel that begins at row `first`, whose errors `at` holds."""
+def _known_groups(count: int, p: jax.Array, plan: Plan, group: Callable[[_At], _At], walk: Walk) -> Walk:
+    """Walk the groups of panel `p`, whose places are known: XLA then slices within the calls that take the slices."""
+
+    def one(j: jax.Array, walk: Walk) -> Walk:
+        return group(_At(walk, j * (plan.size // ROW_MULTIPLE), p * count + j)).walk
+
+    return lax.fori_loop(0, count, one, walk)
+
+
+def _next_group(window: _Window, plan: Plan, at: _At) -> _At:
+    """Walk the next group in the window of a panel, whose errors `at` holds."""
     walk, tile, g = at
     row = tile * ROW_MULTIPLE
-    toward = lax.dynamic_slice(panels.toward, (row, first), (plan.size, panels.window))
-    own = lax.dynamic_slice_in_dim(current, row - first, plan.size, 0)
+    toward = lax.dynamic_slice_in_dim(window.toward, row, plan.size, 0)
+    own = lax.dynamic_slice_in_dim(window.current, row, plan.size, 0)
     mine = own + jnp.matmul(toward, walk.errors, precision=lax.Precision.HIGHEST)
-    walk = _walk_group(walk, mine, (panels.u, panels.importance, tile), (g, row, row - first), plan)
+    feedback = (window.corner, window.importance, tile)
+    walk = _walk_group(walk, mine, feedback, (g, window.first + row, row), plan)
     return _At(walk, tile + (plan.groups.rows[g] if plan.rows is None else plan.rows) // ROW_MULTIPLE, g + 1)
 
 
