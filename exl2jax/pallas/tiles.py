@@ -25,7 +25,7 @@ class Tiles:
     """
 
     walk_rows: int = 8
-    taken_up: int = 4
+    taken_up: int = 8
     scales: int = 14
     ahead: int = 4
     interpret: bool = False
