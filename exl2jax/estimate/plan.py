@@ -8,6 +8,7 @@ from exl2jax.estimate.devices import Device
 from exl2jax.estimate.passes import Passes, conversion_work, priced
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
 from exl2jax.ops.columns import BLOCKS, block_columns
+from exl2jax.pallas.tiles import PANEL
 from exl2jax.quantize.outputs import FEW_BLOCKS, feeds_columns
 from exl2jax.stream.blocks import cut
 from exl2jax.variants.recipe import Recipe
@@ -19,8 +20,14 @@ LAUNCH = 12e-6
 """Seconds that a launch takes where the device does next to nothing: an H200's GPTQ times over its launches."""
 
 PER_GROUP, PER_SPAN, SPAN = 10, 3, 256
-"""Launches of a group of rows and of a span of groups, and rows of a span: within 7 % of what XLA's text of the walks
-of 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
+"""Launches of a group of rows and of a span of groups, and rows of a span, where XLA's loops walk."""
+
+PER_KERNEL_GROUP, PER_PANEL, PER_TAKE_UP = 9, 17, 5
+"""Launches of the kernels' walks for a group, for a panel, and for every panel before it: within 7 % of what XLA's text
+of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
+
+KEPT = 0.5
+"""Share of a device's memory that a model's weights may take while it is tuned; else they go up in every step."""
 
 PER_ROW = 3
 """Launches of a row where XLA's loops walk in place of the kernels."""
@@ -70,10 +77,13 @@ def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device:
     """Count a conversion and divide by the rates of a device."""
     work = conversion_work(config, recipe, passes)
     whole = [sum(each) for each in zip(*work.values(), strict=True)]
-    memory, streams = device_memory(config, recipe), _streams(config, recipe, passes)
+    tuned = _tuned_bytes(config, recipe)
+    kept = tuned if tuned <= KEPT * device.memory else 0
+    memory, streams = max(device_memory(config, recipe), kept), _streams(config, recipe, passes)
     fits_with = memory + streams <= device.memory
     launches = conversion_launches(config, recipe, device) if device.launches else 0
-    up = bytes_up(config, recipe) + (0 if fits_with else _stream_bytes(config, recipe, passes))
+    again = 0 if kept else 2 * tuned * recipe.tuned_steps
+    up = bytes_up(config, recipe) + again + (0 if fits_with else _stream_bytes(config, recipe, passes))
     seconds = {
         "products, default precision": whole[0] / device.fast,
         "products, float32": whole[1] / device.exact,
@@ -131,6 +141,11 @@ def bytes_up(config: ModelConfig, recipe: Recipe) -> int:
     return STORED * weights * len((*recipe.passes, *recipe.quantizing_passes))
 
 
+def _tuned_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Bytes of the weights that a tuning of the whole model runs forward and back in every step."""
+    return STORED * sum(spec.weights for spec in module_specs(config)) if recipe.tuned_steps else 0
+
+
 def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
     """Bytes of hidden states that cross the bus where they do not stay: up once and back once for every piece."""
     pieces = sum(len(cut(spec)) for spec in module_specs(config))
@@ -168,6 +183,8 @@ def _walks(config: ModelConfig, recipe: Recipe, *, side_by_side: bool) -> Iterat
 
 
 def gptq_launches(linear: LinearSpec, size: int, *, kernels: bool) -> int:
-    """Launches of one walk: those of every group and every span, and without the kernels those of every row."""
-    groups, spans = -(-linear.rows // size), -(-linear.rows // SPAN)
-    return PER_GROUP * groups + PER_SPAN * spans + (0 if kernels else PER_ROW * linear.rows)
+    """Launches of one walk: those of every group and panel, or without the kernels of every group, span and row."""
+    groups, spans, panels = (-(-linear.rows // part) for part in (size, SPAN, PANEL))
+    if kernels:
+        return PER_KERNEL_GROUP * groups + PER_PANEL * panels + PER_TAKE_UP * panels * (panels - 1) // 2
+    return PER_GROUP * groups + PER_SPAN * spans + PER_ROW * linear.rows
