@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from exl2jax.testing.tiny_model import write_tiny_llama
-from scripts.studies.quality import LEFT_OUT, METHODS, VARIANTS, Study, Trial, plot, study, table
+from exl2jax.variants.recipe import PRESETS
+from scripts.studies.quality import LEFT_OUT, METHODS, MORE, VARIANTS, Study, Trial, plot, study, table
 
 ROWS, LENGTH = 4, 32
 
@@ -28,6 +29,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
         measuring=str(base / "measure.safetensors"),
         heldout=str(base / "heldout.safetensors"),
         development=False,
+        more=None,
         keep=True,
     )
 
@@ -69,6 +71,20 @@ def test_recipes_that_measure_alike_share_a_measurement(tiny_study: Study) -> No
 def test_subsets_of_the_calibration_differ_and_keep_its_order(tiny_study: Study) -> None:
     files = {tiny_study._calibration_rows(subset) for subset in range(3)}
     assert len(files) == 3 and len({Path(f).read_bytes() for f in files}) == 3
+
+
+def test_a_tuned_trial_gets_text_of_its_own(arguments: argparse.Namespace, tmp_path: Path) -> None:
+    words = np.random.default_rng(3).integers(0, 10**6, 200 * LENGTH)
+    (tmp_path / "more.txt").write_text("\n\n".join(str(word) for word in words))
+    study = Study(
+        argparse.Namespace(**{**vars(arguments), "out": tmp_path / "out", "more": str(tmp_path / "more.txt")})
+    )
+    assert study._text(PRESETS["best"], 0) == {"cal_dataset": str(tmp_path / "out" / f"rows-{ROWS}-0.safetensors")}
+    found = study._text(PRESETS["max"], 0)
+    ids, longer = (load_file(x)["input_ids"] for x in (study._calibration_rows(0), found["cal_dataset"]))
+    assert found["dataset_rows"] == len(ids) and len(longer) == len(ids) + MORE
+    np.testing.assert_array_equal(longer[: len(ids)], ids)
+    assert not {row.tobytes() for row in longer[len(ids) :]} & {row.tobytes() for row in ids.astype(np.int32)}
 
 
 def test_development_rows_are_those_that_no_trial_sees(arguments: argparse.Namespace, tmp_path: Path) -> None:

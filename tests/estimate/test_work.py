@@ -214,8 +214,8 @@ LLAMA_7B = ModelConfig(
 def test_a_7b_against_a_count_by_hand() -> None:
     """6.48 thousand million weights and 235,520 tokens: three passes over all, one of them in two thirds twice.
 
-    The preset `max` takes 16,384 tokens more forward three times and back, and tunes on 15,360: five times forward, four
-    times through the head.
+    The preset `max` takes 16,384 tokens more forward three times and back, and tunes on 15,360: five times forward,
+    four times through the head.
     """
     found = conversion_work(LLAMA_7B, find_recipe("best"), Passes())
     assert sum(work.fast for work in found.values()) == pytest.approx(8.9e15, rel=0.01)
