@@ -14,6 +14,7 @@ from exl2jax.conversion.context import Context
 from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
 from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
+from exl2jax.conversion.tune_pass import kept_weights
 from exl2jax.errors import Exl2JaxError, MeasurementError, SettingsError, StorageError
 from exl2jax.exl2.compile import compiled_size, source_head
 from exl2jax.models import head_spec, slots_of
@@ -191,14 +192,17 @@ def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
     """Estimated bytes of host memory.
 
     States twice, the inputs that propagation keeps of a module, and the larger of two: several copies of the largest
-    module's weights and Hessian, or three of the embedding.
+    module's weights and Hessian, or three of the embedding. A tuning of the whole model comes later: its weights, and
+    two copies of the head.
     """
     module = max(spec.weights for spec in context.specs)
     widest = max(linear.rows for spec in context.specs for linear in spec.linears)
     table = context.model.config.vocab_size * context.model.config.hidden_size
     tokens = rows["quantize"].input_ids.size if "quantize" in rows and context.recipe.propagates else 0
     kept = max(kept_bytes(spec, tokens) for spec in context.specs)
-    return 2 * _states(context, rows) + kept + FLOAT * max(4 * module + 6 * widest**2, 3 * table) + 500 * 10**6
+    passes = 2 * _states(context, rows) + kept + FLOAT * max(4 * module + 6 * widest**2, 3 * table)
+    tuning = kept_weights(context) + 2 * FLOAT * table if context.recipe.tuned_steps else 0
+    return max(passes, tuning) + 500 * 10**6
 
 
 def _tokens(rows: CalibrationRows) -> int:

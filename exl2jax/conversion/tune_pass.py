@@ -56,6 +56,12 @@ def rows_to_tune(steps: int, length: int) -> int:
     return math.ceil((steps + JUDGES) / max(length // PIECE, 1))
 
 
+def kept_weights(context: Context) -> int:
+    """Bytes of the dequantized weights that a tuning holds: all of them where they fit, else the largest module's."""
+    budget, modules = device_budget(context.config.device_memory), [2 * spec.weights for spec in context.specs]
+    return sum(modules) if sum(modules) <= (KEPT_BYTES if budget is None else budget) else max(modules)
+
+
 def obstacle(context: Context, rows: TokenRows) -> str:
     """Why a model cannot be tuned on these rows; empty where it can."""
     split = next((spec for spec in context.specs if len(cut(spec)) > 1), None)
@@ -125,13 +131,12 @@ def _model(context: Context) -> QuantizedModel:
     """The quantized model in the work directory; its weights stay in memory where they fit."""
     head, norm = head_spec(context.model.config), head_norm_spec(context.model.config)
     full = context.model.head_params()
-    budget = device_budget(context.config.device_memory)
-    weights = 2 * sum(spec.weights for spec in context.specs)
+    all_fit = kept_weights(context) == 2 * sum(spec.weights for spec in context.specs)
     kept: dict[str, StoredModule] = {}
 
     def load(spec: ModuleSpec) -> StoredModule:
         if spec.key not in kept:
-            if weights > (KEPT_BYTES if budget is None else budget):
+            if not all_fit:
                 kept.clear()  # the last module only
             kept[spec.key] = _stored(context, spec)
         return kept[spec.key]

@@ -134,6 +134,16 @@ def test_a_stop_while_tuning_ends_in_the_same_bytes(
     assert shards(again) == shards(done), "a torn checkpoint is begun anew"
 
 
+def test_weights_that_do_not_fit_are_read_again_for_every_step(
+    converted: tuple[ConversionConfig, ConversionResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, _ = converted
+    monkeypatch.setattr(tune_pass, "KEPT_BYTES", 0)
+    config = under(done, tmp_path, measurement=done.out_dir / "measurement.json")
+    convert(config)
+    assert shards(config) == shards(done)
+
+
 def test_data_without_more_rows_leaves_the_model_as_it_is(base: ConversionConfig, tmp_path: Path) -> None:
     rows = tmp_path / "few.safetensors"
     save_file({"input_ids": load_file(str(base.cal_dataset))["input_ids"][: ROWS + 3]}, rows)
