@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import dropwhile
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class _Conversion:
         passes = sorted({name in MEASURING_PASSES for name in coming}, reverse=True)
         built = {"measure" if measure else "quantize": self.rows.build(measure=measure) for measure in passes}
         require_space(self.context, built)
-        if "tune" in coming and (reason := obstacle(self.context, self._unseen())):
+        if "tune" in coming and (reason := obstacle(self.context, self._unseen)):
             log.warning("%s", reason)
 
     def _stages(self) -> dict[str, Stage]:
@@ -113,10 +113,9 @@ class _Conversion:
             measuring = [name for name in MEASURING_PASSES if name in recipe.passes]
             stages = {name: partial(self._with_rows, MEASURING_PASSES[name], measure=True) for name in measuring}
         if config.output_measurement is None:
-            for name in recipe.quantizing_passes:
-                run = OUTPUT_PASSES.get(name)
-                own = {"quantize": self._quantize, "tune": self._tune}
-                stages[name] = own[name] if run is None else partial(self._with_rows, run, measure=False)
+            outputs = {n: partial(self._with_rows, run, measure=False) for n, run in OUTPUT_PASSES.items()}
+            every: dict[str, Stage] = {**outputs, "quantize": self._quantize, "tune": self._tune}
+            stages |= {name: every[name] for name in recipe.quantizing_passes}
         return stages
 
     def _timed(self, state: JobState, name: str, stage: Stage) -> JobState:
@@ -172,6 +171,7 @@ class _Conversion:
         state = self._with_rows(run, state, measure=False)
         return replace(state, records={**state.records, "strategy": strategy_record(strategy, measurement.method)})
 
+    @cached_property
     def _unseen(self) -> TokenRows:
         """The rows that the model is tuned on."""
         length = self.rows.build(measure=False).input_ids.shape[1]
@@ -179,12 +179,17 @@ class _Conversion:
 
     def _tune(self, state: JobState) -> JobState:
         self._require_unchanged(self.work.reports, state)
-        rows = self._unseen()
-        reason = obstacle(self.context, rows)
-        if reason:
+        if reason := obstacle(self.context, self._unseen):
             write_checked_tensors(self.work.tuned, {})
             return replace(state, records={**state.records, "tuned": {"reason": reason}})
-        return replace(state, records={**state.records, "tuned": tune_pass(self.context, rows)})
+        return replace(state, records={**state.records, "tuned": tune_pass(self.context, self._unseen)})
+
+    def _changed(self, state: JobState) -> dict[str, np.ndarray]:
+        """The tensors that the tuning of the whole model changed, by name."""
+        if "tuned" not in state.records:
+            return {}
+        self._require_unchanged(self.work.tuned, state)
+        return read_checked_tensors(self.work.tuned)[0]
 
     def _token_weights(self, measurement: Measurement) -> dict[str, np.ndarray]:
         """The weights of tokens that Hessians take, by key of a linear, where the recipe asks for them."""
@@ -223,9 +228,6 @@ class _Conversion:
         self._require_unchanged(self.work.reports, state)
         start = time.monotonic()
         remove(self.work.outputs)  # the job file says that the quantization is done
-        remove(self.work.tuning)
-        if "tuned" in state.records:
-            self._require_unchanged(self.work.tuned, state)
         reports = read_reports(self.context)
         shards = compile_model(
             self.context.model,
@@ -233,7 +235,7 @@ class _Conversion:
             target,
             shard_mb=self.config.shard_size,
             own_norms={key for report in reports for key in report.own_norms},
-            changed=read_checked_tensors(self.work.tuned)[0] if "tuned" in state.records else {},
+            changed=self._changed(state),
             own_files=self.work.files if target == self.work.path else (),
         )
         if self.config.compile_full is not None:

@@ -3,34 +3,26 @@
 What it changes goes to one file of tensors, which compilation takes in place of those of the passes before.
 """
 
-import logging
 import math
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from exl2jax.conversion.checkpoint import FileCheckpoint
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.scans import TokenRows, embedded, placed_rows
-from exl2jax.errors import Interrupted, JobError, StorageError
 from exl2jax.models import LinearSpec, ModuleSpec, head_norm_spec, head_spec
 from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, read_groups, unpack_linear
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.quantize.changes import groups_of_rows
-from exl2jax.quantize.end_to_end import Piece, QuantizedModel, StoredModule, TuningState
+from exl2jax.quantize.end_to_end import PIECE, Passage, QuantizedModel, StoredModule, TuningState
 from exl2jax.quantize.store import tensor_file
 from exl2jax.storage import read_checked_tensors, write_checked_tensors
 from exl2jax.storage.digests import fingerprint
 from exl2jax.stream.blocks import Block, cut, forward_block
-from exl2jax.stream.devices import as_first_process
-from exl2jax.stream.scan import STATES
+from exl2jax.stream.scan import STATES, Form, HostCarry, scan
 from exl2jax.stream.streams import device_budget
-
-log = logging.getLogger(__name__)
-
-PIECE = 256
-"""Tokens of a piece of text, of which a step takes one."""
 
 JUDGES = 8
 """Pieces kept apart, on which the changes are judged."""
@@ -75,32 +67,52 @@ def obstacle(context: Context, rows: TokenRows) -> str:
 def tune_pass(context: Context, rows: TokenRows) -> dict[str, Any]:
     """Write the tuned tensors to the work directory: the record of it, with the divergence on the judging pieces."""
     judges, train = _texts(context, _pieces(rows))
-    steps = min(context.recipe.tuned_steps, len(train))
-    model = _model(context)
-    saved = _Saved(context, model.start())
-    state, before = saved.load()
-    if before is None:
-        state, before = model.judged(state, judges)
-    context.control.progress.start("tune", steps, int(state.step))
-    last = time.monotonic()
-    while state.step < steps:
-        state, loss = model.step(state, train[int(state.step)], steps)
-        line = f"step {int(state.step)}: divergence {loss:.4f}"
-        if state.step % EVERY == 0 or state.step == steps:
-            state, found = model.judged(state, judges)
-            line += f", {found:.4f} on text kept apart (before {before:.4f})"
-        context.control.progress.step(line)
-        stopping = as_first_process(context.control.stop.asked) and state.step < steps
-        if stopping or as_first_process(time.monotonic() - last >= context.config.checkpoint_interval):
-            saved.save(state, before)
-            last = time.monotonic()
-        if stopping:
-            done = f"stopped in tune after {int(state.step)} of {steps} steps"
-            raise Interrupted(f"{done}; run the same command to resume")
-    context.control.progress.finish()
+    steps, model = min(context.recipe.tuned_steps, len(train)), _model(context)
+    form = _form(model.start())
+
+    def step(state: TuningState, index: int) -> tuple[TuningState, str]:
+        state, loss = model.step(state, train[index], steps)
+        line = f"step {index + 1}: divergence {loss:.4f}"
+        if (index + 1) % EVERY and index + 1 < steps:
+            return state, line
+        state, found = model.judged(state, judges)
+        return state, f"{line}, {found:.4f} on text kept apart (before {float(state.before):.4f})"
+
+    state, _ = scan(
+        step,
+        lambda: form.keep(model.judged(model.start(), judges)[0]),
+        range(steps),
+        form=form,
+        load=int,
+        describe=lambda _, line: line,
+        checkpoint=FileCheckpoint(
+            work=context.work,
+            stage="tune",
+            job=fingerprint(context.inputs),
+            write=lambda _: None,
+            read=lambda count: [""] * count,
+        ),
+        interval=context.config.checkpoint_interval,
+        stage="tune",
+        control=context.control,
+        unit="steps",
+    )
     write_checked_tensors(context.work.tuned, model.tensors(state.best))
     tokens = int(sum(piece.mask.sum() for piece in train[:steps]))
-    return {"steps": steps, "before": before, "after": float(state.least), "tokens": tokens}
+    return {"steps": steps, "before": float(state.before), "after": float(state.least), "tokens": tokens}
+
+
+def _form(like: TuningState) -> Form[TuningState]:
+    """How a tuning's state goes to a checkpoint: a name for every leaf, in order."""
+    structure = jax.tree.structure(like)
+
+    def place(kept: HostCarry) -> TuningState:
+        return jax.tree.unflatten(structure, [kept[name][0] for name in sorted(kept)])
+
+    def keep(state: TuningState) -> HostCarry:
+        return {f"{i:06}": np.asarray(leaf)[None] for i, leaf in enumerate(jax.tree.leaves(state))}
+
+    return Form(place, keep, lambda state: state)
 
 
 def _pieces(rows: TokenRows) -> TokenRows:
@@ -112,7 +124,7 @@ def _pieces(rows: TokenRows) -> TokenRows:
     return TokenRows(ids[used], mask[used])
 
 
-def _texts(context: Context, pieces: TokenRows) -> tuple[list[Piece], list[Piece]]:
+def _texts(context: Context, pieces: TokenRows) -> tuple[list[Passage], list[Passage]]:
     """The pieces to judge by and those to train on, drawn from the job's seed, with their full-precision states."""
     order = np.random.default_rng([context.config.seed, 0x74756E65]).permutation(len(pieces.input_ids))
     picked = TokenRows(*(x[order[: context.recipe.tuned_steps + JUDGES]] for x in pieces))
@@ -123,7 +135,7 @@ def _texts(context: Context, pieces: TokenRows) -> tuple[list[Piece], list[Piece
         states, _ = forward_block(context.decoder, Block.of(context.model, spec), states)
     mask = np.asarray(picked.mask, np.float32)
     values = (first, mask, states.array())
-    every = [Piece(*(x[i : i + 1] for x in values)) for i in range(len(mask))]
+    every = [Passage(*(x[i : i + 1] for x in values)) for i in range(len(mask))]
     return every[:JUDGES], every[JUDGES:]
 
 
@@ -174,35 +186,3 @@ def _packed(context: Context, spec: LinearSpec) -> PackedLinear:
 
 def _kernel(packed: PackedLinear, spec: LinearSpec) -> np.ndarray:
     return unpack_linear(packed)[:, : spec.columns]
-
-
-class _Saved(NamedTuple):
-    """The checkpoint of a tuning, a file of all leaves of its state in order; `start` is the state without one."""
-
-    context: Context
-    start: TuningState
-
-    @property
-    def _job(self) -> str:
-        return fingerprint(self.context.inputs)
-
-    def load(self) -> tuple[TuningState, float | None]:
-        """The state to go on from, and the divergence before the first step, None where there is no checkpoint."""
-        path = self.context.work.tuning
-        if not path.exists():
-            return self.start, None
-        try:
-            tensors, metadata = read_checked_tensors(path)
-            if metadata["job"] != self._job:
-                raise JobError(f"{path}: the checkpoint is of another job")
-            leaves, structure = jax.tree.flatten(self.start)
-            found = [tensors[f"{i:06}"].reshape(np.shape(leaf)) for i, leaf in enumerate(leaves)]
-            return jax.tree.unflatten(structure, found), float(metadata["before"])
-        except (StorageError, JobError, KeyError, ValueError) as e:
-            log.warning("%s; starting the tuning over", e)
-            return self.start, None
-
-    def save(self, state: TuningState, before: float) -> None:
-        """Write a checkpoint."""
-        leaves = {f"{i:06}": np.atleast_1d(np.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(state))}
-        write_checked_tensors(self.context.work.tuning, leaves, {"job": self._job, "before": repr(before)})

@@ -60,7 +60,6 @@ class WorkDirectory:
         self.reports = path / "quantized.json"
         self.outputs = path / "outputs"
         self.out_tensor = path / "out_tensor"
-        self.tuning = path / "tuning.safetensors"
         self.tuned = path / "tuned.safetensors"
 
     @property
@@ -68,8 +67,7 @@ class WorkDirectory:
         """All files of a job, the job file first: without it the rest belongs to no job."""
         rows = (self.cal_data, self.measure_cal_data, self.self_rows)
         states = (*rows, self.hidden_states, self.module_inputs, self.fisher, self.perturbations, self.scaled_fisher)
-        tuned = (self.tuning, self.tuned)
-        return (self.job_file, *states, self.measurement, self.reports, self.outputs, self.out_tensor, *tuned)
+        return (self.job_file, *states, self.measurement, self.reports, self.outputs, self.out_tensor, self.tuned)
 
     def left_by(self, stage: str) -> Path | None:
         """The file with a stage's result for later stages; the job file keeps its checksum."""

@@ -17,14 +17,12 @@ from exl2jax.estimate.work import (
 )
 from exl2jax.measure.sensitivity import MEASURED
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
+from exl2jax.quantize.end_to_end import PIECE
 from exl2jax.quantize.outputs import SAMPLES, feeds_columns
 from exl2jax.variants.recipe import Recipe
 
 CHECK_ROWS = 16
 """Rows of the final check at most."""
-
-TUNED_TOKENS = 256
-"""Tokens of a step of the tuning of a whole model."""
 
 SOLVE = 2
 """Triangular products of a solve with a factor."""
@@ -58,7 +56,7 @@ def conversion_work(config: ModelConfig, recipe: Recipe, passes: Passes) -> dict
         if name in found:
             found[name] += _head_gradient(head, rows(recipe, passes) * passes.length)
     if "tune" in found:
-        found["tune"] += _head_gradient(head, recipe.tuned_steps * TUNED_TOKENS).times(2)
+        found["tune"] += _head_gradient(head, recipe.tuned_steps * PIECE).times(2)
     found["quantize"] += _head(head, recipe, passes)
     return found
 
@@ -125,7 +123,7 @@ def _quantize(spec: ModuleSpec, config: ModelConfig, recipe: Recipe, passes: Pas
 
 def _tune(spec: ModuleSpec, config: ModelConfig, recipe: Recipe) -> Work:
     """The full-precision model's states, and every step: forward, forward again and back, gradients of the weights."""
-    step = forward_work(spec, config, TUNED_TOKENS)
+    step = forward_work(spec, config, PIECE)
     return step.times(5 * recipe.tuned_steps)
 
 

@@ -11,6 +11,7 @@ from exl2jax.ops.columns import BLOCKS, block_columns
 from exl2jax.pallas.tiles import PANEL
 from exl2jax.quantize.outputs import FEW_BLOCKS, feeds_columns
 from exl2jax.stream.blocks import cut
+from exl2jax.stream.streams import SHARE
 from exl2jax.variants.recipe import Recipe
 
 FLOAT, STORED = 4, 2
@@ -25,9 +26,6 @@ PER_GROUP, PER_SPAN, SPAN = 10, 3, 256
 PER_KERNEL_GROUP, PER_PANEL, PER_TAKE_UP = 9, 17, 5
 """Launches of the kernels' walks for a group, for a panel, and for every panel before it: within 7 % of what XLA's text
 of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
-
-KEPT = 0.5
-"""Share of a device's memory that a model's weights may take while it is tuned; else they go up in every step."""
 
 PER_ROW = 3
 """Launches of a row where XLA's loops walk in place of the kernels."""
@@ -78,7 +76,7 @@ def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device:
     work = conversion_work(config, recipe, passes)
     whole = [sum(each) for each in zip(*work.values(), strict=True)]
     tuned = _tuned_bytes(config, recipe)
-    kept = tuned if tuned <= KEPT * device.memory else 0
+    kept = tuned if tuned <= SHARE * device.memory else 0
     memory, streams = max(device_memory(config, recipe), kept), _streams(config, recipe, passes)
     fits_with = memory + streams <= device.memory
     launches = conversion_launches(config, recipe, device) if device.launches else 0

@@ -51,8 +51,9 @@ def compile_model(
     make_directory(target, "the output directory")
     require_no_strays(target, own_files)
     writer = ShardWriter(target, shard_mb)
+    changed = changed or {}
     for name, tensor in _tensors(model, out_tensor, own_norms):
-        writer.add(name, changed.get(name, tensor) if changed else tensor)
+        writer.add(name, changed.get(name, tensor))
     return writer.finish()
 
 

@@ -27,6 +27,9 @@ from exl2jax.quantize.changes import (
 )
 from exl2jax.quantize.store import stored_norm
 
+PIECE = 256
+"""Tokens of a piece of text, of which a step takes one."""
+
 LEARNING_RATE = 3e-3
 WARM_UP = 4
 """Steps until the learning rate is reached, from which it falls by a cosine."""
@@ -50,7 +53,7 @@ class StoredModule(NamedTuple):
     of_row: Mapping[str, np.ndarray]
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """Text to tune or to judge on: embedded states `[1, T, D]`, the mask of its tokens `[1, T]`, and the final
     full-precision states `[1, T, D]`.
     """  # noqa: D205
@@ -65,13 +68,15 @@ type ModelChanges = dict[str, Changes]
 
 
 class TuningState(NamedTuple):
-    """How far a tuning has come: steps taken, changes, Adam's moments; the best changes so far and their divergence."""
+    """How far a tuning has come: changes and Adam's moments, the best changes so far, and their divergence and that
+    before the first step, both infinite until judged.
+    """  # noqa: D205
 
-    step: Any
     values: ModelChanges
     moments: Any
     best: ModelChanges
     least: Any
+    before: Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,21 +98,23 @@ class QuantizedModel:
         """The state before the first step."""
         values = {spec.key: no_changes(spec.linears, spec.norms, self.load(spec).params) for spec in self.specs}
         values[HEAD] = no_changes((), (self.head_norm,), self.head)
-        return TuningState(np.int32(0), values, _adam(1).init(values), values, np.float32(np.inf))
+        return TuningState(values, _adam(1).init(values), values, np.float32(np.inf), np.float32(np.inf))
 
-    def step(self, state: TuningState, piece: Piece, steps: int) -> tuple[TuningState, float]:
+    def step(self, state: TuningState, piece: Passage, steps: int) -> tuple[TuningState, float]:
         """One of so many steps of Adam on a piece: the state after it, and the divergence before it."""
         loss, gradients = self.gradients(state.values, piece)
         values, moments = _adam_step(gradients, state.moments, state.values, steps=steps)
-        return state._replace(step=np.int32(state.step + 1), values=values, moments=moments), loss
+        return state._replace(values=values, moments=moments), loss
 
-    def judged(self, state: TuningState, pieces: Sequence[Piece]) -> tuple[TuningState, float]:
+    def judged(self, state: TuningState, pieces: Sequence[Passage]) -> tuple[TuningState, float]:
         """The state with its changes as the best ones if they are, and their divergence on pieces kept apart."""
         found = self.divergence(state.values, pieces)
+        if np.isinf(state.before):
+            state = state._replace(before=np.float32(found))
         better = found < state.least
         return (state._replace(best=state.values, least=np.float32(found)) if better else state), found
 
-    def gradients(self, values: ModelChanges, piece: Piece) -> tuple[float, ModelChanges]:
+    def gradients(self, values: ModelChanges, piece: Passage) -> tuple[float, ModelChanges]:
         """The mean divergence over the tokens of a piece, and its gradients at the changes, unrounded."""
         before, h = [], jnp.asarray(piece.states)
         for spec in self.specs:
@@ -123,7 +130,7 @@ class QuantizedModel:
             found[spec.key], back = _pull(values[spec.key], stored.params, stored.of_row, h, back, module=module)
         return float(loss), found
 
-    def divergence(self, values: ModelChanges, pieces: Sequence[Piece]) -> float:
+    def divergence(self, values: ModelChanges, pieces: Sequence[Passage]) -> float:
         """The mean divergence over the tokens of all pieces, with the changes rounded as they will be stored."""
         states = [jnp.asarray(piece.states) for piece in pieces]
         for spec in self.specs:
@@ -206,7 +213,7 @@ def _pull(
 
 @partial(jax.jit, static_argnames="decoder")
 def _head_gradients(
-    values: Changes, head: Any, full: Any, h: jax.Array, piece: Piece, *, decoder: Decoder
+    values: Changes, head: Any, full: Any, h: jax.Array, piece: Passage, *, decoder: Decoder
 ) -> tuple[jax.Array, tuple[Changes, jax.Array]]:
     """The mean divergence, and its gradients at the changes of the final norm and at the final states."""
 
@@ -218,11 +225,11 @@ def _head_gradients(
 
 
 @partial(jax.jit, static_argnames="decoder")
-def _divergence(head: Any, full: Any, h: jax.Array, piece: Piece, *, decoder: Decoder) -> jax.Array:
+def _divergence(head: Any, full: Any, h: jax.Array, piece: Passage, *, decoder: Decoder) -> jax.Array:
     return _sum_of_divergences(decoder, head, full, h, piece)
 
 
-def _sum_of_divergences(decoder: Decoder, head: Any, full: Any, h: jax.Array, piece: Piece) -> jax.Array:
+def _sum_of_divergences(decoder: Decoder, head: Any, full: Any, h: jax.Array, piece: Passage) -> jax.Array:
     """Sum over tokens of the divergence at final states `h` from that at the piece's own."""
     wanted = jax.nn.log_softmax(decoder.logits(full, jnp.asarray(piece.reference)))
     found = jax.nn.log_softmax(decoder.logits(head, h))

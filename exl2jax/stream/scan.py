@@ -77,15 +77,16 @@ def scan[S, B, C, O](
     interval: float,
     stage: str,
     control: RunControl,
+    unit: str = "modules",
 ) -> tuple[C, list[O]]:
     """Run `step` over the blocks of `specs`, from the last checkpoint or from `start()`.
 
     A checkpoint is written at block boundaries, at most every `interval` seconds (0: always), after the last block, and
     when `control` asks to stop, which raises `Interrupted` once everything is saved. Of several processes the first
-    decides for all.
+    decides for all. `unit` names what is counted in messages.
     """
     found = checkpoint.load()
-    require_agreement(f"{stage} after {found[0] if found else 0} modules")
+    require_agreement(f"{stage} after {found[0] if found else 0} {unit}")
     position, outputs = (found[0], found[2]) if found else (0, [])
     carry = form.place(found[1] if found else start())
     del found
@@ -105,7 +106,7 @@ def scan[S, B, C, O](
             saved = time.monotonic()
         if stopping:
             raise Interrupted(
-                f"stopped in {stage} after {position} of {len(specs)} modules; run the same command to resume"
+                f"stopped in {stage} after {position} of {len(specs)} {unit}; run the same command to resume"
             )
     control.progress.finish()
     return carry, outputs

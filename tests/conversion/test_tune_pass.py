@@ -22,7 +22,7 @@ from exl2jax.evaluation.logits import model_logits
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import open_model
 from exl2jax.quantize.changes import Changes
-from exl2jax.quantize.end_to_end import HEAD, Piece, QuantizedModel
+from exl2jax.quantize.end_to_end import HEAD, Passage, QuantizedModel
 from exl2jax.report.tables import conversion_table
 from exl2jax.storage import read_checked_tensors
 from exl2jax.stream.progress import RunControl, StopFlag
@@ -110,7 +110,6 @@ def test_only_maxima_and_norms_change(converted: tuple[ConversionConfig, Convers
         np.testing.assert_allclose(tensor.astype(np.float32), old.astype(np.float32), rtol=0.15, atol=1e-4)
     for name in before.keys() - tuned.keys():
         assert np.array_equal(stored.files.read(name), before[name])
-    assert not (config.out_dir / "tuning.safetensors").exists()
 
 
 def test_a_stop_while_tuning_ends_in_the_same_bytes(
@@ -120,7 +119,7 @@ def test_a_stop_while_tuning_ends_in_the_same_bytes(
     config, stop = under(done, tmp_path, measurement=done.out_dir / "measurement.json"), StopFlag()
     with pytest.raises(Interrupted, match=f"stopped in tune after 1 of {STEPS} steps"):
         convert(config, RunControl(progress=StopsIn("tune", stop), stop=stop))
-    saved = config.out_dir / "tuning.safetensors"
+    saved = config.out_dir / "hidden_states.safetensors"
     assert saved.exists()
     convert(config)
     assert shards(config) == shards(done)
@@ -128,7 +127,7 @@ def test_a_stop_while_tuning_ends_in_the_same_bytes(
     stop = StopFlag()
     with pytest.raises(Interrupted):
         convert(again, RunControl(progress=StopsIn("tune", stop), stop=stop))
-    torn = again.out_dir / "tuning.safetensors"
+    torn = again.out_dir / "hidden_states.safetensors"
     torn.write_bytes(torn.read_bytes()[:-7])
     convert(again)
     assert shards(again) == shards(done), "a torn checkpoint is begun anew"
@@ -188,7 +187,7 @@ def _along(gradient: Changes, step: float) -> Changes:
     return jax.tree.map(lambda g: step * g, gradient)
 
 
-def _divergence(model: QuantizedModel, values: dict[str, Changes], piece: Piece) -> float:
+def _divergence(model: QuantizedModel, values: dict[str, Changes], piece: Passage) -> float:
     return model.gradients(values, piece)[0]
 
 
