@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from exl2jax.ops.groups import Begin
 from exl2jax.ops.hessian import factorize, gram
 from exl2jax.ops.kernels import WalkGroup
-from exl2jax.qparams import ROW_MULTIPLE
 
 DAMPING = 1e-3
 """Share of the mean diagonal added to the diagonal of a shrunk Hessian of outputs."""
@@ -82,7 +82,7 @@ def walk_columns(
     toward: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    tile: jax.Array,
+    begin: Begin,
     scale: jax.Array,
     bits: jax.Array,
     rows: jax.Array | None = None,
@@ -95,7 +95,7 @@ def walk_columns(
     """
     size, columns = w.shape
     count, padded, block = toward.shape
-    diagonal = lax.dynamic_slice_in_dim(jnp.diagonal(u), tile * ROW_MULTIPLE, size)[:, None]
+    diagonal = lax.dynamic_slice_in_dim(jnp.diagonal(u), begin.row, size)[:, None]
     w = jnp.pad(w, ((0, 0), (0, padded - columns)))
     scale = jnp.pad(scale, (0, padded - columns))
 
@@ -105,7 +105,7 @@ def walk_columns(
         into = lax.dynamic_index_in_dim(toward, j, 0, keepdims=False)
         shift = jnp.matmul(missed, into, precision=lax.Precision.HIGHEST)
         own = lax.dynamic_slice_in_dim(w, at, block, 1)
-        error, code = walk(own, u, tile, lax.dynamic_slice_in_dim(scale, at, block), bits, rows, shift)
+        error, code = walk(own, u, begin, lax.dynamic_slice_in_dim(scale, at, block), bits, rows, shift)
         return (
             lax.dynamic_update_slice_in_dim(missed, error * diagonal - shift, at, 1),
             lax.dynamic_update_slice_in_dim(errors, error, at, 1),

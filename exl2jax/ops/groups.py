@@ -14,6 +14,24 @@ LARGEST_GROUP = 128
 """Most rows of a group."""
 
 
+class Begin(NamedTuple):
+    """Where a group begins: at row `steps * step` of its matrix, with `step` static and a multiple of 32.
+
+    A loop that walks groups of one size gives its counter, which a GPU takes as it is: a product would be a launch.
+    """
+
+    steps: jax.Array | int
+    step: int = ROW_MULTIPLE
+
+    @property
+    def row(self) -> jax.Array:
+        """The first row."""
+        return jnp.int32(self.steps * self.step)
+
+
+TOP = Begin(0)
+
+
 class GroupTable(NamedTuple):
     """Columns of a table of groups, each `[K / 32]` int32, as long as the tiles of 32 rows of the matrix.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import jax
 
 from exl2jax.ops.bitstream import pack_tiles
+from exl2jax.ops.groups import Begin
 from exl2jax.ops.scale_losses import IndexLosses, ScaleLosses, index_losses, scale_losses
 from exl2jax.ops.walk import walk_group
 
@@ -16,13 +17,13 @@ class WalkGroup(Protocol):
         self,
         w: jax.Array,
         u: jax.Array,
-        tile: jax.Array,
+        begin: Begin,
         scale: jax.Array,
         bits: jax.Array,
         rows: jax.Array | None = None,
         shift: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Scaled errors and codes of the group `w [size, N]`, which begins at tile `tile` of 32 rows of `u`."""
+        """Scaled errors and codes of the group `w [size, N]`, which begins at row `begin.row` of `u`."""
         ...
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from exl2jax.ops.columns import walk_columns
-from exl2jax.ops.groups import LARGEST_GROUP, GroupTable, group_table, span_rows
+from exl2jax.ops.groups import LARGEST_GROUP, Begin, GroupTable, group_table, span_rows
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.scale_losses import by_column
 from exl2jax.ops.scales import GroupContext, ScaleSearch, search_scales
@@ -145,10 +145,10 @@ class _Window(NamedTuple):
 
 
 class _At(NamedTuple):
-    """How far a walk in panels has come: its next group, and where this begins in the panel, in tiles of 32 rows."""
+    """How far a walk in panels has come: its next group, and the `steps` of the `Begin` of this in the panel."""
 
     walk: Walk
-    tile: jax.Array
+    steps: jax.Array
     group: jax.Array
 
 
@@ -161,13 +161,14 @@ def _walk_in_panels(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
     def one(p: jax.Array, at: _At) -> _At:
         errors, window = at.walk.errors, panels.window_of(p, at.walk.errors, plan.copies)
         recent = lax.dynamic_slice_in_dim(errors, window.first, panels.window, 0)
-        inside, group = at._replace(walk=at.walk._replace(errors=recent)), partial(_next_group, window, plan)
+        inside = at._replace(walk=at.walk._replace(errors=recent))
+        group = partial(_next_group, window, plan, plan.size if panels.groups else ROW_MULTIPLE)
         if panels.groups is None:
             end = jnp.minimum(panels.panel, len(w) - window.first)
-            done = lax.while_loop(lambda at: at.tile * ROW_MULTIPLE < end, group, inside)
-            done = done._replace(tile=done.tile - panels.panel // ROW_MULTIPLE)
+            done = lax.while_loop(lambda at: at.steps * ROW_MULTIPLE < end, group, inside)
+            done = done._replace(steps=done.steps - panels.panel // ROW_MULTIPLE)
         else:
-            done = at._replace(walk=_known_groups(panels.groups, p, plan, group, inside.walk))
+            done = at._replace(walk=_known_groups(panels.groups, p, group, inside.walk))
         errors = lax.dynamic_update_slice_in_dim(errors, done.walk.errors, window.first, 0)
         return done._replace(walk=done.walk._replace(errors=errors))
 
@@ -176,25 +177,26 @@ def _walk_in_panels(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
     return Walk(*(x[: len(w)] for x in walk[:2]), *(x[: len(w) // ROW_MULTIPLE] for x in walk[2:]))
 
 
-def _known_groups(count: int, p: jax.Array, plan: Plan, group: Callable[[_At], _At], walk: Walk) -> Walk:
+def _known_groups(count: int, p: jax.Array, group: Callable[[_At], _At], walk: Walk) -> Walk:
     """Walk the groups of panel `p`, whose places are known: XLA then slices within the calls that take the slices."""
 
     def one(j: jax.Array, walk: Walk) -> Walk:
-        return group(_At(walk, j * (plan.size // ROW_MULTIPLE), p * count + j)).walk
+        return group(_At(walk, j, p * count + j)).walk
 
     return lax.fori_loop(0, count, one, walk)
 
 
-def _next_group(window: _Window, plan: Plan, at: _At) -> _At:
+def _next_group(window: _Window, plan: Plan, step: int, at: _At) -> _At:
     """Walk the next group in the window of a panel, whose errors `at` holds."""
-    walk, tile, g = at
-    row = tile * ROW_MULTIPLE
+    walk, steps, g = at
+    begin = Begin(steps, step)
+    row = begin.row
     toward = lax.dynamic_slice_in_dim(window.toward, row, plan.size, 0)
     own = lax.dynamic_slice_in_dim(window.current, row, plan.size, 0)
     mine = own + jnp.matmul(toward, walk.errors, precision=lax.Precision.HIGHEST)
-    feedback = (window.corner, window.importance, tile)
+    feedback = (window.corner, window.importance, begin)
     walk = _walk_group(walk, mine, feedback, (g, window.first + row, row), plan)
-    return _At(walk, tile + (plan.groups.rows[g] if plan.rows is None else plan.rows) // ROW_MULTIPLE, g + 1)
+    return _At(walk, steps + (plan.groups.rows[g] if plan.rows is None else plan.rows) // step, g + 1)
 
 
 def _walk_in_spans(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
@@ -216,7 +218,7 @@ def _walk_in_spans(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
             row, at = groups.start[g], groups.start[g] - origin
             owed = _owed(walk.errors, corner, (origin, a, row, groups.rows[g]), span, plan.size)
             mine = lax.dynamic_slice_in_dim(current, at, plan.size, 0) - owed
-            return _walk_group(walk, mine, (corner, importance, at // ROW_MULTIPLE), (g, row, row), plan)
+            return _walk_group(walk, mine, (corner, importance, Begin(at // ROW_MULTIPLE)), (g, row, row), plan)
 
         return lax.fori_loop(0, groups.span_groups[i], group, walk)
 
@@ -229,23 +231,23 @@ def _walk_in_spans(w: jax.Array, u: jax.Array, plan: Plan) -> Walk:
 def _walk_group(
     walk: Walk,
     mine: jax.Array,
-    feedback: tuple[jax.Array, jax.Array, jax.Array],
+    feedback: tuple[jax.Array, jax.Array, Begin],
     place: tuple[jax.Array, jax.Array, jax.Array],
     plan: Plan,
 ) -> Walk:
     """Walk a group, its current weights the first rows of `mine`.
 
     `place = (g, row, at)` is its index, its first row, and the row of `walk.errors` where it begins. `feedback` is `u`,
-    the importance of its rows, and the tile of 32 rows where the group begins there.
+    the importance of its rows, and where the group begins there.
     """
-    (u, importance, tile), (g, row, at), kernels = feedback, place, plan.options.kernels
+    (u, importance, begin), (g, row, at), kernels = feedback, place, plan.options.kernels
     width = plan.widths[g if len(plan.widths) > 1 else 0]
     width = width if plan.copies > 1 else width[0]
     counted = plan.groups.rows[g] if plan.rows is None else None
     if counted is not None:
         mine = jnp.where((jnp.arange(plan.size) < counted)[:, None], mine, 0.0)
-    choice = plan.options.search(mine, width, GroupContext(importance, kernels, counted, plan.copies, tile))
-    inputs = (mine, u, tile, choice.scale, width, counted)
+    choice = plan.options.search(mine, width, GroupContext(importance, kernels, counted, plan.copies, begin))
+    inputs = (mine, u, begin, choice.scale, width, counted)
     walked = kernels.walk_group if plan.toward is None else partial(walk_columns, kernels.walk_group, plan.toward)
     errors, codes = walked(*inputs)
     return Walk(

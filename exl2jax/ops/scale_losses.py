@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from exl2jax.qparams import ROW_MULTIPLE
+from exl2jax.ops.groups import TOP, Begin
 
 UNROLL = 32
 """Rows per step of the inner loop: the whole chain of a column stays in registers. Group rows are multiples of 32."""
@@ -53,7 +53,7 @@ class IndexLosses(Protocol):
         smax: jax.Array,
         codes: jax.Array,
         importance: jax.Array,
-        tile: jax.Array | int = 0,
+        begin: Begin = TOP,
         rows: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Least losses and their indices of `w [size, N]`."""
@@ -137,16 +137,16 @@ def index_losses(
     smax: jax.Array,
     codes: jax.Array,
     importance: jax.Array,
-    tile: jax.Array | int = 0,
+    begin: Begin = TOP,
     rows: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """For each of `MULTIPLIERS` and each column, the least squared error over `OFFSETS` and the index of its scale.
 
     Both `[multipliers, N]` float32. `smax [matrices]` is the largest of the scales `base [N]` that just hold each
-    column of the group `w [size, N]`, and the unit of losses. The group begins at tile `tile` of 32 rows of
+    column of the group `w [size, N]`, and the unit of losses. The group begins at row `begin.row` of
     `importance`, of which only the ratios count. `codes` and `rows` as `scale_losses` has them.
     """
-    importance = lax.dynamic_slice_in_dim(importance, tile * ROW_MULTIPLE, len(w))
+    importance = lax.dynamic_slice_in_dim(importance, begin.row, len(w))
     if rows is not None:
         importance = jnp.where(jnp.arange(len(w)) < rows, importance, 0.0)
     importance, smax = importance / jnp.max(importance), by_column(smax, len(base))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from exl2jax.ops.groups import TOP, Begin
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.rounding import HALF_MAX, half_scale
 from exl2jax.ops.scale_losses import MAX_INDEX, MULTIPLIERS, OFFSETS, by_column
@@ -31,7 +32,7 @@ class ScaleChoice(NamedTuple):
 class GroupContext(NamedTuple):
     """The place of a group in the walk, which its scale search may use; by default a group of one matrix by itself.
 
-    `importance [K]` is the walk's `1 / U_rr^2` (None: ones), in which the group begins at a `tile` of 32 rows. Only the
+    `importance [K]` is the walk's `1 / U_rr^2` (None: ones), in which the group begins at row `begin.row`. Only the
     first `rows` (traced, a multiple of 32; None: all) belong to the group; the others are zero. The columns are those
     of `matrices` of equal width, each of which has a maximum of its own.
     """
@@ -40,7 +41,7 @@ class GroupContext(NamedTuple):
     kernels: Kernels = XLA
     rows: jax.Array | None = None
     matrices: int = 1
-    tile: jax.Array | int = 0
+    begin: Begin = TOP
 
 
 ALONE = GroupContext()
@@ -83,7 +84,7 @@ def search_columns(w: jax.Array, bits: jax.Array, context: GroupContext = ALONE)
     importance = jnp.ones(len(w), jnp.float32) if context.importance is None else context.importance
     codes = jnp.exp2(bits.astype(jnp.float32))
     base, smax = _base_scales(w, codes, context.matrices)
-    least, own = context.kernels.index_losses(w, base, smax, codes, importance, context.tile, context.rows)
+    least, own = context.kernels.index_losses(w, base, smax, codes, importance, context.begin, context.rows)
     total = jnp.sum(least.reshape(len(MULTIPLIERS), context.matrices, -1), axis=2)
     qs, multiplier = _least(total, own)
     return _choice(qs, smax, multiplier)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from exl2jax.ops.groups import Begin
 from exl2jax.ops.rounding import dequantize, quantize
 from exl2jax.qparams import ROW_MULTIPLE
 
@@ -13,20 +14,19 @@ from exl2jax.qparams import ROW_MULTIPLE
 def walk_group(
     w: jax.Array,
     u: jax.Array,
-    tile: jax.Array,
+    begin: Begin,
     scale: jax.Array,
     bits: jax.Array,
     rows: jax.Array | None = None,
     shift: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Walk the rows of one group `w [size, N]`, which begin at a `tile` of 32 rows of `u [K, K]`.
+    """Walk the rows of one group `w [size, N]`, which `begin` at a row of `u [K, K]`.
 
     `scale [N]` are the working scales and `bits` the width, one for all columns or one for each. Where the group has
     fewer `rows` (traced, a multiple of 32), the rest of the result is zero. A `shift [size, N]` is taken off the
     current weights before they are rounded; their errors are still those of the weights themselves.
     """
-    start = tile * ROW_MULTIPLE
-    u = lax.dynamic_slice(u, (start, start), (len(w), len(w)))
+    u = lax.dynamic_slice(u, (begin.row, begin.row), (len(w), len(w)))
     if rows is None:
         return _walk(w, u, scale, bits, shift)
     sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)

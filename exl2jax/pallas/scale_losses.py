@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from exl2jax.ops.groups import TOP, Begin
 from exl2jax.ops.scale_losses import MAX_INDEX, MULTIPLIERS, OFFSETS, by_column, raised
 from exl2jax.pallas.launch import launch, shape, zeros
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
-from exl2jax.qparams import ROW_MULTIPLE
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 """Keeps padded columns, whose largest scale is zero, from dividing by it."""
@@ -82,7 +82,7 @@ def index_losses(
     smax: jax.Array,
     codes: jax.Array,
     importance: jax.Array,
-    tile: jax.Array | int = 0,
+    begin: Begin = TOP,
     rows: jax.Array | None = None,
     *,
     tiles: Tiles,
@@ -95,12 +95,12 @@ def index_losses(
     operands = [pad_columns(w), pad_columns(base), smax if whole else pad_columns(smax), pad_columns(codes)]
     out = shape((len(MULTIPLIERS), operands[0].shape[1]), jnp.float32)
     run = launch(
-        partial(_index_body, size=size, matrix=columns // len(smax) if whole else None, tiles=tiles),
+        partial(_index_body, size=size, step=begin.step, matrix=columns // len(smax) if whole else None, tiles=tiles),
         (out, out),
         {"columns": out.shape[1] // LANES, "multipliers": len(MULTIPLIERS)},
         tiles,
     )
-    scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in ((tile,) if rows is None else (tile, rows)))
+    scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in ((begin.steps,) if rows is None else (begin.steps, rows)))
     least, own = run(*operands, importance, jnp.asarray(MULTIPLIERS), *scalars)
     return least[:, :columns], own[:, :columns]
 
@@ -112,15 +112,16 @@ def _index_body(
     levels: Any,
     importance: Any,
     multipliers: Any,
-    first_tile: Any,
+    begin: Any,
     *rest: Any,
     size: int,
+    step: int,
     matrix: int | None,
     tiles: Tiles,
 ) -> None:
     """One program: `LANES` columns at one multiplier, every offset's loss in registers."""
     *counted, least, own = rest
-    at = first_tile[0] * ROW_MULTIPLE
+    at = begin[0] * step
     first, m = lax.axis_index("columns") * LANES, lax.axis_index("multipliers")
     columns = pl.ds(first, LANES)
     smax = maxima[columns] if matrix is None else maxima[first // matrix]

@@ -13,15 +13,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from exl2jax.ops.groups import Begin
 from exl2jax.pallas.launch import launch, shape, zeros
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
-from exl2jax.qparams import ROW_MULTIPLE
 
 
 def walk_group(
     w: jax.Array,
     u: jax.Array,
-    tile: jax.Array,
+    begin: Begin,
     scale: jax.Array,
     bits: jax.Array,
     rows: jax.Array | None = None,
@@ -29,7 +29,7 @@ def walk_group(
     *,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled errors float32 and codes uint8 of a group `w [size, N]`, which begins at a `tile` of `u [K, K]`.
+    """Scaled errors float32 and codes uint8 of a group `w [size, N]`, which `begin`s at a row of `u [K, K]`.
 
     `scale [N]` are the working scales; `bits` is one width or one for each column `[N]`, so that one matrix at several
     widths walks side by side. Where the group has fewer `rows` than `w`, the rest of the result is zero. A `shift
@@ -39,7 +39,7 @@ def walk_group(
     zero = jnp.broadcast_to(jnp.exp2(bits.astype(jnp.float32) - 1), (columns,))
     w, scale, zero = (pad_columns(x) for x in (w, scale, zero))
     run = launch(
-        partial(_body, size=size, tiles=tiles, shifted=shift is not None),
+        partial(_body, size=size, step=begin.step, tiles=tiles, shifted=shift is not None),
         (shape(w.shape, jnp.float32), shape(w.shape, jnp.uint8)),
         {"columns": w.shape[1] // LANES},
         tiles,
@@ -47,18 +47,20 @@ def walk_group(
     )
     counted = () if rows is None else (rows,)
     shifts = () if shift is None else (pad_columns(shift),)
-    scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in (tile, *counted))
+    scalars = (jnp.asarray(x, jnp.int32).reshape(1) for x in (begin.steps, *counted))
     errors, codes = run(w, u, scale, zero, *shifts, *scalars)
     return errors[:, :columns], codes[:, :columns]
 
 
-def _body(w: Any, u: Any, scales: Any, levels: Any, *rest: Any, size: int, tiles: Tiles, shifted: bool) -> None:
+def _body(
+    w: Any, u: Any, scales: Any, levels: Any, *rest: Any, size: int, step: int, tiles: Tiles, shifted: bool
+) -> None:
     """One program: `LANES` columns. `past [size, LANES]` in shared memory holds their errors so far."""
-    *shift, first_tile = rest[: 1 + shifted]
+    *shift, begin = rest[: 1 + shifted]
     *counted, errors, codes, past = rest[1 + shifted :]
     count, rows = (counted[0][0] if counted else size), tiles.walk_rows
     columns = pl.ds(lax.axis_index("columns") * LANES, LANES)
-    scale, zero, at = scales[columns], levels[columns], first_tile[0] * ROW_MULTIPLE
+    scale, zero, at = scales[columns], levels[columns], begin[0] * step
 
     def tile(t: jax.Array, carry: None) -> None:
         a = t * rows
@@ -67,8 +69,8 @@ def _body(w: Any, u: Any, scales: Any, levels: Any, *rest: Any, size: int, tiles
         corner = [[u[at + a + r, at + a + later] for later in range(r, rows)] for r in range(rows)]
         inverses = [1 / row[0] for row in corner]
 
-        def take_up(step: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            taken = [step * tiles.taken_up + i for i in range(tiles.taken_up)]
+        def take_up(i: jax.Array, owed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            taken = [i * tiles.taken_up + j for j in range(tiles.taken_up)]
             toward = [[u[at + j, at + a + r] for r in range(rows)] for j in taken]
             for error, into in zip([past[j] for j in taken], toward, strict=True):
                 owed = tuple(x - share * error for x, share in zip(owed, into, strict=True))

@@ -47,7 +47,7 @@ class SizedSearch:
         """`ScaleSearch`, one matrix after the other."""
         weights = jnp.ones(len(w), jnp.float32)
         if context.importance is not None:
-            weights = lax.dynamic_slice_in_dim(context.importance, context.tile * ROW_MULTIPLE, len(w))
+            weights = lax.dynamic_slice_in_dim(context.importance, context.begin.row, len(w))
         parts = jnp.split(w, context.matrices, axis=1)
         of_part = jnp.broadcast_to(bits, (w.shape[1],)).reshape(context.matrices, -1)[:, 0]
         found = [self._on_rows(part, of_part[i], weights, context.rows) for i, part in enumerate(parts)]

@@ -16,6 +16,7 @@ import pytest
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_columns, search_scales, unpack_linear
+from exl2jax.ops.groups import Begin
 from exl2jax.ops.scales import GroupContext, ScaleSearch
 from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
 from exl2jax.pallas.dispatch import pallas_kernels
@@ -86,7 +87,7 @@ def test_walk(kernels: Kernels, rows: int) -> None:
     scale = half_scale(np.float16(base.max() * 0.9), np.clip(np.rint(np.sqrt(base / base.max()) * 16), 1, 16))
     scale[7] = 0  # a column without a scale
     errors, codes = kernels.walk_group(
-        jnp.asarray(w), around(u), jnp.int32(1), jnp.asarray(scale, jnp.float32), jnp.asarray(bits)
+        jnp.asarray(w), around(u), Begin(jnp.int32(1)), jnp.asarray(scale, jnp.float32), jnp.asarray(bits)
     )
     expected_errors, expected = walked(w, u, scale, bits)
     assert (errors.dtype, codes.dtype) == (jnp.float32, jnp.uint8)
@@ -102,7 +103,7 @@ def test_a_shifted_walk(kernels: Kernels) -> None:
     bits, w, u = widths(COLUMNS), weights(64, COLUMNS, 6), upper_factor(64, 6)
     scale = np.float16(1.1 * np.abs(w).max(axis=0) / np.exp2(bits - 1)).astype(np.float32)
     shift = (scale * np.random.default_rng(7).standard_normal(w.shape)).astype(np.float32)
-    operands = (jnp.asarray(w), around(u), jnp.int32(1), jnp.asarray(scale), jnp.asarray(bits))
+    operands = (jnp.asarray(w), around(u), Begin(jnp.int32(1)), jnp.asarray(scale), jnp.asarray(bits))
     errors, codes = kernels.walk_group(*operands, shift=jnp.asarray(shift))
     expected_errors, expected = walked(w, u, scale, bits, shift)
     same = (np.asarray(codes) == expected).all(axis=0)
@@ -118,8 +119,8 @@ def test_a_group_of_fewer_rows_than_its_operands(kernels: Kernels) -> None:
     """The first rows are walked as they would be alone, the others come back as zeros, whatever they held."""
     bits, w, u = widths(COLUMNS), weights(64, COLUMNS, 5), upper_factor(64, 5)
     scale = jnp.asarray(np.abs(w).max(axis=0) / np.exp2(bits - 1))
-    whole = kernels.walk_group(jnp.asarray(w), around(u), jnp.int32(1), scale, jnp.asarray(bits), jnp.int32(32))
-    alone = kernels.walk_group(jnp.asarray(w[:32]), around(u), jnp.int32(1), scale, jnp.asarray(bits))
+    whole = kernels.walk_group(jnp.asarray(w), around(u), Begin(jnp.int32(1)), scale, jnp.asarray(bits), jnp.int32(32))
+    alone = kernels.walk_group(jnp.asarray(w[:32]), around(u), Begin(jnp.int32(1)), scale, jnp.asarray(bits))
     for ours, expected in zip(whole, alone, strict=True):
         assert np.array_equal(ours[:32], expected)
         assert not np.asarray(ours[32:]).any()
@@ -216,8 +217,13 @@ def test_gptq_of_a_matrix(kernels: Kernels, search: ScaleSearch) -> None:
 
 
 def lowered(f: Callable[..., Any], *shapes: Any) -> str:
-    """The module for CUDA, lowered without a device."""
-    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    """The module for CUDA, lowered without a device; only the steps of a `Begin` are traced."""
+
+    def run(*operands: Any) -> Any:
+        return f(*(Begin(x) if isinstance(shape, Begin) else x for x, shape in zip(operands, shapes, strict=True)))
+
+    traced = (shape.steps if isinstance(shape, Begin) else shape for shape in shapes)
+    return jax.jit(run).trace(*traced).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -227,10 +233,10 @@ def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 ONE = shape(dtype=jnp.int32)
 
 LOWERED = {
-    "walk_group shifted": (shape(128, 261), shape(256, 256), ONE, shape(261), shape(261), ONE, shape(128, 261)),
-    "walk_group": (shape(128, 261), shape(256, 256), ONE, shape(261), shape(261), ONE),
+    "walk_group shifted": (shape(128, 261), shape(256, 256), Begin(ONE), shape(261), shape(261), ONE, shape(128, 261)),
+    "walk_group": (shape(128, 261), shape(256, 256), Begin(ONE), shape(261), shape(261), ONE),
     "scale_losses": (shape(128, 261), shape(97, 1), shape(), None, ONE),
-    "index_losses": (shape(128, 261), shape(261), shape(1), shape(261), shape(256), ONE, ONE),
+    "index_losses": (shape(128, 261), shape(261), shape(1), shape(261), shape(256), Begin(ONE), ONE),
     "pack_tiles": (shape(64, 261, dtype=jnp.uint8), shape(2, dtype=jnp.int32)),
 }
 """Operands of every kernel, the number of rows traced."""
