@@ -61,15 +61,25 @@ class PassRows:
         """At most so many rows of the quantization's source that no other pass takes; none where it holds no more."""
         seen = self.build(measure=False)
         taken = [seen, *([] if self._config.measurement else [self.build(measure=True)])]
-        asked = self._config.calibration(measure=False)
-        try:
-            more = self._rows(replace(asked, rows=len(seen.input_ids) + count))
-        except CalibrationError:  # a file that holds fewer
-            more = self._rows(replace(asked, rows=None))
+        more = self._at_most(len(seen.input_ids), count)
         known = {row[:IDENTITY].tobytes() for rows in taken for row in rows.input_ids}
         rows = TokenRows.of(more)
         fresh = [row[:IDENTITY].tobytes() not in known and row.min() >= 0 for row in more.input_ids]
         return TokenRows(*(values[np.asarray(fresh)][:count] for values in rows))
+
+    def _at_most(self, least: int, more: int) -> CalibrationRows:
+        """At most `least + more` rows of the quantization's source, which holds `least`; how many it holds is searched
+        for, since a source only says that it has too few.
+        """  # noqa: D205
+        asked, found = self._config.calibration(measure=False), self.build(measure=False)
+        low, high, tried = 0, more + 1, more
+        while high - low > 1:
+            try:
+                found, low = self._rows(replace(asked, rows=least + tried)), tried
+            except CalibrationError:
+                high = tried
+            tried = (low + high) // 2
+        return found
 
     def write(self, *, measure: bool) -> CalibrationRows:
         """Write the rows of a pass to `cal_data.safetensors`; those of the measurement also under their own name."""

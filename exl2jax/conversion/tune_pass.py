@@ -4,6 +4,7 @@ What it changes goes to one file of tensors, which compilation takes in place of
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from exl2jax.conversion.checkpoint import FileCheckpoint
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.scans import TokenRows, embedded, placed_rows
 from exl2jax.models import LinearSpec, ModuleSpec, head_norm_spec, head_spec
-from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, read_groups, unpack_linear
+from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, read_groups, unpack_together
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.quantize.changes import groups_of_rows
 from exl2jax.quantize.end_to_end import PIECE, Passage, QuantizedModel, StoredModule, TuningState
@@ -110,7 +111,8 @@ def _form(like: TuningState) -> Form[TuningState]:
         return jax.tree.unflatten(structure, [kept[name][0] for name in sorted(kept)])
 
     def keep(state: TuningState) -> HostCarry:
-        return {f"{i:06}": np.asarray(leaf)[None] for i, leaf in enumerate(jax.tree.leaves(state))}
+        leaves = jax.tree.leaves(jax.device_get(state))
+        return {f"{i:06}": np.asarray(leaf)[None] for i, leaf in enumerate(leaves)}
 
     return Form(place, keep, lambda state: state)
 
@@ -142,34 +144,37 @@ def _texts(context: Context, pieces: TokenRows) -> tuple[list[Passage], list[Pas
 def _model(context: Context) -> QuantizedModel:
     """The quantized model in the work directory; its weights stay in memory where they fit."""
     head, norm = head_spec(context.model.config), head_norm_spec(context.model.config)
-    full = context.model.head_params()
+    full, kernels = context.model.head_params(), _kernels({head.name: _packed(context, head)}, (head,))
     all_fit = kept_weights(context) == 2 * sum(spec.weights for spec in context.specs)
-    kept: dict[str, StoredModule] = {}
+    kept, whole = dict[str, StoredModule](), set[str]()
 
     def load(spec: ModuleSpec) -> StoredModule:
         if spec.key not in kept:
             if not all_fit:
                 kept.clear()  # the last module only
-            kept[spec.key] = _stored(context, spec)
+            kept[spec.key] = _stored(context, spec, again=spec.key in whole)
+            whole.add(spec.key)
         return kept[spec.key]
 
     return QuantizedModel(
         decoder=context.decoder,
         specs=context.specs,
         load=load,
-        head={**full, "lm_head": {**full["lm_head"], "kernel": _kernel(_packed(context, head), head)}},
+        head={**full, "lm_head": {**full["lm_head"], "kernel": kernels[head.name]}},
         full_head=full,
         head_norm=norm,
     )
 
 
-def _stored(context: Context, spec: ModuleSpec) -> StoredModule:
-    """A module from the tensors that the quantization left, its kernels on the device."""
+def _stored(context: Context, spec: ModuleSpec, *, again: bool) -> StoredModule:
+    """A module from the tensors that the quantization left, its kernels on the device; `again`: not the first time."""
     params = dict(context.model.plain_params(spec))
     maxima, of_row = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    linears = {x.name: _packed(context, x, again=again) for x in spec.linears}
+    kernels = _kernels(linears, spec.linears)
     for x in spec.linears:
-        packed = _packed(context, x)
-        params[x.name] = {"kernel": jax.device_put(_kernel(packed, x))}
+        packed = linears[x.name]
+        params[x.name] = {"kernel": kernels[x.name]}
         if packed.bias is not None:
             params[x.name]["bias"] = packed.bias[: x.columns].astype(np.float32)
         maxima[x.name] = np.zeros(x.rows // ROW_MULTIPLE, np.float16)
@@ -178,11 +183,16 @@ def _stored(context: Context, spec: ModuleSpec) -> StoredModule:
     return StoredModule(params, maxima, of_row)
 
 
-def _packed(context: Context, spec: LinearSpec) -> PackedLinear:
-    tensors = read_checked_tensors(tensor_file(context.work.out_tensor, spec.key))[0]
+def _packed(context: Context, spec: LinearSpec, *, again: bool = False) -> PackedLinear:
+    tensors = read_checked_tensors(tensor_file(context.work.out_tensor, spec.key), again=again)[0]
     names = (*TENSOR_NAMES, "bias")
     return PackedLinear(**{name: tensors[f"{spec.key}.{name}"] for name in names if f"{spec.key}.{name}" in tensors})
 
 
-def _kernel(packed: PackedLinear, spec: LinearSpec) -> np.ndarray:
-    return unpack_linear(packed)[:, : spec.columns]
+def _kernels(linears: Mapping[str, PackedLinear], specs: Sequence[LinearSpec]) -> dict[str, jax.Array]:
+    """The dequantized kernels `[K, N]` float16 by name, on the device."""
+    found = unpack_together(linears)
+    for x in specs:
+        if x.columns != found[x.name].shape[1]:
+            found[x.name] = found[x.name][:, : x.columns]
+    return found

@@ -113,25 +113,23 @@ def head_gradients(decoder: Decoder, params: Any, states: np.ndarray, mask: np.n
     """Gradients `[R, T, D]` of the log likelihood of sampled labels at the final states, padding left out.
 
     Labels are drawn from the model's own distributions, tokens in chunks (`token_spans`), chunk `i` with the key
-    `fold_in(seed, i)`.
+    `fold_in(key(seed), i)`; of the seed the lower 32 bits count.
     """
     tokens, weights = states.reshape(-1, states.shape[-1]), full_mask(states.shape, mask).reshape(-1)
     spans = token_spans(len(tokens), params["lm_head"]["kernel"].shape[1])
-    out, key = (
-        Stream.empty(spans, tokens.shape[1:], resident=False),
-        np.asarray(jax.random.key_data(jax.random.key(seed))),
-    )
+    out = Stream.empty(spans, tokens.shape[1:], resident=False)
     streams = [Stream.of(x, spans, resident=False) for x in (tokens, weights)]
-    fold(partial(_head_gradient, decoder, on_all_devices(jax.device_put(params)), key), np.int32(0), streams, (out,))
+    head, low = on_all_devices(jax.device_put(params)), np.uint32(seed % 2**32)
+    fold(partial(_head_gradient, decoder, head, low), np.int32(0), streams, (out,))
     return out.array().reshape(states.shape)
 
 
 @partial(jax.jit, static_argnames="decoder")
 def _head_gradient(
-    decoder: Decoder, params: Any, key: jax.Array, index: jax.Array, h: jax.Array, mask: jax.Array
+    decoder: Decoder, params: Any, seed: jax.Array, index: jax.Array, h: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array]]:
-    """Gradients of chunk `index` of tokens, and the next index; `key` as data, which lies on any devices."""
-    own = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+    """Gradients of chunk `index` of tokens, and the next index."""
+    own = jax.random.fold_in(jax.random.key(seed), index)
 
     def likelihood(h: jax.Array) -> jax.Array:
         logits = decoder.logits(params, h[None])[0]

@@ -1,10 +1,10 @@
 """The five tensors of an EXL2 linear: packing codes and scales into words, and back (docs/format.md 1.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def pack_arrays(
         bits=groups.tile_bits,
     )
     invperm = jnp.argsort(perm).astype(jnp.int32)
-    again = reconstruct(packed).reshape(len(codes), -1)[invperm][:, :columns]
+    again = reconstruct(packed, invperm)[:, :columns]
     same = jnp.all(_bits(again) == _bits(weight))
     return PackedArrays(packed.words, scales, qscale_max, invperm, same)
 
@@ -197,11 +197,11 @@ class PackedTiles(NamedTuple):
     def of(
         cls, groups: Sequence[Group], q_weight: np.ndarray, q_scale: np.ndarray, q_scale_max: np.ndarray
     ) -> "PackedTiles":
-        """The tiles of a table's groups."""
+        """The tiles of a table's groups, still in host memory: a program takes them up as they are."""
         group, bits = groups_by_tile(groups)
         spare = 8 * len(group) - len(q_weight)
-        arrays = (np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
-        return cls(*map(jnp.asarray, arrays))
+        arrays: tuple[Any, ...] = (np.pad(q_weight, ((0, spare), (0, 0))), q_scale[group], q_scale_max[group], bits)
+        return cls(*arrays)
 
 
 def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
@@ -213,12 +213,23 @@ def unpack_tiles(tiles: PackedTiles) -> tuple[jax.Array, jax.Array]:
 
 def unpack_linear(packed: PackedLinear) -> np.ndarray:
     """Dequantized weights `[K, N padded]` float16 in original row order, exactly as the runtime reconstructs them."""
-    tiles = PackedTiles.of(read_groups(packed), packed.q_weight, packed.q_scale, packed.q_scale_max)
-    return np.asarray(reconstruct(tiles)).reshape(-1, packed.q_weight.shape[1])[packed.q_invperm]
+    return np.asarray(unpack_together({"": packed})[""])
+
+
+def unpack_together(linears: Mapping[str, PackedLinear]) -> dict[str, jax.Array]:
+    """`unpack_linear` of several linears by name, on the device and in one program."""
+    tiles = {name: PackedTiles.of(read_groups(x), x.q_weight, x.q_scale, x.q_scale_max) for name, x in linears.items()}
+    return _reconstructed(tiles, {name: x.q_invperm for name, x in linears.items()})
 
 
 @jax.jit
-def reconstruct(tiles: PackedTiles) -> jax.Array:
-    """Dequantized weights `[T, 32, N]` float16 in packed row order."""
+def _reconstructed(tiles: Mapping[str, PackedTiles], inv_perms: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {name: reconstruct(linear, inv_perms[name]) for name, linear in tiles.items()}
+
+
+@jax.jit
+def reconstruct(tiles: PackedTiles, inv_perm: jax.Array) -> jax.Array:
+    """Dequantized weights `[K, N]` float16 in original row order, row `i` being packed row `inv_perm[i]`."""
     codes, scale = unpack_tiles(tiles)
-    return dequantize(codes, scale[:, None], tiles.bits[:, None, None]).astype(jnp.float16)
+    weight = dequantize(codes, scale[:, None], tiles.bits[:, None, None]).astype(jnp.float16)
+    return weight.reshape(-1, codes.shape[-1])[inv_perm]

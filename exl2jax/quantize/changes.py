@@ -7,7 +7,6 @@ times a factor per row.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,18 +27,18 @@ class Changes(NamedTuple):
     weight and bias, of each linear's bias, in units of its root mean square.
     """  # noqa: D205
 
-    maxima: dict[str, jax.Array]
-    norms: dict[str, dict[str, jax.Array]]
-    biases: dict[str, jax.Array]
+    maxima: dict[str, Any]
+    norms: dict[str, dict[str, Any]]
+    biases: dict[str, Any]
 
 
 def no_changes(linears: tuple[LinearSpec, ...], norms: tuple[NormSpec, ...], params: Mapping[str, Any]) -> Changes:
     """The start of a tuning of some linears and norms, whose parameters are `params`."""
     tuned = [norm.name for norm in norms if norm.name != UNTUNED]
     return Changes(
-        {x.name: jnp.zeros(x.rows // ROW_MULTIPLE, jnp.float32) for x in linears},
-        {n: {part: jnp.zeros(np.shape(v), jnp.float32) for part, v in params[n].items()} for n in tuned},
-        {x.name: jnp.zeros(x.columns, jnp.float32) for x in linears if x.bias},
+        {x.name: np.zeros(x.rows // ROW_MULTIPLE, np.float32) for x in linears},
+        {n: {part: np.zeros(np.shape(v), np.float32) for part, v in params[n].items()} for n in tuned},
+        {x.name: np.zeros(x.columns, np.float32) for x in linears if x.bias},
     )
 
 

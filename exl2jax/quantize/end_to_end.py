@@ -98,7 +98,8 @@ class QuantizedModel:
         """The state before the first step."""
         values = {spec.key: no_changes(spec.linears, spec.norms, self.load(spec).params) for spec in self.specs}
         values[HEAD] = no_changes((), (self.head_norm,), self.head)
-        return TuningState(values, _adam(1).init(values), values, np.float32(np.inf), np.float32(np.inf))
+        moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_adam(1).init, values))
+        return TuningState(values, moments, values, np.float32(np.inf), np.float32(np.inf))
 
     def step(self, state: TuningState, piece: Passage, steps: int) -> tuple[TuningState, float]:
         """One of so many steps of Adam on a piece: the state after it, and the divergence before it."""
@@ -116,7 +117,7 @@ class QuantizedModel:
 
     def gradients(self, values: ModelChanges, piece: Passage) -> tuple[float, ModelChanges]:
         """The mean divergence over the tokens of a piece, and its gradients at the changes, unrounded."""
-        before, h = [], jnp.asarray(piece.states)
+        before, h = [], piece.states
         for spec in self.specs:
             module, stored = self.decoder.module(spec), self.load(spec)
             before.append(h)
@@ -132,19 +133,19 @@ class QuantizedModel:
 
     def divergence(self, values: ModelChanges, pieces: Sequence[Passage]) -> float:
         """The mean divergence over the tokens of all pieces, with the changes rounded as they will be stored."""
-        states = [jnp.asarray(piece.states) for piece in pieces]
+        values, states = jax.device_get(values), [piece.states for piece in pieces]
         for spec in self.specs:
             module, stored = self.decoder.module(spec), self.load(spec)
             params, ratios = as_stored(stored, spec.norms, values[spec.key])
             states = [_forward(ratios, params, stored.of_row, h, module=module) for h in states]
         head = {**self.head, **stored_norms(self.head, (self.head_norm,), values[HEAD])}
         parts = zip(states, pieces, strict=True)
-        sums = [_divergence(head, self.full_head, h, piece, decoder=self.decoder) for h, piece in parts]
-        return float(sum(sums)) / max(float(sum(piece.mask.sum() for piece in pieces)), 1.0)
+        sums = jax.device_get([_divergence(head, self.full_head, h, x, decoder=self.decoder) for h, x in parts])
+        return float(np.sum(sums)) / max(float(sum(piece.mask.sum() for piece in pieces)), 1.0)
 
     def tensors(self, values: ModelChanges) -> dict[str, np.ndarray]:
         """The changed tensors as they are stored, by name."""
-        out: dict[str, np.ndarray] = {}
+        values, out = jax.device_get(values), dict[str, np.ndarray]()
         for spec in self.specs:
             changes, stored = values[spec.key], self.load(spec)
             for x in spec.linears:
@@ -160,7 +161,10 @@ class QuantizedModel:
 
 
 def as_stored(stored: StoredModule, norms: tuple[NormSpec, ...], values: Changes) -> tuple[dict[str, Any], Changes]:
-    """A module's parameters with norms and biases rounded to half, and what its maxima really change by."""
+    """A module's parameters with norms and biases rounded to half, and what its maxima really change by.
+
+    The other changes come back as none, so that what is judged runs as one program with what is tuned.
+    """
     ratios = {}
     for name, delta in values.maxima.items():
         old, new = stored.maxima[name], stored_maxima(stored.maxima[name], np.asarray(delta))
@@ -168,7 +172,8 @@ def as_stored(stored: StoredModule, norms: tuple[NormSpec, ...], values: Changes
     params = {**stored.params, **stored_norms(stored.params, norms, values)}
     for name, bias in stored_biases(stored.params, values).items():
         params[name] = {**params[name], "bias": bias}
-    return params, Changes(ratios, {}, {})
+    none = jax.tree.map(np.zeros_like, values)
+    return params, none._replace(maxima=ratios)
 
 
 def _norm_tensors(norms: tuple[NormSpec, ...], params: Mapping[str, Any], values: Changes) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def quantize_head(
         rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=quantizer.search)
         return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, places, states, reference if strength else None)
-    factor, target = quantizer.factorize(terms.hessian), jnp.asarray(kernel)
+    factor, target = quantizer.factorize(terms.hessian), kernel
     if terms.cross is not None:
         (target,) = corrected_targets((target,), factor, terms, Strengths(strength, 0.0))
     done = quantize(target, factor, qparams, spec, quantizer, kernel)

@@ -23,6 +23,7 @@ from exl2jax.ops import (
     QuantizedLinear,
     WalkOptions,
     gptq_arrays,
+    gptq_tile_losses,
     group_table,
     pack_arrays,
 )
@@ -32,7 +33,7 @@ from exl2jax.ops.groups import GroupTable
 from exl2jax.ops.kernels import PackTiles
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pallas import kernels_for
-from exl2jax.qparams import ROW_MULTIPLE, QParams, require_quantizable_rows
+from exl2jax.qparams import ROW_MULTIPLE, Group, QParams, require_quantizable_rows
 from exl2jax.stream.devices import local_devices
 from exl2jax.stream.streams import read
 from exl2jax.variants import STOCK, Quantizer
@@ -113,7 +114,9 @@ def price(
 ) -> Priced:
     """Price a linear's error under each of several settings, by tile of 32 permuted rows."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
-    losses = quantizer.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels_for())
+    if quantizer.walks:
+        return _priced(kernel, factor, column_weight, cuts=cuts, options=WalkOptions(quantizer.search, kernels_for()))
+    losses = quantizer.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight))
     return Priced(losses, _price_checks(kernel, factor, losses))
 
 
@@ -153,6 +156,20 @@ def _checked(
     packed = pack_arrays(found.codes, found.qs, found.qscale_max, factor.perm, found.weight, table, pack=pack)
     finite = jnp.all(jnp.isfinite(found.weight))
     return packed, _record(kernel, factor, finite, _lost(source, factor, found, table), packed.same)
+
+
+@partial(jax.jit, static_argnames=("cuts", "options"))
+def _priced(
+    kernel: jax.Array,
+    factor: HessianFactor,
+    column_weight: jax.Array,
+    *,
+    cuts: tuple[tuple[Group, ...], ...],
+    options: WalkOptions,
+) -> Priced:
+    """Everything of `price`, as one program for a shape of matrix."""
+    losses = gptq_tile_losses(kernel, factor, cuts, column_weight, options.kernels, options.search)
+    return Priced(losses, _price_checks(kernel, factor, losses))
 
 
 @jax.jit

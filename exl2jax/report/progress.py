@@ -17,6 +17,9 @@ from rich.progress import (
 from exl2jax.report.clock import clock
 from exl2jax.stream.progress import Progress as ProgressReceiver
 
+QUANTIZING = ("trace", "outputs", "quantize", "tune")
+"""Stages that stock's status lines count as quantizing; what comes before them measures."""
+
 
 class BarProgress:
     """A live bar per stage, with the time left."""
@@ -66,7 +69,7 @@ class LineProgress:
         """Begin a stage."""
         self._stage, self._total, self._done, self._first = stage, total, done, done
         self._begun = time.monotonic()
-        self._say(f"{stage}: {total} modules" + (f", resuming after {done}" if done else ""))
+        self._say(f"{stage}: {total} steps" + (f", resuming after {done}" if done else ""))
 
     def step(self, message: str) -> None:
         """Report a step."""
@@ -108,7 +111,7 @@ class StatusProgress:
         self._inner.finish()
 
     def _status(self) -> None:
-        stage = "Quantizing" if self._stage.endswith("quantize") else "Measuring"
+        stage = "Quantizing" if self._stage.endswith(QUANTIZING) else "Measuring"
         record = {"stage": stage, "completion": round(self._done / self._total, 4)}
         self._console.print(f"[STATUS]{json.dumps(record)}[/STATUS]", highlight=False, markup=False, soft_wrap=True)
 

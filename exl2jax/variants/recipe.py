@@ -256,7 +256,7 @@ class Recipe:
 
 _FISHER = Recipe(name="fisher", pricing="fisher", weigh_tokens=True, variants=(choose("scales", "columns"),))
 
-_BEST = replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5)
+_BEST = replace(_FISHER, name="best", propagation=0.5, residual=0.5, weigh_hessians=0.5, tuned_steps=20)
 
 PRESETS = {
     recipe.name: recipe

@@ -184,7 +184,7 @@ def counted(config: ConversionConfig, *, calls: bool) -> dict[str, Any]:
     """Run a conversion: what was counted in every module, names of the programs, seconds on the wall and of cores."""
     meter = Meter()
     begun, used = time.perf_counter(), time.process_time()
-    with compiling(meter), traffic(meter) if calls else ExitStack():
+    with traffic(meter) if calls else ExitStack(), compiling(meter):
         convert(config, RunControl(progress=meter))
     meter.finish()
     return {

@@ -3,11 +3,12 @@
 
     python -m scripts.peers.frontier                               all formats; what is done is not done again
     python -m scripts.peers.frontier --only Q3_K_M hqq-3-64        some formats
-    python -m scripts.peers.frontier --ours 'best 3.0=build/exl2'  with finished EXL2 directories of ours or stock's
+    python -m scripts.peers.frontier --ours 'best 3.0=build/exl2'  beside these EXL2 directories, ours or stock's
 
-The demo model is quantized by other formats, each result is dequantized to a plain directory in float16, and all are
-judged alike: KL divergence from the source, perplexity and agreement on the held-out rows. A format that does not run
-here stands in the table with the reason. The scripts beside this one run in `.venv-peers`; this one in `.venv`.
+EXL2 is what `make quality` kept of the presets, unless directories are named. The demo model is quantized by other
+formats, each result is dequantized to a plain directory in float16, and all are judged alike: KL divergence from the
+source, perplexity and agreement on the held-out rows. A format that does not run here stands in the table with the
+reason. The scripts beside this one run in `.venv-peers`; this one in `.venv`.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from scripts.peers.formats import FORMATS, Format
 from scripts.peers.layout import bits_per_weight, decoder_bytes, decoder_weights, heads_of, weight_bytes
 from scripts.peers.table import plot, table
 from scripts.studies.judge import Judge, halves
+from scripts.studies.quality import ROWS, TARGETS, study
 
 PYTHON = Path(".venv-peers/bin/python")
 
@@ -119,6 +121,12 @@ class Frontier:
         return lines[-1] if lines else f"exit code {run.returncode}", shared
 
 
+def of_study(folder: Path) -> list[str]:
+    """The EXL2 directories that the quality study kept of the presets, each with its label."""
+    kept = (folder / f"exl2-{t.key}" for t in study([], TARGETS, ROWS, subsets=1) if t.rows == ROWS)
+    return [f"{' '.join(path.name.split('-')[1:3])}={path}" for path in kept if path.exists()]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     golden = Path("../shared/data/golden")
@@ -131,7 +139,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=115, help="calibration rows")
     parser.add_argument("--only", nargs="*", default=[], choices=keys, help="formats to run")
     parser.add_argument("--known", action="store_true", help="run nothing: the table of what ran before")
-    parser.add_argument("--ours", nargs="*", default=[], metavar="[LABEL=]DIR", help="finished EXL2 directories")
+    parser.add_argument(
+        "--ours", nargs="*", default=of_study(Path("build/quality")), metavar="[LABEL=]DIR", help="EXL2 directories"
+    )
     parser.add_argument("--plot", type=Path, help="where to draw the plot; build/peers/frontier.png unless named")
     return parser.parse_args(arguments)
 

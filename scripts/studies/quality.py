@@ -3,14 +3,15 @@
 
     python -m scripts.studies.quality                    the whole study; trials that are done already are not run again
     python -m scripts.studies.quality --only stock best  some variants
-    python -m scripts.studies.quality --only rotation    one of the dear variants that the whole study leaves out
-    python -m scripts.studies.quality --rows 115         as many calibration rows as a real conversion takes
-    python -m scripts.studies.quality --development      judged on calibration rows that no trial saw, to choose by
-    python -m scripts.studies.quality --only max --more standard:../shared/data/standard_cal    tuned on these texts
+    python -m scripts.studies.quality --only rotation    one of the variants that the whole study leaves out
+    python -m scripts.studies.quality --rows 24 --development --only ...    judged on calibration rows that no trial saw
+
+The whole study has the presets at every target with the calibration rows of a real conversion, and what each part of
+`best` is worth, with fewer rows and without the tuning that each would get alike.
 
 Every trial is a conversion with a recipe, a target and calibration rows, judged by the KL divergence of the full
 precision model's next-token distributions from the quantized model's, per domain of the held-out rows. Prints the
-table of docs/quality.md and draws its plot. "KL used" is the divergence on rows that the conversion quantized on: the
+tables of docs/quality.md and draws its plot. "KL used" is the divergence on rows that the conversion quantized on: the
 less it is than that on held-out rows, the more was fitted to these rows alone. CPU seconds and peak memory are of the
 measurement, which conversions of a kind share, and of the conversion.
 """
@@ -39,7 +40,8 @@ from exl2jax.variants.recipe import PRESETS, Recipe
 from scripts.studies.judge import Judge, halves
 
 BEST, STOCK = PRESETS["best"], PRESETS["stock"]
-PLAIN = replace(BEST, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
+UNTUNED = replace(BEST, name="untuned best", tuned_steps=0)
+PLAIN = replace(UNTUNED, name="fisher", propagation=0.0, residual=0.0, weigh_hessians=1.0)
 TRANSFORMS, DIVERGENCES = ("rotation", "equalize"), ("scaled by divergence", "no gradients")
 METHODS = {
     "coordinate descent": choose("rounding", "descent"),
@@ -55,31 +57,43 @@ METHODS = {
 VARIANTS: dict[str, Recipe] = {
     "stock": STOCK,
     "stock + propagation": replace(STOCK, propagation=BEST.propagation),
-    "fisher": PLAIN,
-    "best": BEST,
     "fast": PRESETS["fast"],
-    "one multiplier": BEST.over([choose("scales", "stock")]),
-    "all tokens alike": replace(BEST, weigh_tokens=False, weigh_hessians=0.0),
-    "plain Hessians": replace(BEST, weigh_hessians=0.0),
-    "Hessians in full": replace(BEST, weigh_hessians=1.0),
-    "fisher, plain Hessians": replace(PLAIN, weigh_hessians=0.0),
-    "strength 1": replace(BEST, propagation=1.0, residual=1.0),
-    "without residual": replace(BEST, residual=0.0),
-    "scaled by divergence": replace(BEST, divergence_rows=2),
-    "no gradients": replace(BEST, pricing="divergence", divergence_rows=2),
-    "16 fisher rows": replace(BEST, fisher_rows=16),
+    "best": BEST,
     "max": PRESETS["max"],
+    "untuned best": UNTUNED,
     "untuned max": replace(PRESETS["max"], tuned_steps=0),
+    "fisher": PLAIN,
+    "without residual": replace(UNTUNED, residual=0.0),
+    "all tokens alike": replace(UNTUNED, weigh_tokens=False, weigh_hessians=0.0),
+    "one multiplier": UNTUNED.over([choose("scales", "stock")]),
+    "plain Hessians": replace(UNTUNED, weigh_hessians=0.0),
+    "Hessians in full": replace(UNTUNED, weigh_hessians=1.0),
+    "fisher, plain Hessians": replace(PLAIN, weigh_hessians=0.0),
+    "strength 1": replace(UNTUNED, propagation=1.0, residual=1.0),
+    "scaled by divergence": replace(UNTUNED, divergence_rows=2),
+    "no gradients": replace(UNTUNED, pricing="divergence", divergence_rows=2),
+    "16 fisher rows": replace(UNTUNED, fisher_rows=16),
     "24 output rows": replace(PRESETS["max"], output_rows=24, tuned_steps=0),
-    **{name: replace(BEST.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
-    **{name: replace(BEST.over([choice]), name=name) for name, choice in METHODS.items()},
+    **{name: replace(UNTUNED.over([choose("transform", name)]), name=name) for name in TRANSFORMS},
+    **{name: replace(UNTUNED.over([choice]), name=name) for name, choice in METHODS.items()},
 }
-LEFT_OUT = (*DIVERGENCES, *TRANSFORMS, *METHODS)
-"""Variants that run only when they are named: their measurements or walks take minutes."""
-EVERY_TARGET = ("stock", "fisher", "best")
-TARGETS = (2.5, 3.0, 4.0)
-SUBSETS = 3
-"""Calibration subsets of the noise floor, for `best` at three bits."""
+"""Those that are not in the whole study run when they are named."""
+EVERY_TARGET = ("stock", "best", "max")
+TARGETS, ROWS = (2.5, 3.0, 4.0), 115
+PARTS = (
+    "best",
+    "untuned best",
+    "untuned max",
+    "without residual",
+    "fisher",
+    "all tokens alike",
+    "one multiplier",
+    "fast",
+    "stock",
+    "stock + propagation",
+)
+PART_BITS, PART_ROWS, SUBSETS = 3.0, 24, 3
+"""Target and calibration rows of the parts, and on how many calibration subsets `untuned best` shows the noise."""
 MORE = 40
 """Rows of other text beyond those of a conversion, of which a tuning of the whole model takes what it needs."""
 USED = 8
@@ -90,27 +104,27 @@ DEVELOPMENT = {"web": (range(10), 5), "code": (range(58, 73), 5), "encyclopedia"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One conversion to judge; `subset` names the calibration rows."""
+    """One conversion to judge; `rows` and `subset` name the calibration rows."""
 
     variant: str
     bits: float
+    rows: int = ROWS
     subset: int = 0
 
     @property
     def key(self) -> str:
         """Name of its result file."""
-        return f"{self.variant}-{self.bits:g}-{self.subset}".replace(" ", "_")
+        return f"{self.variant}-{self.bits:g}-{self.rows}-{self.subset}".replace(" ", "_")
 
 
-def study(only: Sequence[str], targets: Sequence[float], subsets: int) -> Iterator[Trial]:
-    """The trials of the study, the most informative first: the main variants, or those named, at every target."""
+def study(only: Sequence[str], targets: Sequence[float], rows: int, subsets: int) -> Iterator[Trial]:
+    """The trials: the presets, or the variants that are named, at every target; in the whole study the parts too."""
     for bits in targets:
-        yield from (Trial(variant=variant, bits=bits) for variant in only or EVERY_TARGET)
+        yield from (Trial(variant=variant, bits=bits, rows=rows) for variant in only or EVERY_TARGET)
     if not only:
-        others = (variant for variant in VARIANTS if variant not in (*EVERY_TARGET, *LEFT_OUT))
-        yield from (Trial(variant=variant, bits=3.0) for variant in others)
-    if not only or "best" in only:
-        yield from (Trial(variant="best", bits=3.0, subset=s) for s in range(1, subsets))
+        yield from (Trial(variant=variant, bits=PART_BITS, rows=PART_ROWS) for variant in PARTS)
+        others = range(1, subsets)
+        yield from (Trial(variant="untuned best", bits=PART_BITS, rows=PART_ROWS, subset=s) for s in others)
 
 
 class Study:
@@ -124,11 +138,11 @@ class Study:
         self.keep: bool = arguments.keep
         self.calibration: str = arguments.calibration
         self.measuring: str = arguments.measuring
-        self.more: str | None = arguments.more
+        self.more: str = arguments.more
         self.out.mkdir(parents=True, exist_ok=True)
         ids, domains = self._development() if arguments.development else halves(arguments.heldout)
         self.judge = Judge(self.model, ids, domains)
-        self._judges: dict[int, Judge] = {}
+        self._judges: dict[str, Judge] = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """The result of a trial, from its file where it was run before."""
@@ -146,7 +160,7 @@ class Study:
             "predicted": (result.allocation or {})["objective"],
             "costs": [*self._measuring_cost(config.measurement), asdict(cost)],
             "domains": self.judge.domains_of(work / "exl2"),
-            "used": self._used(trial.subset).domains_of(work / "exl2")["used"],
+            "used": self._used(trial).domains_of(work / "exl2")["used"],
         }
         if self.keep:
             (work / "exl2").rename(self.out / f"exl2-{trial.key}")
@@ -157,7 +171,7 @@ class Study:
     def _development(self) -> tuple[np.ndarray, dict[str, slice]]:
         """Calibration rows that neither a measurement nor a conversion sees, and the slice of each domain."""
         ids = load_file(self.calibration)["input_ids"]
-        seen = [load_file(path)["input_ids"] for path in (self.measuring, self._calibration_rows(0))]
+        seen = [load_file(path)["input_ids"] for path in (self.measuring, self._calibration_rows(self.rows, 0))]
         known = {row.tobytes() for rows in seen for row in rows.astype(ids.dtype)}
         picked, domains = list[int](), dict[str, slice]()
         for name, (rows, most) in DEVELOPMENT.items():
@@ -168,13 +182,14 @@ class Study:
             picked += fresh
         return ids[np.asarray(picked)].astype(np.int32), domains
 
-    def _used(self, subset: int) -> Judge:
-        """The judge on some of the rows that the trials of a subset quantize on."""
-        if subset not in self._judges:
-            ids = load_file(self._calibration_rows(subset))["input_ids"].astype(np.int32)
+    def _used(self, trial: Trial) -> Judge:
+        """The judge on some of the rows that a trial quantizes on."""
+        path = self._calibration_rows(trial.rows, trial.subset)
+        if path not in self._judges:
+            ids = _rows_of(path)
             picked = np.unique(np.linspace(0, len(ids) - 1, USED).round().astype(int))
-            self._judges[subset] = Judge(self.model, ids[picked], {"used": slice(None)})
-        return self._judges[subset]
+            self._judges[path] = Judge(self.model, ids[picked], {"used": slice(None)})
+        return self._judges[path]
 
     def _config(self, trial: Trial, work: Path) -> ConversionConfig:
         recipe = VARIANTS[trial.variant]
@@ -185,7 +200,7 @@ class Study:
             bits=trial.bits,
             preset=recipe,
             measurement=self.measurement(recipe),
-            **self._text(recipe, trial.subset),
+            **self._text(recipe, trial.rows, trial.subset),
         )
 
     def measurement(self, recipe: Recipe) -> Path:
@@ -217,20 +232,20 @@ class Study:
         path = None if measurement is None else _cost_file(measurement)
         return [json.loads(path.read_text())] if path is not None and path.exists() else []
 
-    def _calibration_rows(self, subset: int) -> str:
+    def _calibration_rows(self, rows: int, subset: int) -> str:
         """A file of every `SUBSETS`-th row of the calibration set, or of as many rows from its front as asked."""
-        path = self.out / f"rows-{self.rows}-{subset}.safetensors"
+        path = self.out / f"rows-{rows}-{subset}.safetensors"
         if not path.exists():
             ids = load_file(self.calibration)["input_ids"]
             # Rows lie by domain: a stride keeps the composition.
-            picked = np.unique(np.linspace(subset, len(ids) - SUBSETS + subset, self.rows).round().astype(int))
-            save_file({"input_ids": ids[picked] if self.rows < len(ids) else ids}, path)
+            picked = np.unique(np.linspace(subset, len(ids) - SUBSETS + subset, rows).round().astype(int))
+            save_file({"input_ids": ids[picked] if rows < len(ids) else ids}, path)
         return str(path)
 
-    def _text(self, recipe: Recipe, subset: int) -> dict[str, Any]:
+    def _text(self, recipe: Recipe, rows: int, subset: int) -> dict[str, Any]:
         """The rows of a trial; where the recipe tunes the whole model, rows of other text come after them."""
-        path = Path(self._calibration_rows(subset))
-        if self.more is None or not recipe.tuned_steps:
+        path = Path(self._calibration_rows(rows, subset))
+        if not self.more or not recipe.tuned_steps:
             return {"cal_dataset": str(path)}
         ids, longer = _rows_of(path), path.with_stem(f"{path.stem}-more")
         if not longer.exists():
@@ -278,7 +293,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             points = sorted(
                 (r["bpw"], r["domains"][domain]["kl"], r["domains"][domain]["kl_error"])
                 for r in records
-                if r["variant"] == variant and not r["subset"]
+                if r["variant"] == variant and r["rows"] == records[0]["rows"]
             )
             if points:
                 bpw, kl, error = zip(*points, strict=True)
@@ -310,14 +325,18 @@ def main() -> int:
     parser.add_argument(
         "--heldout", default=str(golden / "heldout_public_512.safetensors"), help="web rows, then as many of code"
     )
-    parser.add_argument("--more", help="source of other text, for variants that tune the whole model")
+    parser.add_argument(
+        "--more",
+        default=f"standard:{golden.parent / 'standard_cal'}",
+        help="text to tune the whole model on; '' for none",
+    )
     parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
-    parser.add_argument("--rows", type=int, default=24, help="calibration rows")
+    parser.add_argument("--rows", type=int, default=ROWS, help="calibration rows, but for those of the parts")
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
     parser.add_argument(
-        "--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the main variants, or of those named"
+        "--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the presets, or of the variants named"
     )
-    parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of `best` at three bits")
+    parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of the noise floor")
     parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
     arguments = parser.parse_args()
@@ -325,10 +344,11 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", str(arguments.out / "xla"))
     found = Study(arguments)
     records = []
-    for trial in study(arguments.only, arguments.bits, arguments.subsets):
+    for trial in study(arguments.only, arguments.bits, arguments.rows, arguments.subsets):
         records.append(found.run(trial))
         print(table(records[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table(records))
+    for rows in dict.fromkeys(record["rows"] for record in records):
+        print(f"\n{rows} calibration rows\n\n{table([record for record in records if record['rows'] == rows])}")
     if arguments.plot:
         plot(records, arguments.plot)
     return 0

@@ -133,10 +133,17 @@ def test_a_format_without_its_software_is_named(study: frontier.Frontier, monkey
 
 
 def test_the_table_of_what_ran_names_the_rest(study: frontier.Frontier, capsys: pytest.CaptureFixture[str]) -> None:
-    assert frontier.main(["--known", "--model", str(study.model), "--out", str(study.out)]) == 0
+    assert frontier.main(["--known", "--model", str(study.model), "--out", str(study.out), "--ours"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(FORMATS) and all("not run" in line for line in lines[2:])
     assert any("many for a processor" in line for line in lines)
+
+
+def test_the_study_of_quality_leaves_directories_to_compare(tmp_path: Path) -> None:
+    for name in ("exl2-max-2.5-115-0", "exl2-best-3-115-0", "exl2-best-3-24-0", "exl2-fast-3-115-0"):
+        (tmp_path / name).mkdir()
+    kept = [f"max 2.5={tmp_path}/exl2-max-2.5-115-0", f"best 3={tmp_path}/exl2-best-3-115-0"]
+    assert frontier.of_study(tmp_path) == kept
 
 
 def test_importance_is_the_mean_square_of_the_inputs(study: frontier.Frontier, tmp_path: Path) -> None:

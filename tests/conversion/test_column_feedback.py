@@ -112,7 +112,7 @@ def test_rows_too_short_for_an_ordinary_token_feed_nothing(base: ConversionConfi
 def test_another_rounding_goes_without() -> None:
     recipe = find_recipe("max")
     assert recipe == find_recipe("best").over((), name="max", output_rows=8, tuned_steps=60)
-    assert find_recipe("best").quantizing_passes == ("quantize",)
+    assert find_recipe("best").quantizing_passes == ("quantize", "tune")
     assert recipe.output_rows == 8 and recipe.quantizing_passes == ("trace", "outputs", "quantize", "tune")
     descent = recipe.with_choices({"rounding": "descent"})
     assert descent.output_rows == 0 and descent.quantizing_passes == ("quantize", "tune")

@@ -202,8 +202,23 @@ def test_rows_that_another_pass_takes_are_left_out(base: ConversionConfig, tmp_p
     assert len(run.rows.unseen(10**6).input_ids) == len(ids) - ROWS
 
 
+def test_a_short_text_gives_the_rows_that_it_has(base: ConversionConfig, tmp_path: Path) -> None:
+    """Fewer than are asked for, and fewer than the default number of rows."""
+    from exl2jax.conversion.convert import _Conversion
+
+    words = np.random.default_rng(4).integers(0, 10**4, 400)
+    (tmp_path / "short.txt").write_text(" ".join(map(str, words)))
+    config = under(base, tmp_path, cal_dataset=str(tmp_path / "short.txt"), length=LENGTH, measurement_length=LENGTH)
+    run = _Conversion(Context.open(config, RunControl()))
+    seen, most = run.rows.build(measure=False).input_ids, run.rows.unseen(10**6).input_ids
+    held = len(run.context.tokenizer.encode((tmp_path / "short.txt").read_text())) // LENGTH
+    assert ROWS + 5 < held < 100 and len(most) == held - ROWS
+    assert np.array_equal(run.rows.unseen(5).input_ids, most[:5])
+    assert not {row.tobytes() for row in seen} & {row.tobytes() for row in most}
+
+
 def test_presets_and_numbers() -> None:
-    assert find_recipe("max").tuned_steps == 60 and find_recipe("best").tuned_steps == 0
+    assert find_recipe("max").tuned_steps == 60 and find_recipe("best").tuned_steps == 20
     assert find_recipe("max").quantizing_passes[-1] == "tune"
     assert tune_pass.rows_to_tune(60, 512) == 34 and tune_pass.rows_to_tune(60, 100) == 68
     with pytest.raises(SettingsError, match="tuned_steps is -1; it must be at least 0"):

@@ -23,7 +23,7 @@ def test_a_config_is_enough(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (key, rest) == ("device", [])
     assert found["device"] == "H100 SXM 80 GB" and found["fits"] and found["total"] > 0
     assert found["streams"] == 2 * 4 * 4 * 24 * 64
-    assert list(found["work"]) == ["forward", "backward", "price", "quantize"]
+    assert list(found["work"]) == ["forward", "backward", "price", "quantize", "tune"]
     assert main(["plan", str(model), "--device", "rtx4090"]) == 0
     said = capsys.readouterr().out
     assert "RTX 4090 24 GB: counted, not measured" in said and "at least" in said and "stay on the device" in said

@@ -48,7 +48,7 @@ def test_lines_tell_how_far_and_how_long(clock: Clock) -> None:
     shown.step("x")
     shown.finish()
     assert lines(out) == [
-        "measure: 60 modules",
+        "measure: 60 steps",
         "measure 1/60, 1:28:30 left: model.layers.0.self_attn: error 0.0418 to 0.0002 [not markup]",
         "measure 2/60, 58:00 left: x",
         "measure: done in 2:00",
@@ -61,7 +61,7 @@ def test_a_resumed_stage_counts_its_own_time_only(clock: Clock) -> None:
     shown.start("quantize", 10, 8)
     clock.now += 7
     shown.step("x")
-    assert lines(out) == ["quantize: 10 modules, resuming after 8", "quantize 9/10, 0:07 left: x"]
+    assert lines(out) == ["quantize: 10 steps, resuming after 8", "quantize 9/10, 0:07 left: x"]
 
 
 def test_status_lines_as_stock_prints_them() -> None:
@@ -71,12 +71,14 @@ def test_status_lines_as_stock_prints_them() -> None:
     shown.start("measure", 4, 1)
     shown.step("a")
     shown.finish()
-    shown.start("quantize", 2, 0)
+    for stage in ("price", "trace", "outputs", "quantize", "3.0 bpw: tune"):
+        shown.start(stage, 2, 0)
     found = [re.fullmatch(r"\[STATUS\](.*)\[/STATUS\]", line) for line in lines(out)]
     assert [json.loads(match[1]) for match in found if match] == [
         {"stage": "Measuring", "completion": 0.25},
         {"stage": "Measuring", "completion": 0.5},
-        {"stage": "Quantizing", "completion": 0.0},
+        {"stage": "Measuring", "completion": 0.0},
+        *[{"stage": "Quantizing", "completion": 0.0}] * 4,
     ]
     assert "measure 2/4" in lines(out)[2]
 
