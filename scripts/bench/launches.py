@@ -8,7 +8,7 @@ NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "co
 """Instructions that start nothing on the device."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?([a-z][a-z\-]*)\((?=[%)\w\s/])")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?([a-z][a-z\-]*)\((?=[%)\w\s/{-])")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 

@@ -65,6 +65,8 @@ PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
   %arg = (s32[], f32[8]{0}) parameter(0)
+  %c = f32[2]{0} constant({-1, 2}), metadata={op_name="jit(f)/jit(g)"}
+  %m = f32[] constant(-1), metadata={op_name="jit(f)/jit(g)"}
   %i = s32[] get-tuple-element(%arg), index=0
   %x = f32[8]{0} get-tuple-element(%arg), index=1
   %a = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
