@@ -163,6 +163,7 @@ def _model(context: Context) -> QuantizedModel:
         head={**full, "lm_head": {**full["lm_head"], "kernel": kernels[head.name]}},
         full_head=full,
         head_norm=norm,
+        bits=context.config.bits,
     )
 
 

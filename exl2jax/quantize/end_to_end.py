@@ -31,6 +31,8 @@ PIECE = 256
 """Tokens of a piece of text, of which a step takes one."""
 
 LEARNING_RATE = 3e-3
+"""The rate at three bits per weight. With every bit errors halve, and so does what making up for them takes."""
+
 WARM_UP = 4
 """Steps until the learning rate is reached, from which it falls by a cosine."""
 
@@ -84,7 +86,7 @@ class QuantizedModel:
     """A quantized model to tune.
 
     `load` reads a module as it is stored; `head` are the parameters of the quantized head, `full_head` those of the
-    full-precision one, `head_norm` is the spec of the norm in both.
+    full-precision one, `head_norm` is the spec of the norm in both. `bits` are those of a weight, on average.
     """
 
     decoder: Decoder
@@ -93,18 +95,21 @@ class QuantizedModel:
     head: Mapping[str, Any]
     full_head: Mapping[str, Any]
     head_norm: NormSpec
+    bits: float = 3.0
 
     def start(self) -> TuningState:
         """The state before the first step."""
         values = {spec.key: no_changes(spec.linears, spec.norms, self.load(spec).params) for spec in self.specs}
         values[HEAD] = no_changes((), (self.head_norm,), self.head)
-        moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_adam(1).init, values))
+        moments = jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_adam(1, LEARNING_RATE).init, values)
+        )
         return TuningState(values, moments, values, np.float32(np.inf), np.float32(np.inf))
 
     def step(self, state: TuningState, piece: Passage, steps: int) -> tuple[TuningState, float]:
         """One of so many steps of Adam on a piece: the state after it, and the divergence before it."""
         loss, gradients = self.gradients(state.values, piece)
-        values, moments = _adam_step(gradients, state.moments, state.values, steps=steps)
+        values, moments = _adam_step(gradients, state.moments, state.values, steps=steps, rate=learning_rate(self.bits))
         return state._replace(values=values, moments=moments), loss
 
     def judged(self, state: TuningState, pieces: Sequence[Passage]) -> tuple[TuningState, float]:
@@ -183,16 +188,21 @@ def _norm_tensors(norms: tuple[NormSpec, ...], params: Mapping[str, Any], values
     return {name: tensor for tensors in changed for name, tensor in tensors.items()}
 
 
-def _adam(steps: int) -> optax.GradientTransformation:
+def learning_rate(bits: float) -> float:
+    """The rate that a tuning at so many bits per weight reaches."""
+    return LEARNING_RATE * 2 ** (3 - bits)
+
+
+def _adam(steps: int, rate: float) -> optax.GradientTransformation:
     """Adam (arXiv:1412.6980) whose rate rises over `WARM_UP` steps and falls to nothing by a cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARM_UP, max(steps, WARM_UP + 1))
-    return optax.adam(rate, b2=SQUARES)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP, max(steps, WARM_UP + 1))
+    return optax.adam(schedule, b2=SQUARES)
 
 
-@partial(jax.jit, static_argnames="steps")
-def _adam_step(gradients: Any, moments: Any, values: Any, *, steps: int) -> tuple[Any, Any]:
+@partial(jax.jit, static_argnames=("steps", "rate"))
+def _adam_step(gradients: Any, moments: Any, values: Any, *, steps: int, rate: float) -> tuple[Any, Any]:
     with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in integers
-        updates, moments = _adam(steps).update(gradients, moments, values)
+        updates, moments = _adam(steps, rate).update(gradients, moments, values)
         return optax.apply_updates(values, updates), moments
 
 

@@ -22,7 +22,7 @@ from exl2jax.evaluation.logits import model_logits
 from exl2jax.exl2.verify.directory import verify
 from exl2jax.models import open_model
 from exl2jax.quantize.changes import Changes
-from exl2jax.quantize.end_to_end import HEAD, Passage, QuantizedModel
+from exl2jax.quantize.end_to_end import HEAD, Passage, QuantizedModel, learning_rate
 from exl2jax.report.tables import conversion_table
 from exl2jax.storage import read_checked_tensors
 from exl2jax.stream.progress import RunControl, StopFlag
@@ -218,6 +218,7 @@ def test_a_short_text_gives_the_rows_that_it_has(base: ConversionConfig, tmp_pat
 
 
 def test_presets_and_numbers() -> None:
+    assert learning_rate(3.0) == 2 * learning_rate(4.0) == learning_rate(2.0) / 2 == 3e-3
     assert find_recipe("max").tuned_steps == 60 and find_recipe("best").tuned_steps == 20
     assert find_recipe("max").quantizing_passes[-1] == "tune"
     assert tune_pass.rows_to_tune(60, 512) == 34 and tune_pass.rows_to_tune(60, 100) == 68
