@@ -69,7 +69,8 @@ def tune_pass(context: Context, rows: TokenRows) -> dict[str, Any]:
     """Write the tuned tensors to the work directory: the record of it, with the divergence on the judging pieces."""
     judges, train = _texts(context, _pieces(rows))
     steps, model = min(context.recipe.tuned_steps, len(train)), _model(context)
-    form = _form(model.start())
+    start = model.start()
+    form = _form(start)
 
     def step(state: TuningState, index: int) -> tuple[TuningState, str]:
         state, loss = model.step(state, train[index], steps)
@@ -81,7 +82,7 @@ def tune_pass(context: Context, rows: TokenRows) -> dict[str, Any]:
 
     state, _ = scan(
         step,
-        lambda: form.keep(model.judged(model.start(), judges)[0]),
+        lambda: form.keep(model.judged(start, judges)[0]),
         range(steps),
         form=form,
         load=int,

@@ -95,7 +95,7 @@ class QuantizedModel:
     head: Mapping[str, Any]
     full_head: Mapping[str, Any]
     head_norm: NormSpec
-    bits: float = 3.0
+    bits: float
 
     def start(self) -> TuningState:
         """The state before the first step."""

@@ -23,14 +23,13 @@ from exl2jax.ops import (
     QuantizedLinear,
     WalkOptions,
     gptq_arrays,
-    gptq_tile_losses,
     group_table,
     pack_arrays,
 )
 from exl2jax.ops.columns import ColumnFeedback
 from exl2jax.ops.gptq import QuantizedArrays
 from exl2jax.ops.groups import GroupTable
-from exl2jax.ops.kernels import PackTiles
+from exl2jax.ops.kernels import Kernels, PackTiles
 from exl2jax.ops.rounding import HALF_MAX
 from exl2jax.pallas import kernels_for
 from exl2jax.qparams import ROW_MULTIPLE, Group, QParams, require_quantizable_rows
@@ -114,10 +113,8 @@ def price(
 ) -> Priced:
     """Price a linear's error under each of several settings, by tile of 32 permuted rows."""
     cuts = tuple(setting.groups(spec.rows) for setting in settings)
-    if quantizer.walks:
-        return _priced(kernel, factor, column_weight, cuts=cuts, options=WalkOptions(quantizer.search, kernels_for()))
-    losses = quantizer.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight))
-    return Priced(losses, _price_checks(kernel, factor, losses))
+    run = _priced_at_once if quantizer.walks else _priced
+    return run(kernel, factor, column_weight, cuts=cuts, quantizer=quantizer, kernels=kernels_for())
 
 
 def repacked(linear: QuantizedLinear, factor: HessianFactor, kernel: np.ndarray | jax.Array) -> Quantized:
@@ -158,18 +155,21 @@ def _checked(
     return packed, _record(kernel, factor, finite, _lost(source, factor, found, table), packed.same)
 
 
-@partial(jax.jit, static_argnames=("cuts", "options"))
 def _priced(
-    kernel: jax.Array,
+    kernel: np.ndarray | jax.Array,
     factor: HessianFactor,
-    column_weight: jax.Array,
+    column_weight: np.ndarray | jax.Array,
     *,
     cuts: tuple[tuple[Group, ...], ...],
-    options: WalkOptions,
+    quantizer: Quantizer,
+    kernels: Kernels,
 ) -> Priced:
-    """Everything of `price`, as one program for a shape of matrix."""
-    losses = gptq_tile_losses(kernel, factor, cuts, column_weight, options.kernels, options.search)
+    losses = quantizer.tile_losses(kernel, factor, cuts, jnp.asarray(column_weight), kernels)
     return Priced(losses, _price_checks(kernel, factor, losses))
+
+
+_priced_at_once = jax.jit(_priced, static_argnames=("cuts", "quantizer", "kernels"))
+"""One program for a shape of matrix, where the rounding is a walk."""
 
 
 @jax.jit
