@@ -26,7 +26,7 @@ from exl2jax.conversion.scans import TokenRows
 from exl2jax.conversion.settings import settings_record
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.conversion.summary import quantization_config, strategy_record, summarize
-from exl2jax.conversion.tune_pass import obstacle, rows_to_tune, tune_pass
+from exl2jax.conversion.tune_pass import obstacle, text_to_tune, tune_pass
 from exl2jax.conversion.work_directory import JobState
 from exl2jax.errors import JobError, StorageError
 from exl2jax.exl2.compile import compile_model, copy_source_files
@@ -174,8 +174,7 @@ class _Conversion:
     @cached_property
     def _unseen(self) -> TokenRows:
         """The rows that the model is tuned on."""
-        length = self.rows.build(measure=False).input_ids.shape[1]
-        return self.rows.unseen(rows_to_tune(self.context.recipe.tuned_steps, length))
+        return text_to_tune(self.context, self.rows)
 
     def _tune(self, state: JobState) -> JobState:
         self._require_unchanged(self.work.reports, state)

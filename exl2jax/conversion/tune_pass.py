@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from exl2jax.conversion.calibrate import PassRows
 from exl2jax.conversion.checkpoint import FileCheckpoint
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.scans import TokenRows, embedded, placed_rows
 from exl2jax.models import LinearSpec, ModuleSpec, head_norm_spec, head_spec
-from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, read_groups, unpack_together
+from exl2jax.ops.packing import PackedLinear, read_groups, unpack_together
 from exl2jax.qparams import ROW_MULTIPLE
 from exl2jax.quantize.changes import groups_of_rows
 from exl2jax.quantize.end_to_end import PIECE, Passage, QuantizedModel, StoredModule, TuningState
@@ -47,6 +48,12 @@ IN_PIECES = "not tuned as a whole: the experts of {key} do not fit in memory tog
 def rows_to_tune(steps: int, length: int) -> int:
     """Rows of so many tokens that hold the pieces of a tuning of `steps` steps."""
     return math.ceil((steps + JUDGES) / max(length // PIECE, 1))
+
+
+def text_to_tune(context: Context, rows: PassRows) -> TokenRows:
+    """Rows that no other pass takes: as many as the tuning needs, or fewer where the text holds no more."""
+    length = rows.build(measure=False).input_ids.shape[1]
+    return rows.unseen(rows_to_tune(context.recipe.tuned_steps, length))
 
 
 def kept_weights(context: Context) -> int:
@@ -187,8 +194,7 @@ def _stored(context: Context, spec: ModuleSpec, *, again: bool) -> StoredModule:
 
 def _packed(context: Context, spec: LinearSpec, *, again: bool = False) -> PackedLinear:
     tensors = read_checked_tensors(tensor_file(context.work.out_tensor, spec.key), again=again)[0]
-    names = (*TENSOR_NAMES, "bias")
-    return PackedLinear(**{name: tensors[f"{spec.key}.{name}"] for name in names if f"{spec.key}.{name}" in tensors})
+    return PackedLinear.of(tensors, spec.key)
 
 
 def _kernels(linears: Mapping[str, PackedLinear], specs: Sequence[LinearSpec]) -> dict[str, jax.Array]:

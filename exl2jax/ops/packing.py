@@ -35,6 +35,12 @@ class PackedLinear:
     q_invperm: np.ndarray
     bias: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray], key: str) -> "PackedLinear":
+        """The linear that `tensors` wrote; `KeyError` where one of its five is missing."""
+        stored = {name: tensors[f"{key}.{name}"] for name in TENSOR_NAMES}
+        return cls(**stored, bias=tensors.get(f"{key}.bias"))
+
     def tensors(self, key: str) -> dict[str, np.ndarray]:
         """The tensors under their stored names, `KEY.q_weight` and so on."""
         out = {f"{key}.{name}": getattr(self, name) for name in TENSOR_NAMES}

@@ -95,6 +95,18 @@ def test_the_plan_as_a_table(scene: Scene, capsys: pytest.CaptureFixture[str]) -
     assert "can be reached" in said and "would be refused" in said and "under-calibrated" in said
 
 
+def test_text_too_short_to_tune_on_is_said(
+    scene: Scene, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def said(*flags: str) -> list[str]:
+        return [str(x) for x in planned(scene, capsys, "-b", "4.5", *flags)[1]["warnings"] if "not tuned" in str(x)]  # type: ignore[attr-defined]
+
+    (line,) = said()
+    assert not said("--preset", "fast") and not said("-om", str(tmp_path / "m.json"))
+    convert(scene.config(tmp_path, bits=4.5, preset="best"))
+    assert line in caplog.messages
+
+
 def test_stock_candidates_have_a_range_of_their_own(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     _, ours = planned(scene, capsys)
     _, stock = planned(scene, capsys, "--preset", "stock")
