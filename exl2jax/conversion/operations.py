@@ -74,7 +74,7 @@ def passes_of(config: ConversionConfig, model: ModelConfig, *, measure: bool = F
 
 
 def _weighted(work: Work, faster: float) -> float:
-    return work.fast / faster + work.exact + SLOWER * work.elementwise
+    return work.fast / faster + work.sums + work.exact + SLOWER * work.elementwise
 
 
 def machine_speed(seconds: float = PROBING) -> Speed:

@@ -134,14 +134,15 @@ def _propagation(spec: ModuleSpec, config: ModelConfig, passes: Passes) -> Work:
     first = [linear for stage in before for group in stage for linear in group]
     fast = 2 * sum(linear_work(linear, tokens) for linear in first)
     fast += 2 * attention_work(spec, config, passes.length).fast * passes.rows
-    exact = 0.0
+    added = exact = 0.0
     for group in (group for stage in before for group in stage):
         rows = group[0].rows
-        exact += 2 * tokens * rows**2 + 2 * SOLVE * rows**3
-        exact += sum(2 * rows * linear.weights for linear in group)
+        added += 2 * tokens * rows**2
+        exact += 2 * SOLVE * rows**3 + sum(2 * rows * linear.weights for linear in group)
     for (linear,) in last:
-        exact += 2 * linear_work(linear, tokens) + 2 * (1 + SOLVE) * linear.rows * linear.weights
-    return Work(fast=fast, exact=exact)
+        added += 2 * linear_work(linear, tokens)
+        exact += 2 * (1 + SOLVE) * linear.rows * linear.weights
+    return Work(fast=fast, sums=added, exact=exact)
 
 
 def _factors(spec: ModuleSpec) -> Iterator[Work]:
@@ -158,4 +159,4 @@ def _head(head: LinearSpec, recipe: Recipe, passes: Passes) -> Work:
     tokens, check = passes.rows * passes.length, min(CHECK_ROWS, passes.rows) * passes.length
     sums = (3 if recipe.propagates else 1) * tokens * head.rows**2
     walk = gptq_work(head.rows, head.columns, recipe.quantizer.search)
-    return Work(fast=2 * linear_work(head, check), exact=sums) + factor_work(head.rows) + walk
+    return Work(fast=2 * linear_work(head, check), sums=sums) + factor_work(head.rows) + walk

@@ -6,6 +6,7 @@ from typing import Any
 
 from exl2jax.estimate.devices import Device
 from exl2jax.estimate.passes import Passes, conversion_work, priced
+from exl2jax.estimate.work import Work
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
 from exl2jax.ops.columns import BLOCKS, block_columns
 from exl2jax.pallas.tiles import PANEL
@@ -74,7 +75,7 @@ class DeviceEstimate:
 def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device: Device) -> DeviceEstimate:
     """Count a conversion and divide by the rates of a device."""
     work = conversion_work(config, recipe, passes)
-    whole = [sum(each) for each in zip(*work.values(), strict=True)]
+    whole = sum(work.values(), Work())
     tuned = _tuned_bytes(config, recipe)
     kept = tuned if tuned <= SHARE * device.memory else 0
     memory, streams = max(device_memory(config, recipe), kept), _streams(config, recipe, passes)
@@ -83,9 +84,9 @@ def device_estimate(config: ModelConfig, recipe: Recipe, passes: Passes, device:
     again = 0 if kept else 2 * tuned * recipe.tuned_steps
     up = bytes_up(config, recipe) + again + (0 if fits_with else _stream_bytes(config, recipe, passes))
     seconds = {
-        "products, default precision": whole[0] / device.fast,
-        "products, float32": whole[1] / device.exact,
-        "element-wise": whole[2] / device.elementwise,
+        "products, default precision": (whole.fast + whole.sums) / device.fast,
+        "products, float32": whole.exact / device.exact,
+        "element-wise": whole.elementwise / device.elementwise,
         "launches": launches * LAUNCH,
         "bus": up / device.bus,
     }

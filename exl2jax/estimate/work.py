@@ -22,11 +22,13 @@ WITH_ATTENTION = (*ATTENTION_KINDS, *BRANCH_ATTENTION_KINDS)
 
 
 class Work(NamedTuple):
-    """Floating-point operations: matrix products at the device's default precision, those in full float32, and
-    element-wise ones of the scale search and the walk.
+    """Floating-point operations: products of forward passes; sums over tokens and products that are taken off them,
+    both at the device's default precision for float32; products in full float32; and element-wise operations of the
+    scale search and the walk.
     """  # noqa: D205
 
     fast: float = 0.0
+    sums: float = 0.0
     exact: float = 0.0
     elementwise: float = 0.0
 
@@ -36,7 +38,7 @@ class Work(NamedTuple):
     @property
     def products(self) -> float:
         """All matrix products."""
-        return self.fast + self.exact
+        return self.fast + self.sums + self.exact
 
     def times(self, count: float) -> "Work":
         """The work `count` times over."""
@@ -59,12 +61,13 @@ def feedback_work(linear: LinearSpec, samples: int) -> Work:
 
     A walk multiplies what every row has lost with all of the square that says where it goes.
     """
-    return Work(exact=samples * linear.columns**2 + 2 * linear.weights * linear.columns) + factor_work(linear.columns)
+    walk = 2 * linear.weights * linear.columns
+    return Work(sums=samples * linear.columns**2, exact=walk) + factor_work(linear.columns)
 
 
 def hessian_work(spec: ModuleSpec, tokens: int) -> Work:
     """The Hessians of all groups of linears, half of each being the mirror of the other."""
-    return Work(exact=sum(tokens * k * k for k in (group[0].rows for group in spec.groups)))
+    return Work(sums=sum(tokens * k * k for k in (group[0].rows for group in spec.groups)))
 
 
 def linear_work(linear: LinearSpec, tokens: int) -> float:

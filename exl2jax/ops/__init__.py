@@ -20,7 +20,7 @@ from exl2jax.ops.groups import GroupTable, group_table
 from exl2jax.ops.hessian import HessianFactor, accumulate_hessian, factorize, gram, solve
 from exl2jax.ops.kernels import XLA, Kernels
 from exl2jax.ops.packing import PackedArrays, PackedLinear, pack_arrays, pack_linear, pack_scales, unpack_linear
-from exl2jax.ops.products import Products, product
+from exl2jax.ops.products import Products, product, sum_over_tokens
 from exl2jax.ops.rounding import dequantize, half_scale, quantize
 from exl2jax.ops.scales import ScaleChoice, search_columns, search_scales
 
@@ -58,6 +58,7 @@ __all__ = [
     "search_columns",
     "search_scales",
     "solve",
+    "sum_over_tokens",
     "unpack_linear",
     "walk_tile_losses",
 ]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from exl2jax.ops.products import sum_over_tokens
+
 DAMPING = 0.12
 """Share of the mean diagonal added to the diagonal."""
 
@@ -53,7 +55,7 @@ type Damping = Callable[[jax.Array], tuple[jax.Array, float]]
 
 
 def accumulate_hessian(h: jax.Array, x: jax.Array) -> jax.Array:
-    """`h + X^T X` for inputs `x [..., K]` flattened to tokens, in float32 at the highest precision."""
+    """`h + X^T X` for inputs `x [..., K]` flattened to tokens, summed in float32 (`ops/products.py`)."""
     return h + gram(x.reshape(-1, x.shape[-1]))
 
 
@@ -63,7 +65,7 @@ def gram(tokens: jax.Array) -> jax.Array:
     edges = range(0, tokens.shape[-1], size)
     blocks: dict[tuple[int, int], jax.Array] = {}
     for a in edges:
-        strip = jnp.matmul(tokens[:, a : a + size].T, tokens[:, a:], precision=lax.Precision.HIGHEST)
+        strip = sum_over_tokens(tokens[:, a : a + size], tokens[:, a:])
         blocks |= {(a, b): strip[:, b - a : b - a + size] for b in edges if b >= a}
     return jnp.block([[blocks[a, b] if b >= a else blocks[b, a].T for b in edges] for a in edges])
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from exl2jax.models import Module, ModuleSpec
-from exl2jax.ops import HessianFactor, gram, solve
+from exl2jax.ops import HessianFactor, gram, solve, sum_over_tokens
 from exl2jax.stream.chunks import Chunk
 from exl2jax.stream.devices import on_all_devices, on_one_device
 from exl2jax.stream.forward import START, Tally, largest_of
@@ -220,8 +220,7 @@ def _add_chunk(
     if stage < module.last:
         hidden, new = ref, [cross_terms(x, y, f) for x, y, f in zip(xs, ys, factors, strict=True)]
     else:
-        with jax.default_matmul_precision("highest"):  # most of these outputs will be taken off again
-            outputs = module.exact.linears(stage, full, ys)
+        outputs = module.exact.linears(stage, full, ys)  # most of them will be taken off again
         hidden = module.output(full, ref, outputs)
         wanted = [_without_bias(outputs[name], full[name]) for (name,) in module.stages[stage]]
         new = [_last(x, y, ref - h, f, strengths) for x, y, f in zip(xs, wanted, factors, strict=True)]
@@ -242,7 +241,7 @@ def cross_terms(x: jax.Array, y: jax.Array | None, factor: jax.Array) -> CrossTe
     x = _tokens(x, factor)
     if y is None:
         return CrossTerms(gram(x))
-    return CrossTerms(gram(x), cross=jnp.matmul(x.T, _tokens(y, factor) - x, precision=lax.Precision.HIGHEST))
+    return CrossTerms(gram(x), cross=sum_over_tokens(x, _tokens(y, factor) - x))
 
 
 def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, factor: jax.Array, strengths: Strengths) -> CrossTerms:
@@ -252,7 +251,7 @@ def _last(x: jax.Array, wanted: jax.Array, error: jax.Array, factor: jax.Array, 
     x, target = _tokens(x, factor), strengths.inputs * wanted
     if strengths.residual:
         target = target + strengths.residual * error
-    return CrossTerms(gram(x), owed=jnp.matmul(x.T, _tokens(target, factor), precision=lax.Precision.HIGHEST))
+    return CrossTerms(gram(x), owed=sum_over_tokens(x, _tokens(target, factor)))
 
 
 @partial(jax.jit, static_argnames="strengths", donate_argnames="terms")

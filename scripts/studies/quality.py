@@ -22,7 +22,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from exl2jax import CalibrationConfig, ConversionConfig, convert
+from exl2jax import CalibrationConfig, ConversionConfig, ConversionResult, convert
 from exl2jax.calibration import load_rows, load_tokenizer
 from exl2jax.lab.meter import metered
 from exl2jax.models import open_model
@@ -130,8 +130,11 @@ def study(only: Sequence[str], targets: Sequence[float], rows: int, subsets: int
 class Study:
     """Inputs of all trials, and where their results lie."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        """Read the held-out rows."""
+    def __init__(
+        self, arguments: argparse.Namespace, converted: Callable[[ConversionConfig], ConversionResult] = convert
+    ) -> None:
+        """Read the held-out rows; `converted` runs a conversion."""
+        self.converted = converted
         self.model: Path = arguments.model
         self.out: Path = arguments.out
         self.rows: int = arguments.rows
@@ -153,7 +156,7 @@ class Study:
         shutil.rmtree(work, ignore_errors=True)
         config = self._config(trial, work)
         with metered() as cost:
-            result = convert(config)
+            result = self.converted(config)
         record = {
             **asdict(trial),
             "bpw": result.bpw,
@@ -222,7 +225,7 @@ class Study:
                 cal_dataset=self.measuring,
             )
             with metered() as cost:
-                convert(config)
+                self.converted(config)
             shutil.rmtree(work)
             _cost_file(path).write_text(json.dumps(asdict(cost)))
         return path
@@ -310,12 +313,12 @@ def _cost_file(measurement: Path) -> Path:
     return measurement.with_name(f"{measurement.stem}-cost.json")
 
 
-def main() -> int:
-    """Run the study and print its table."""
+def inputs(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """The inputs that every study of this kind takes."""
     golden = Path("../shared/data/golden")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="source model")
-    parser.add_argument("--out", type=Path, default=Path("build/quality"), help="results, kept between runs")
+    parser.add_argument("--out", type=Path, default=out, help="results, kept between runs")
     parser.add_argument(
         "--calibration", default=str(golden / "cal_quant_512.safetensors"), help="token rows to quantize on"
     )
@@ -331,13 +334,19 @@ def main() -> int:
         help="text to tune the whole model on; '' for none",
     )
     parser.add_argument("--development", action="store_true", help="judge on calibration rows no trial sees instead")
+    parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--rows", type=int, default=ROWS, help="calibration rows, but for those of the parts")
+    return parser
+
+
+def main() -> int:
+    """Run the study and print its table."""
+    parser = inputs(__doc__, Path("build/quality"))
     parser.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS), help="variants to run")
     parser.add_argument(
         "--bits", nargs="*", type=float, default=list(TARGETS), help="targets of the presets, or of the variants named"
     )
     parser.add_argument("--subsets", type=int, default=SUBSETS, help="calibration subsets of the noise floor")
-    parser.add_argument("--keep", action="store_true", help="keep the converted directories beside the results")
     parser.add_argument("--plot", type=Path, default=None, help="also draw KL against bits per weight here")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
