@@ -12,7 +12,8 @@ class Device:
 
     `fast` is the rate of matrix products at the device's default precision (dense TF32 on NVIDIA's), `exact` that of
     float32 ones, `elementwise` that of single operations: half of `exact`, which counts a product and its sum.
-    `kernels` says whether the package's own GPU kernels run there (compute capability 9.0); elsewhere XLA's loops do.
+    `kernels` says whether the package's own GPU kernels run there (compute capability 9.0); elsewhere loops of
+    few launches do (`ops/fused.py`).
     """
 
     title: str

@@ -8,9 +8,10 @@ from exl2jax.estimate.devices import Device
 from exl2jax.estimate.passes import Passes, conversion_work, priced
 from exl2jax.estimate.work import Work
 from exl2jax.models import LinearSpec, ModelConfig, ModuleSpec, head_spec, module_specs
-from exl2jax.ops.columns import BLOCKS, block_columns
-from exl2jax.pallas.tiles import PANEL
-from exl2jax.quantize.outputs import FEW_BLOCKS, feeds_columns
+from exl2jax.ops.columns import block_columns
+from exl2jax.ops.fused import FEW_BLOCKS, TILE
+from exl2jax.ops.kernels import BLOCKS, PANEL
+from exl2jax.quantize.outputs import feeds_columns
 from exl2jax.stream.blocks import cut
 from exl2jax.stream.streams import SHARE
 from exl2jax.variants.recipe import Recipe
@@ -21,15 +22,10 @@ FLOAT, STORED = 4, 2
 LAUNCH = 12e-6
 """Seconds that a launch takes where the device does next to nothing: an H200's GPTQ times over its launches."""
 
-PER_GROUP, PER_SPAN, SPAN = 10, 3, 256
-"""Launches of a group of rows and of a span of groups, and rows of a span, where XLA's loops walk."""
-
-PER_KERNEL_GROUP, PER_PANEL, PER_TAKE_UP = 9, 17, 5
-"""Launches of the kernels' walks for a group, for a panel, and for every panel before it: within 7 % of what XLA's text
-of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
-
-PER_ROW = 3
-"""Launches of a row where XLA's loops walk in place of the kernels."""
+PER_GROUP, PER_PANEL, PER_TAKE_UP, PER_TILE = 9, 17, 5, 4
+"""Launches of a walk for a group, for a panel, and for every panel before it; for a tile of rows where there are no
+kernels. Within 7 % of what XLA's text of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for
+an H100 and an RTX 4090."""
 
 PER_BLOCK = 5
 """Launches of a block of columns in a group: a product, the kernel, three results put in place. Not seen compiled."""
@@ -153,8 +149,7 @@ def _stream_bytes(config: ModelConfig, recipe: Recipe, passes: Passes) -> int:
 
 def conversion_launches(config: ModelConfig, recipe: Recipe, device: Device) -> int:
     """Launches of the walks of GPTQ, which are all but a few of a conversion's."""
-    walks = _walks(config, recipe, side_by_side=device.kernels)
-    found = sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in walks)
+    found = sum(gptq_launches(linear, size, kernels=device.kernels) for linear, size in _walks(config, recipe))
     return found + sum(feedback_launches(linear, kernels=device.kernels) for linear in _fed(config, recipe))
 
 
@@ -162,7 +157,7 @@ def feedback_launches(linear: LinearSpec, *, kernels: bool) -> int:
     """Launches that a walk takes beside its own where errors are fed from block to block of its columns."""
     most = BLOCKS if kernels else FEW_BLOCKS
     blocks, groups = -(-linear.columns // block_columns(linear.columns, most)), -(-linear.rows // TYPICAL_GROUP)
-    return blocks * groups * PER_BLOCK + (0 if kernels else (blocks - 1) * PER_ROW * linear.rows)
+    return blocks * groups * PER_BLOCK + (0 if kernels else (blocks - 1) * PER_TILE * (linear.rows // TILE))
 
 
 def _fed(config: ModelConfig, recipe: Recipe) -> list[LinearSpec]:
@@ -171,19 +166,17 @@ def _fed(config: ModelConfig, recipe: Recipe) -> list[LinearSpec]:
     return [linear for linear in linears if feeds_columns(linear)] if recipe.output_rows else []
 
 
-def _walks(config: ModelConfig, recipe: Recipe, *, side_by_side: bool) -> Iterator[tuple[LinearSpec, int]]:
-    """Every walk with the size of its groups; widths of one size are priced side by side where that is faster."""
+def _walks(config: ModelConfig, recipe: Recipe) -> Iterator[tuple[LinearSpec, int]]:
+    """Every walk with the size of its groups; widths of one size are priced side by side."""
     for spec in module_specs(config):
         if "price" in recipe.passes:
-            found = priced(spec)
-            yield from dict.fromkeys(found) if side_by_side else found
+            yield from dict.fromkeys(priced(spec))
         yield from ((linear, TYPICAL_GROUP) for linear in spec.linears)
     yield head_spec(config), TYPICAL_GROUP
 
 
 def gptq_launches(linear: LinearSpec, size: int, *, kernels: bool) -> int:
-    """Launches of one walk: those of every group and panel, or without the kernels of every group, span and row."""
-    groups, spans, panels = (-(-linear.rows // part) for part in (size, SPAN, PANEL))
-    if kernels:
-        return PER_KERNEL_GROUP * groups + PER_PANEL * panels + PER_TAKE_UP * panels * (panels - 1) // 2
-    return PER_GROUP * groups + PER_SPAN * spans + PER_ROW * linear.rows
+    """Launches of one walk: those of every group and panel, and without the kernels of every tile of rows."""
+    groups, panels = (-(-linear.rows // part) for part in (size, PANEL))
+    tiles = 0 if kernels else linear.rows // TILE
+    return PER_GROUP * groups + PER_TILE * tiles + PER_PANEL * panels + PER_TAKE_UP * panels * (panels - 1) // 2

@@ -15,13 +15,10 @@ from jax import lax
 
 from exl2jax.ops.groups import Begin
 from exl2jax.ops.hessian import factorize, gram
-from exl2jax.ops.kernels import WalkGroup
+from exl2jax.ops.kernels import BLOCKS, WalkGroup
 
 DAMPING = 1e-3
 """Share of the mean diagonal added to the diagonal of a shrunk Hessian of outputs."""
-
-BLOCKS = 32
-"""Most blocks of columns by default: within one there is no feedback, so that a row takes few steps."""
 
 BLOCK_MULTIPLE = 16
 """Columns of a block are a multiple of this."""

@@ -1,5 +1,6 @@
 """The inner loop of the scale searches: what rounding the columns of a group at given scales loses."""
 
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -130,7 +131,7 @@ def by_column(of_matrix: jax.Array, columns: int) -> jax.Array:
     return jnp.broadcast_to(of_matrix[..., None], (*lead, count, columns // count)).reshape(*lead, columns)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="losses_of")
 def index_losses(
     w: jax.Array,
     base: jax.Array,
@@ -139,12 +140,14 @@ def index_losses(
     importance: jax.Array,
     begin: Begin = TOP,
     rows: jax.Array | None = None,
+    *,
+    losses_of: ScaleLosses = scale_losses,
 ) -> tuple[jax.Array, jax.Array]:
     """For each of `MULTIPLIERS` and each column, the least squared error over `OFFSETS` and the index of its scale.
 
     Both `[multipliers, N]` float32. `smax [matrices]` is the largest of the scales `base [N]` that just hold each
     column of the group `w [size, N]`, and the unit of losses. The group begins at row `begin.row` of
-    `importance`, of which only the ratios count. `codes` and `rows` as `scale_losses` has them.
+    `importance`, of which only the ratios count. `codes` and `rows` as `losses_of` has them.
     """
     importance = lax.dynamic_slice_in_dim(importance, begin.row, len(w))
     if rows is not None:
@@ -154,6 +157,6 @@ def index_losses(
     holds = jnp.round(jnp.sqrt(base / (smax * p)) * MAX_INDEX)
     qs = jnp.clip(holds + jnp.asarray(OFFSETS)[:, None], 1, MAX_INDEX)  # [multipliers, offsets, N]
     scales = jnp.square(qs / MAX_INDEX) * p
-    losses = scale_losses(w / smax, scales.reshape(-1, w.shape[1]), codes, importance, rows).reshape(qs.shape)
+    losses = losses_of(w / smax, scales.reshape(-1, w.shape[1]), codes, importance, rows).reshape(qs.shape)
     own = jnp.argmin(losses, axis=1)[:, None]
     return jnp.min(losses, axis=1), jnp.take_along_axis(qs, own, axis=1)[:, 0]

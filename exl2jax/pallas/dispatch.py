@@ -7,20 +7,25 @@ import jax
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels
+from exl2jax.ops.fused import FUSED
+from exl2jax.ops.kernels import PANEL
 from exl2jax.pallas.packing import pack_tiles
 from exl2jax.pallas.scale_losses import index_losses, scale_losses
-from exl2jax.pallas.tiles import PANEL, Tiles
+from exl2jax.pallas.tiles import Tiles
 from exl2jax.pallas.walk import walk_group
 
-IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
+IMPLEMENTATIONS = ("xla", "fused", "pallas", "pallas_interpret")
 
 MIN_COMPUTE_CAPABILITY = 9.0
 """Oldest CUDA devices that Mosaic GPU is made for (Hopper)."""
 
 
 def choose_implementation(device: Any = None) -> str:
-    """`pallas` on a CUDA device that Mosaic GPU is made for, else `xla`."""
-    return "pallas" if _mosaic_device(device or jax.local_devices()[0]) else "xla"
+    """`pallas` on a CUDA device that Mosaic GPU is made for, `fused` on other GPUs, else `xla`."""
+    device = device or jax.local_devices()[0]
+    if _mosaic_device(device):
+        return "pallas"
+    return "fused" if device.platform == "gpu" else "xla"
 
 
 def kernels_for(implementation: str | None = None) -> Kernels:
@@ -32,12 +37,12 @@ def kernels_for(implementation: str | None = None) -> Kernels:
     name = implementation or choose_implementation()
     if name not in IMPLEMENTATIONS:
         raise SettingsError(f"implementation is {name!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if name == "xla":
-        return XLA
+    if name in ("xla", "fused"):
+        return XLA if name == "xla" else FUSED
     if name == "pallas" and not _mosaic_device(jax.local_devices()[0]):
         raise NotImplementedError(
             f"implementation 'pallas' needs a CUDA device of compute capability {MIN_COMPUTE_CAPABILITY:g} or later, "
-            f"this is {jax.local_devices()[0].device_kind}; take 'xla' or 'pallas_interpret'"
+            f"this is {jax.local_devices()[0].device_kind}; take 'fused' or 'pallas_interpret'"
         )
     return pallas_kernels(Tiles(interpret=name == "pallas_interpret"))
 

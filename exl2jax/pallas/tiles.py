@@ -9,10 +9,6 @@ LANES = 128
 """Columns of a program: a warpgroup's threads, a column each."""
 
 
-PANEL = 1024
-"""Rows of a panel of a walk: enough for large products between panels, little enough to waste few within one."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
     """How the kernels cut their work.

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from exl2jax.models import LinearSpec
-from exl2jax.ops.columns import BLOCKS, ColumnFeedback, column_feedback
+from exl2jax.ops.columns import ColumnFeedback, column_feedback
 from exl2jax.pallas import kernels_for
 from exl2jax.storage import read_checked_tensors, write_checked_tensors
 
@@ -22,9 +21,6 @@ SAMPLES = 4096
 
 PADDED = 512
 """Samples are padded to a multiple of this, so that few programs serve all linears."""
-
-FEW_BLOCKS = 4
-"""Most blocks of columns on devices where every row of a block costs launches: those that the kernels do not run on."""
 
 MOST_COLUMNS = 1 << 14
 """Most columns that errors are fed between: a square of more takes gigabytes, and the samples tell little of it."""
@@ -82,8 +78,7 @@ def feedback_of(linear: LinearSpec, outputs: Outputs | None) -> ColumnFeedback |
     """The feedback between the columns of a linear, where the gradients at `outputs` are known."""
     if outputs is None or not feeds_columns(linear):
         return None
-    blocks = FEW_BLOCKS if jax.default_backend() != "cpu" and not kernels_for().panel else BLOCKS
-    return column_feedback(*outputs(linear).padded, SHRINKAGE[linear.role], blocks=blocks)
+    return column_feedback(*outputs(linear).padded, SHRINKAGE[linear.role], blocks=kernels_for().blocks)
 
 
 def write_output_gradients(directory: Path, linear: LinearSpec, gradients: OutputGradients) -> None:

@@ -7,8 +7,9 @@
 `run` measures some parts, each in a process of its own, and writes its results as JSON. `cold` and `warm` are a
 conversion with an empty cache of compiled programs and one with the cache that it filled (`scripts/bench/traffic.py`).
 `programs` are those of one block of Llama-7B, compiled for an absent H100 (`scripts/bench/programs.py`) with the
-interpreter of `.venv-gpu`. `whole` is a conversion of 115 rows, for its CPU seconds and peak memory, `stock` the same
-by the preset `stock`. The table has a column for every folder; a part that a folder lacks stays empty.
+interpreter of `.venv-gpu`, `rtx4090` the same for an RTX 4090. `whole` is a conversion of 115 rows, for its CPU seconds
+and peak memory, `stock` the same by the preset `stock`. The table has a column for every folder; a part that a folder
+lacks stays empty.
 """
 
 import argparse
@@ -31,6 +32,7 @@ PARTS: dict[str, list[str]] = {
     "cold": [],
     "warm": ["--calls"],
     "programs": [],
+    "rtx4090": ["--device", "rtx4090"],
     "whole": LARGE,
     "stock": [*LARGE, "--preset", "stock"],
 }
@@ -38,6 +40,9 @@ PARTS: dict[str, list[str]] = {
 
 STANDARD = ("cold", "warm")
 """Parts that are measured by default; they take minutes."""
+
+COMPILED = {"programs": "an H100", "rtx4090": "an RTX 4090"}
+"""Parts that compile for a device that is not there, and which."""
 
 type Found = Mapping[str, Any]
 """The records of a folder's parts, by name."""
@@ -47,8 +52,8 @@ def measure(name: str, folder: Path, checkout: Path, model: Path, cuda: str) -> 
     """Measure one part of a checkout in a process of its own; raises `CalledProcessError` where it fails."""
     # The scripts are always those of this checkout; only the package comes from the other, which Python finds first.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (checkout, ROOT)))}
-    if name == "programs":
-        command = [cuda, "-P", "-m", "scripts.bench.programs", str(folder / "programs.json")]
+    if name in COMPILED:
+        command = [cuda, "-P", "-m", "scripts.bench.programs", str(folder / f"{name}.json"), *PARTS[name]]
     else:
         cache = folder.resolve() / "cache"
         if name == "cold":
@@ -109,7 +114,27 @@ def _whole(unit: Callable[[Mapping[str, Any]], str], name: str = "whole") -> Cal
     return lambda found: unit(found[name])
 
 
-ROWS: dict[str, tuple[Callable[[Found], str], str]] = {
+type Row = tuple[Callable[[Found], str], str]
+"""The figure of a folder, and the most that it should be."""
+
+
+def _compiled_rows(name: str, seconds: str, launched: str) -> dict[str, Row]:
+    """The lines of a part that compiles for a device, with the most that two of them should be."""
+    where = COMPILED[name]
+    return {
+        f"programs of a Llama-7B block for {where}": (lambda f: str(f[name]["programs"]), ""),
+        f"lowering and compiling them for {where}, CPU seconds": (
+            lambda f: f"{sum(c.get('lowering', 0) + c.get('compiling', 0) for c in f[name]['compiled']):.0f}",
+            seconds,
+        ),
+        f"launches on {where} to price a 4096x4096 linear at seven widths": (
+            lambda f: priced_launches(f[name]),
+            launched,
+        ),
+    }
+
+
+ROWS: dict[str, Row] = {
     "programs compiled, cold": (lambda f: f"{total(f['cold'], 'programs'):.0f}", "70"),
     "programs compiled after the second block of a kind": (lambda f: str(late_programs(f["cold"])), "0"),
     "tracing and lowering, seconds, warm cache": (
@@ -129,17 +154,13 @@ ROWS: dict[str, tuple[Callable[[Found], str], str]] = {
         lambda f: f"{_mean([c.get('bytes up', 0) for _, c in modules(f['warm'], 'quantize')]) / 1e6:.1f}",
         "weights only",
     ),
-    "programs of a Llama-7B block for an H100": (lambda f: str(f["programs"]["programs"]), ""),
-    "lowering and compiling them, CPU seconds": (
-        lambda f: f"{sum(c.get('lowering', 0) + c.get('compiling', 0) for c in f['programs']['compiled']):.0f}",
-        "80",
-    ),
-    "launches to price a 4096x4096 linear at seven widths": (lambda f: priced_launches(f["programs"]), "1500"),
+    **_compiled_rows("programs", "80", "1500"),
+    **_compiled_rows("rtx4090", "", ""),
     "CPU seconds of a whole conversion, 115 rows": (_whole(lambda w: f"{w['cpu_seconds']:.0f}"), "0.8 of before"),
     "the same by the preset stock": (_whole(lambda w: f"{w['cpu_seconds']:.0f}", "stock"), ""),
     "peak memory of a whole conversion, GB": (_whole(lambda w: f"{w['peak_bytes'] / 1e9:.2f}"), "1.05 of before"),
 }
-"""Lines of the table: the words for a figure, the figure of a folder, and the most that it should be."""
+"""Lines of the table by the words for a figure."""
 
 
 def _mean(values: Sequence[float]) -> float:

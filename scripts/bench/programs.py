@@ -2,11 +2,13 @@
 
     scripts/setup.sh gpu                                             once: .venv-gpu, 4.4 GB
     .venv-gpu/bin/python -m scripts.bench.programs RESULT.json       one block of Llama-7B by the preset `best`
+    .venv-gpu/bin/python -m scripts.bench.programs RESULT.json --device rtx4090
 
 The conversion runs dry: every program is traced and recorded, its results are ones, and nothing is computed. Its size
 therefore costs nothing, and the package makes the choices that it makes on the device, its GPU kernels included. All
 layers of a model have the same shapes, so one block and the head hold all programs. Each is then compiled for the
-device that `h100.txtpb` describes. This replaces private modules of JAX, so it is a script and not part of the package.
+device that `h100.txtpb` describes, or another file of that kind. This replaces private modules of JAX, so it is a
+script and not part of the package.
 """
 
 import argparse
@@ -36,7 +38,8 @@ from exl2jax.testing.tiny_model import write_tiny_llama
 from scripts.bench.launches import Launches, launches
 from scripts.bench.traffic import Meter, replaced
 
-DEVICE = Path(__file__).parent / "h100.txtpb"
+DEVICES = {"h100": "pallas", "rtx4090": "fused"}
+"""Devices that a file beside this one describes, with the inner loops that the package takes on them."""
 
 
 class Program(NamedTuple):
@@ -48,12 +51,13 @@ class Program(NamedTuple):
 
 
 @contextmanager
-def dry(meter: Meter) -> Iterator[list[Program]]:
-    """Record every program instead of running it; its results are ones."""
+def dry(meter: Meter, device: str = "h100") -> Iterator[list[Program]]:
+    """Record every program instead of running it, as on a device; its results are ones."""
     from jax._src import pjit
 
     from exl2jax.pallas import dispatch
 
+    implementation = DEVICES[device] if DEVICES[device] in dispatch.IMPLEMENTATIONS else "xla"  # of an older checkout
     programs: dict[Any, Program] = {}
     ones: dict[Any, jax.Array] = {}
 
@@ -80,8 +84,8 @@ def dry(meter: Meter) -> Iterator[list[Program]]:
         stack.enter_context(replaced(pjit, "_pjit_call_impl_python", record))
         stack.enter_context(replaced(pjit, "_get_fastpath_data", lambda _: lambda *args, **options: None))
         stack.enter_context(replaced(jax, "default_backend", lambda _: lambda: "gpu"))
-        stack.enter_context(replaced(dispatch, "choose_implementation", lambda _: lambda device=None: "pallas"))
-        stack.enter_context(replaced(dispatch, "_mosaic_device", lambda _: lambda device: True))
+        stack.enter_context(replaced(dispatch, "choose_implementation", lambda _: lambda device=None: implementation))
+        stack.enter_context(replaced(dispatch, "_mosaic_device", lambda _: lambda device: implementation == "pallas"))
         found: list[Program] = []
         yield found
         found.extend(programs.values())
@@ -133,7 +137,7 @@ def cpu_seconds() -> float:
 def recorded(given: argparse.Namespace) -> tuple[list[Program], Meter]:
     """Convert a model of random weights dry: its programs, and what was counted in every module."""
     meter = Meter()
-    with tempfile.TemporaryDirectory() as folder, dry(meter) as programs:
+    with tempfile.TemporaryDirectory() as folder, dry(meter, given.device) as programs:
         model = write_tiny_llama(
             Path(folder) / "model",
             hidden_size=given.width,
@@ -164,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record, compile and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="JSON file to write")
+    parser.add_argument("--device", default="h100", choices=DEVICES, help="device to compile for")
     parser.add_argument("--width", type=int, default=4096, help="hidden size")
     parser.add_argument("--inner", type=int, default=11008, help="hidden size of the MLP")
     parser.add_argument("--heads", type=int, default=32, help="attention heads")
@@ -182,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"{len(programs)} programs recorded in {found['recording seconds']:.0f} s", flush=True)
     if not given.only_record:
-        topology = topologies.get_topology_desc("h100", "cuda", target_config=DEVICE.read_text(), topology="1x1x1")
+        target = (Path(__file__).parent / f"{given.device}.txtpb").read_text()
+        topology = topologies.get_topology_desc(given.device, "cuda", target_config=target, topology="1x1x1")
         compiled = []
         for program in programs:
             try:

@@ -165,9 +165,11 @@ def test_what_a_tiny_conversion_asks_of_its_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_conversion_is_recorded_without_computing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["h100", "rtx4090"])
+def test_a_conversion_is_recorded_without_computing(tmp_path: Path, device: str) -> None:
     sizes = ["--width", "64", "--inner", "160", "--heads", "4", "--vocabulary", "320", "--length", "32"]
     command = [sys.executable, "-m", "scripts.bench.programs", str(tmp_path / "found.json"), *sizes, "--only-record"]
+    command += ["--device", device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())

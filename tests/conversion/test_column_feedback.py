@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from exl2jax import ConversionConfig, convert
 from exl2jax.errors import Interrupted, SettingsError
 from exl2jax.exl2.verify.directory import verify
+from exl2jax.pallas import dispatch
 from exl2jax.stream.progress import RunControl, StopFlag
 from exl2jax.testing.tiny_architectures import TINY
 from exl2jax.testing.tiny_layout import write_tiny
@@ -107,6 +108,20 @@ def test_rows_too_short_for_an_ordinary_token_feed_nothing(base: ConversionConfi
         found.append(digests(folder / "work" / "out_tensor"))
         shutil.rmtree(folder / "exl2")
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_loops_of_a_gpu_without_kernels(
+    converted: ConversionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole conversion by both on the same processor: errors alike; sums have another order."""
+    theirs = convert(converted).stream_error
+    monkeypatch.setattr(dispatch, "choose_implementation", lambda device=None: "fused")
+    ours = convert(under(converted, tmp_path)).stream_error
+    assert not verify(tmp_path / "exl2").faults
+    assert ours and theirs and ours != theirs
+    for key, error in ours.items():
+        assert error == pytest.approx(theirs[key], rel=0.1)
 
 
 def test_another_rounding_goes_without() -> None:

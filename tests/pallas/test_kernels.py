@@ -16,6 +16,7 @@ import pytest
 
 from exl2jax.errors import SettingsError
 from exl2jax.ops import XLA, Kernels, factorize, gptq, pack_linear, search_columns, search_scales, unpack_linear
+from exl2jax.ops.fused import FUSED
 from exl2jax.ops.groups import Begin
 from exl2jax.ops.scales import GroupContext, ScaleSearch
 from exl2jax.pallas import IMPLEMENTATIONS, choose_implementation, kernels_for
@@ -28,7 +29,7 @@ from tests.oracles import scales as scales_oracle
 from tests.oracles.rounding import dequantize, half_scale, quantize
 
 ON_GPU = pytest.param("pallas", marks=pytest.mark.gpu)
-NAMES = ["xla", "pallas_interpret", ON_GPU]
+NAMES = ["xla", "fused", "pallas_interpret", ON_GPU]
 COLUMNS = 45
 COMPILED = Tiles()
 INTERPRETED = Tiles(interpret=True)
@@ -159,14 +160,19 @@ def test_losses_of_all_widths_side_by_side(tiles: Tiles, rows: int, squared: boo
 @pytest.mark.parametrize("rows", [32, 96])
 @pytest.mark.parametrize("columns", [5, 45, 400])
 @pytest.mark.parametrize("own", [False, True])
-def test_losses_of_one_width(rows: int, columns: int, own: bool) -> None:
-    """In blocks of columns, whose number does not divide theirs."""
+@pytest.mark.parametrize("loops", [XLA, FUSED])
+def test_losses_of_one_width(rows: int, columns: int, own: bool, loops: Kernels) -> None:
+    """In blocks of columns, whose number does not divide theirs, or at once; the first rows of more alike."""
     w = 20 * weights(rows, columns, columns)
     scales = np.random.default_rng(rows).uniform(0.1, 0.9, (11, columns if own else 1)).astype(np.float32)
     errors = rounding_errors(w, scales, np.full(columns, 3))
     for importance in (None, jnp.linspace(0.1, 3, rows)):
-        losses = XLA.scale_losses(jnp.asarray(w), jnp.asarray(scales), jnp.float32(8), importance)
+        losses = loops.scale_losses(jnp.asarray(w), jnp.asarray(scales), jnp.float32(8), importance)
         np.testing.assert_allclose(losses, loss_of(errors, importance), rtol=1e-3)
+        more = None if importance is None else jnp.pad(importance, (0, 32))
+        padded = jnp.pad(jnp.asarray(w), ((0, 32), (0, 0)), constant_values=0.3)
+        first = loops.scale_losses(padded, jnp.asarray(scales), jnp.float32(8), more, jnp.int32(rows))
+        np.testing.assert_allclose(first, losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", FORMAT_BITS)
@@ -265,15 +271,15 @@ def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for platform, capability, expected in (
         ("cpu", "", "xla"),
-        ("gpu", "8.6", "xla"),
-        ("gpu", "gfx942", "xla"),
+        ("gpu", "8.6", "fused"),
+        ("gpu", "gfx942", "fused"),
         ("gpu", "9.0", "pallas"),
         ("gpu", "10.0", "pallas"),
     ):
         monkeypatch.setattr(jax, "local_devices", partial(list, [Device(platform, capability)]))
         assert choose_implementation() == expected
-        assert (kernels_for() is XLA) == (expected == "xla")
-        if expected == "xla":
+        assert (kernels_for() is XLA) == (expected == "xla") and (kernels_for() is FUSED) == (expected == "fused")
+        if expected != "pallas":
             with pytest.raises(NotImplementedError, match="made up"):
                 kernels_for("pallas")
     with pytest.raises(SettingsError, match=", ".join(IMPLEMENTATIONS)):
