@@ -45,7 +45,7 @@ test-fast: setup ## run the tests that take seconds
 torture: setup ## kill, refuse, corrupt and fuzz in full (half an hour where nothing else runs); writes the figures of docs/reliability.md
 	nice $(BIN)/python -m tests.reliability.torture $(STAGES)
 
-quality: demo-model ## measure the presets and their parts (an hour and a half); the tables of docs/quality.md
+quality: demo-model ## measure the presets and their parts (two hours); the tables of docs/quality.md
 	$(BIN)/python -m scripts.studies.quality --keep --plot build/quality/kl.png
 
 lint: setup ## check style, format and types
