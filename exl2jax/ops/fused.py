@@ -36,19 +36,18 @@ def walk_group(
     """Errors and codes of a group, as `ops.walk.walk_group`, tile by tile."""
     size = len(w)
     u = lax.dynamic_slice(u, (begin.row, begin.row), (size, size))
-    toward = -u.T
+    toward, moved = -u.T, jnp.zeros_like(w) if shift is None else shift
 
     def tile(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         errors, codes = state
         first = i * TILE
-        mine, feedback, off = (lax.dynamic_slice_in_dim(x, first, TILE) for x in (w, toward, shift))
+        mine, feedback, off = (lax.dynamic_slice_in_dim(x, first, TILE) for x in (w, toward, moved))
         current = mine + jnp.matmul(feedback, errors, precision=lax.Precision.HIGHEST)
         corner = lax.dynamic_slice(u, (first, first), (TILE, TILE))
         new_errors, new_codes = _walk_tile(current, corner, scale, bits, off)
         errors = lax.dynamic_update_slice_in_dim(errors, new_errors, first, 0)
         return errors, lax.dynamic_update_slice_in_dim(codes, new_codes, first, 0)
 
-    shift = jnp.zeros_like(w) if shift is None else shift
     errors, codes = lax.fori_loop(0, size // TILE, tile, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8)))
     if rows is None:
         return errors, codes
