@@ -22,10 +22,13 @@ FLOAT, STORED = 4, 2
 LAUNCH = 12e-6
 """Seconds that a launch takes where the device does next to nothing: an H200's GPTQ times over its launches."""
 
-PER_GROUP, PER_PANEL, PER_TAKE_UP, PER_TILE = 9, 17, 5, 4
-"""Launches of a walk for a group, for a panel, and for every panel before it; for a tile of rows where there are no
-kernels. Within 7 % of what XLA's text of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for
-an H100 and an RTX 4090."""
+PER_GROUP, PER_PANEL, PER_TAKE_UP = 9, 17, 5
+"""Launches of the kernels' walks for a group, for a panel, and for every panel before it: within 7 % of what XLA's text
+of the walks that price 4096x4096 and 11008x4096 holds when they are compiled for an H100."""
+
+PER_FUSED_GROUP, PER_TILE = 15, 3
+"""Launches where there are no kernels for a group, and for each of its tiles of rows: within 3 % of the same for an RTX
+4090."""
 
 PER_BLOCK = 5
 """Launches of a block of columns in a group: a product, the kernel, three results put in place. Not seen compiled."""
@@ -178,5 +181,5 @@ def _walks(config: ModelConfig, recipe: Recipe) -> Iterator[tuple[LinearSpec, in
 def gptq_launches(linear: LinearSpec, size: int, *, kernels: bool) -> int:
     """Launches of one walk: those of every group and panel, and without the kernels of every tile of rows."""
     groups, panels = (-(-linear.rows // part) for part in (size, PANEL))
-    tiles = 0 if kernels else linear.rows // TILE
-    return PER_GROUP * groups + PER_TILE * tiles + PER_PANEL * panels + PER_TAKE_UP * panels * (panels - 1) // 2
+    inside = PER_GROUP * groups if kernels else PER_FUSED_GROUP * groups + PER_TILE * (linear.rows // TILE)
+    return inside + PER_PANEL * panels + PER_TAKE_UP * panels * (panels - 1) // 2

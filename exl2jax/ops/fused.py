@@ -33,39 +33,37 @@ def walk_group(
     rows: jax.Array | None = None,
     shift: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Errors and codes of a group, as `ops.walk.walk_group`, tile by tile."""
+    """Errors and codes of a group, as `ops.walk.walk_group`, tile by tile.
+
+    The errors of a group make `W - Q = U^T E`, from which the codes follow at once: within a walk they would be another
+    launch a tile, and another computation, which need not round alike.
+    """
     size = len(w)
     u = lax.dynamic_slice(u, (begin.row, begin.row), (size, size))
     toward, moved = -u.T, jnp.zeros_like(w) if shift is None else shift
 
-    def tile(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        errors, codes = state
+    def tile(i: jax.Array, errors: jax.Array) -> jax.Array:
         first = i * TILE
         mine, feedback, off = (lax.dynamic_slice_in_dim(x, first, TILE) for x in (w, toward, moved))
         current = mine + jnp.matmul(feedback, errors, precision=lax.Precision.HIGHEST)
         corner = lax.dynamic_slice(u, (first, first), (TILE, TILE))
-        new_errors, new_codes = _walk_tile(current, corner, scale, bits, off)
-        errors = lax.dynamic_update_slice_in_dim(errors, new_errors, first, 0)
-        return errors, lax.dynamic_update_slice_in_dim(codes, new_codes, first, 0)
+        return lax.dynamic_update_slice_in_dim(errors, _errors(current, corner, scale, bits, off), first, 0)
 
-    errors, codes = lax.fori_loop(0, size // TILE, tile, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8)))
-    if rows is None:
-        return errors, codes
-    counts = (jnp.arange(size) < rows)[:, None]
-    return jnp.where(counts, errors, 0.0), jnp.where(counts, codes, jnp.uint8(0))
+    errors = lax.fori_loop(0, size // TILE, tile, jnp.zeros_like(w))
+    counts = jnp.bool_(True) if rows is None else (jnp.arange(size) < rows)[:, None]
+    errors = jnp.where(counts, errors, 0.0)  # those beyond may be anything: the factor ends there
+    codes = quantize(w + jnp.matmul(toward, errors, precision=lax.Precision.HIGHEST), scale, bits)
+    return errors, jnp.where(counts, codes, 0.0).astype(jnp.uint8)
 
 
-def _walk_tile(
-    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Errors and codes of `TILE` rows `w [TILE, N]`, with `u [TILE, TILE]` between them."""
-    errors, codes = list[jax.Array](), list[jax.Array]()
+def _errors(w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array) -> jax.Array:
+    """Errors of `TILE` rows `w [TILE, N]`, with `u [TILE, TILE]` between them."""
+    errors = list[jax.Array]()
     for r in range(TILE):
         current = w[r] - sum((u[k, r] * error for k, error in enumerate(errors)), jnp.zeros_like(scale))
         code = quantize(current - shift[r], scale, bits)
         errors.append((current - dequantize(code, scale, bits)) / u[r, r])
-        codes.append(code.astype(jnp.uint8))
-    return jnp.stack(errors), jnp.stack(codes)
+    return jnp.stack(errors)
 
 
 def scale_losses(

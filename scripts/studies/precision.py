@@ -47,7 +47,8 @@ def rounded(x: jax.Array) -> jax.Array:
 def cut(x: jax.Array) -> jax.Array:
     """To the TF32 value next to it on the side of zero."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return lax.bitcast_convert_type(bits >> LOST << LOST, jnp.float32)
+    nearer = lax.bitcast_convert_type(bits >> LOST << LOST, jnp.float32)
+    return x + lax.stop_gradient(nearer - x)  # exact, and with a gradient, which bits have not
 
 
 FACTORS: dict[str, Factors] = {"float32": as_they_are, "TF32, rounded": rounded, "TF32, cut off": cut}
