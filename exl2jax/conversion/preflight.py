@@ -16,16 +16,20 @@ from exl2jax.conversion.refusals import early_notes, early_refusals, require_sha
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
 from exl2jax.conversion.tune_pass import kept_weights
 from exl2jax.errors import Exl2JaxError, MeasurementError, SettingsError, StorageError
+from exl2jax.estimate.plan import FLOAT, HELD, STORED
 from exl2jax.exl2.compile import compiled_size, source_head
 from exl2jax.models import head_spec, slots_of
 from exl2jax.models.modules import embedding_shapes, head_norm_spec
 from exl2jax.qparams import QParams, padded_columns
 from exl2jax.quantize.diagnostics import calibration_shortage
+from exl2jax.quantize.end_to_end import PIECE
 from exl2jax.quantize.outputs import feeds_columns, sample_bytes
 from exl2jax.quantize.propagate import kept_bytes
 from exl2jax.stock_tables import head_qparams
 
-FLOAT = 4
+LOGITS = 5
+"""Arrays of the logits' size that the gradient of a divergence holds, in the program that XLA compiles."""
+
 HEADER = 160
 """Bytes of a safetensors header per tensor, at most: name, dtype, shape and place."""
 
@@ -191,17 +195,19 @@ def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
 def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
     """Estimated bytes of host memory.
 
-    States twice, the inputs that propagation keeps of a module, and the larger of two: several copies of the largest
-    module's weights and Hessian, or three of the embedding. A tuning of the whole model comes later: its weights, and
-    two copies of the head.
+    States twice, the inputs that propagation keeps of a module, and the largest of three: several copies of the largest
+    module's weights and Hessian, three of the embedding, or what GPTQ holds of the head. A tuning of the whole model
+    comes later: its weights, three copies of the head, and the logits of a piece of text in all that is made of them.
     """
     module = max(spec.weights for spec in context.specs)
     widest = max(linear.rows for spec in context.specs for linear in spec.linears)
     table = context.model.config.vocab_size * context.model.config.hidden_size
     tokens = rows["quantize"].input_ids.size if "quantize" in rows and context.recipe.propagates else 0
     kept = max(kept_bytes(spec, tokens) for spec in context.specs)
-    passes = 2 * _states(context, rows) + kept + FLOAT * max(4 * module + 6 * widest**2, 3 * table)
-    tuning = kept_weights(context) + 2 * FLOAT * table if context.recipe.tuned_steps else 0
+    largest = max(FLOAT * max(4 * module + 6 * widest**2, 3 * table), (STORED + HELD) * table)
+    passes = 2 * _states(context, rows) + kept + largest
+    logits = LOGITS * FLOAT * PIECE * context.model.config.vocab_size
+    tuning = kept_weights(context) + (2 * FLOAT + STORED) * table + logits if context.recipe.tuned_steps else 0
     return max(passes, tuning) + 500 * 10**6
 
 
