@@ -152,7 +152,8 @@ def _texts(context: Context, pieces: TokenRows) -> tuple[list[Passage], list[Pas
 def _model(context: Context) -> QuantizedModel:
     """The quantized model in the work directory; its weights stay in memory where they fit."""
     head, norm = head_spec(context.model.config), head_norm_spec(context.model.config)
-    full = jax.device_put(context.model.head_params())  # once: each step would take it up again
+    full = context.model.head_params()
+    full["lm_head"] = jax.device_put(full["lm_head"])  # once: each step would take it up again
     kernels = _kernels({head.name: _packed(context, head)}, (head,))
     all_fit = kept_weights(context) == 2 * sum(spec.weights for spec in context.specs)
     kept, whole = dict[str, StoredModule](), set[str]()
