@@ -16,7 +16,7 @@ from exl2jax.conversion.config import ConversionConfig
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.operations import machine_speed, passes_of
 from exl2jax.conversion.preflight import Preflight, preflight
-from exl2jax.conversion.tune_pass import obstacle, text_to_tune
+from exl2jax.conversion.tune_pass import text_to_tune
 from exl2jax.errors import SettingsError
 from exl2jax.estimate import DEVICES, Device, DeviceEstimate, device_estimate, find_device
 from exl2jax.estimate.devices import CPU
@@ -77,10 +77,9 @@ def _plan(config: ConversionConfig) -> Preflight:
     opened = Context.open(config, RunControl())
     rows = PassRows(config, opened.model, opened.tokenizer, opened.work, opened.control, sampling=False)
     passes = ("quantize",) if config.measurement else ("measure", "quantize")
-    plan = preflight(opened, {name: rows.build(measure=name == "measure") for name in passes}, machine_speed())
+    built = {name: rows.build(measure=name == "measure") for name in passes}
     tunes = opened.recipe.tuned_steps and config.output_measurement is None
-    untuned = obstacle(opened, text_to_tune(opened, rows)) if tunes else ""
-    return replace(plan, warnings=(*plan.warnings, untuned)) if untuned else plan
+    return preflight(opened, built, machine_speed(), text_to_tune(opened, rows) if tunes else None)
 
 
 def _on_device(config: ConversionConfig, device: Device) -> DeviceEstimate:

@@ -13,8 +13,9 @@ from exl2jax.calibration import CalibrationRows
 from exl2jax.conversion.context import Context
 from exl2jax.conversion.operations import Duration, Speed, durations, pass_operations
 from exl2jax.conversion.refusals import early_notes, early_refusals, require_shards
+from exl2jax.conversion.scans import TokenRows
 from exl2jax.conversion.strategy import choose_strategy, limited_measurement, usable_pricing
-from exl2jax.conversion.tune_pass import kept_weights
+from exl2jax.conversion.tune_pass import kept_weights, obstacle
 from exl2jax.errors import Exl2JaxError, MeasurementError, SettingsError, StorageError
 from exl2jax.estimate.plan import FLOAT, HELD, STORED
 from exl2jax.exl2.compile import compiled_size, source_head
@@ -64,8 +65,13 @@ class Preflight:
         return asdict(self)
 
 
-def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Speed | None = None) -> Preflight:
-    """Check a conversion on the calibration rows of its passes, by name of the pass.
+def preflight(
+    context: Context,
+    rows: Mapping[str, CalibrationRows],
+    speed: Speed | None = None,
+    text: TokenRows | None = None,
+) -> Preflight:
+    """Check a conversion on the calibration rows of its passes, by name of the pass, and the `text` that it tunes on.
 
     A target out of reach is not raised but listed in `refused`. A measurement that the job names is read, and bits are
     allocated by it.
@@ -76,6 +82,7 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Spee
     tokens = {name: _tokens(each) for name, each in rows.items()}
     linears = [linear for spec in context.specs for linear in spec.linears]
     short = [f"{name} pass {line}" for name, count in tokens.items() for line in calibration_shortage(linears, count)]
+    untuned = "" if text is None else obstacle(context, text)
     tight = [f"memory: about {memory / 1e9:.1f} GB are needed, this machine has {present / 1e9:.1f} GB"]
     return Preflight(
         bits=context.config.bits,
@@ -91,7 +98,7 @@ def preflight(context: Context, rows: Mapping[str, CalibrationRows], speed: Spee
         calibration_tokens=tokens,
         durations={} if speed is None else durations(pass_operations(context.config, context.model.config), speed),
         refused=tuple(str(e) for e in (*early_refusals(context), *refused, *_disk_refusals(context, disk, free))),
-        warnings=(*early_notes(context), *short, *(tight if memory > present else [])),
+        warnings=(*early_notes(context), *short, *(tight if memory > present else []), *filter(None, [untuned])),
     )
 
 
@@ -195,16 +202,16 @@ def _inputs(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
 def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
     """Estimated bytes of host memory.
 
-    States twice, the inputs that propagation keeps of a module, and the largest of three: several copies of the largest
-    module's weights and Hessian, three of the embedding, or what GPTQ holds of the head. A tuning of the whole model
-    comes later: its weights, three copies of the head, and the logits of a piece of text in all that is made of them.
+    States twice, the inputs that propagation keeps of a module, and the larger of two: several copies of the largest
+    module's weights and Hessian, or what GPTQ holds of the head. A tuning of the whole model comes later: its weights,
+    three copies of the head, and the logits of a piece of text in all that is made of them.
     """
     module = max(spec.weights for spec in context.specs)
     widest = max(linear.rows for spec in context.specs for linear in spec.linears)
     table = context.model.config.vocab_size * context.model.config.hidden_size
     tokens = rows["quantize"].input_ids.size if "quantize" in rows and context.recipe.propagates else 0
     kept = max(kept_bytes(spec, tokens) for spec in context.specs)
-    largest = max(FLOAT * max(4 * module + 6 * widest**2, 3 * table), (STORED + HELD) * table)
+    largest = max(FLOAT * (4 * module + 6 * widest**2), (STORED + HELD) * table)
     passes = 2 * _states(context, rows) + kept + largest
     logits = LOGITS * FLOAT * PIECE * context.model.config.vocab_size
     tuning = kept_weights(context) + (2 * FLOAT + STORED) * table + logits if context.recipe.tuned_steps else 0

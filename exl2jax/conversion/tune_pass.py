@@ -196,7 +196,7 @@ def _stored(context: Context, spec: ModuleSpec, *, again: bool) -> StoredModule:
 
 def _packed(context: Context, spec: LinearSpec, *, again: bool = False) -> PackedLinear:
     tensors = read_checked_tensors(tensor_file(context.work.out_tensor, spec.key), again=again)[0]
-    return PackedLinear.of(tensors, spec.key)
+    return PackedLinear.of(tensors.__getitem__, spec.key, tensors.get(f"{spec.key}.bias"))
 
 
 def _kernels(linears: Mapping[str, PackedLinear], specs: Sequence[LinearSpec]) -> dict[str, jax.Array]:

@@ -134,15 +134,15 @@ def _propagation(spec: ModuleSpec, config: ModelConfig, passes: Passes) -> Work:
     first = [linear for stage in before for group in stage for linear in group]
     fast = 2 * sum(linear_work(linear, tokens) for linear in first)
     fast += 2 * attention_work(spec, config, passes.length).fast * passes.rows
-    added = exact = 0.0
+    sums = exact = 0.0
     for group in (group for stage in before for group in stage):
         rows = group[0].rows
-        added += 2 * tokens * rows**2
+        sums += 2 * tokens * rows**2
         exact += 2 * SOLVE * rows**3 + sum(2 * rows * linear.weights for linear in group)
     for (linear,) in last:
-        added += 2 * linear_work(linear, tokens)
+        sums += 2 * linear_work(linear, tokens)
         exact += 2 * (1 + SOLVE) * linear.rows * linear.weights
-    return Work(fast=fast, sums=added, exact=exact)
+    return Work(fast=fast, sums=sums, exact=exact)
 
 
 def _factors(spec: ModuleSpec) -> Iterator[Work]:

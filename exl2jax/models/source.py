@@ -28,7 +28,7 @@ from exl2jax.models.registry import UNUSED
 from exl2jax.models.spelling import TEXT_SECTION, stock_spelling
 from exl2jax.models.stored_head import settle_head
 from exl2jax.models.tensors import SourceTensors
-from exl2jax.ops.packing import TENSOR_NAMES, PackedLinear, unpack_linear
+from exl2jax.ops.packing import PackedLinear, unpack_linear
 from exl2jax.storage import TensorFiles
 from exl2jax.storage.arrays import all_finite, transposed
 
@@ -255,7 +255,7 @@ class Exl2Model(Model):
 
     def packed(self, spec: LinearSpec) -> PackedLinear:
         """The stored tensors of a linear."""
-        return PackedLinear(**{name: self.files.read(f"{spec.key}.{name}") for name in TENSOR_NAMES})
+        return PackedLinear.of(self.files.read, spec.key)
 
     def bias(self, spec: LinearSpec) -> np.ndarray:
         """The bias of a linear, `[N]` float32, padding removed."""

@@ -15,7 +15,7 @@ from exl2jax.ops.bitstream import pack_tiles
 from exl2jax.ops.groups import Begin
 from exl2jax.ops.kernels import PANEL, Kernels
 from exl2jax.ops.rounding import dequantize, quantize
-from exl2jax.ops.scale_losses import index_losses, raised
+from exl2jax.ops.scale_losses import index_losses, raised, rounding_error
 
 TILE = 8
 """Rows of a tile: as many as XLA fuses into one launch; it cuts the chain of 16 in pieces."""
@@ -77,8 +77,7 @@ def scale_losses(
     if rows is not None:
         x = jnp.where((jnp.arange(len(x)) < rows)[:, None], x, 0.0)  # what is zero loses nothing
     p, weight = scales[:, None], None if importance is None else importance[:, None]
-    z = jnp.abs(jnp.clip(jnp.round(x * (1 / p)), -codes / 2, codes / 2 - 1) * p - x)
-    return jnp.sum(raised(z, weight), axis=1)
+    return jnp.sum(raised(rounding_error(x, p, 1 / p, (-codes / 2, codes / 2 - 1)), weight), axis=1)
 
 
 FUSED = Kernels(

@@ -1,6 +1,6 @@
 """The five tensors of an EXL2 linear: packing codes and scales into words, and back (docs/format.md 1.1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -36,10 +36,9 @@ class PackedLinear:
     bias: np.ndarray | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, np.ndarray], key: str) -> "PackedLinear":
-        """The linear that `tensors` wrote; `KeyError` where one of its five is missing."""
-        stored = {name: tensors[f"{key}.{name}"] for name in TENSOR_NAMES}
-        return cls(**stored, bias=tensors.get(f"{key}.bias"))
+    def of(cls, read: Callable[[str], np.ndarray], key: str, bias: np.ndarray | None = None) -> "PackedLinear":
+        """The linear whose tensors `read` gives by their stored names."""
+        return cls(**{name: read(f"{key}.{name}") for name in TENSOR_NAMES}, bias=bias)
 
     def tensors(self, key: str) -> dict[str, np.ndarray]:
         """The tensors under their stored names, `KEY.q_weight` and so on."""

@@ -61,6 +61,11 @@ class IndexLosses(Protocol):
         ...
 
 
+def rounding_error(x: jax.Array, p: jax.Array, inverse: jax.Array, limits: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`|clamp(rint(x / p)) p - x|` of values at scales `p`, with their inverse and the limits of the codes."""
+    return jnp.abs(jnp.clip(jnp.round(x * inverse), *limits) * p - x)
+
+
 def raised(z: jax.Array, weight: jax.Array | None) -> jax.Array:
     """The loss of errors `z >= 0` of a row: their squares times the row's weight, or stock's 3.5th power."""
     return z * z * z * jnp.sqrt(z) if weight is None else z * z * weight
@@ -120,7 +125,7 @@ def _with_tile(
 ) -> jax.Array:
     """The losses `total [S, width]` with those of `UNROLL` more `rows` added, row after row."""
     for r in range(UNROLL):
-        z = jnp.abs(jnp.clip(jnp.round(rows[r] * inverse), *limits) * p - rows[r])
+        z = rounding_error(rows[r], p, inverse, limits)
         total = total + raised(z, None if weights is None else weights[r])
     return total
 

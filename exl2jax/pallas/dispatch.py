@@ -14,7 +14,10 @@ from exl2jax.pallas.scale_losses import index_losses, scale_losses
 from exl2jax.pallas.tiles import Tiles
 from exl2jax.pallas.walk import walk_group
 
-IMPLEMENTATIONS = ("xla", "fused", "pallas", "pallas_interpret")
+LOOPS = {"xla": XLA, "fused": FUSED}
+"""Implementations that XLA compiles; they run on every platform."""
+
+IMPLEMENTATIONS = (*LOOPS, "pallas", "pallas_interpret")
 
 MIN_COMPUTE_CAPABILITY = 9.0
 """Oldest CUDA devices that Mosaic GPU is made for (Hopper)."""
@@ -37,12 +40,12 @@ def kernels_for(implementation: str | None = None) -> Kernels:
     name = implementation or choose_implementation()
     if name not in IMPLEMENTATIONS:
         raise SettingsError(f"implementation is {name!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if name in ("xla", "fused"):
-        return XLA if name == "xla" else FUSED
+    if name in LOOPS:
+        return LOOPS[name]
     if name == "pallas" and not _mosaic_device(jax.local_devices()[0]):
         raise NotImplementedError(
             f"implementation 'pallas' needs a CUDA device of compute capability {MIN_COMPUTE_CAPABILITY:g} or later, "
-            f"this is {jax.local_devices()[0].device_kind}; take 'fused' or 'pallas_interpret'"
+            f"this is {jax.local_devices()[0].device_kind}; take {choose_implementation()!r} or 'pallas_interpret'"
         )
     return pallas_kernels(Tiles(interpret=name == "pallas_interpret"))
 

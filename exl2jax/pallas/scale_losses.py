@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from exl2jax.ops.groups import TOP, Begin
-from exl2jax.ops.scale_losses import MAX_INDEX, MULTIPLIERS, OFFSETS, by_column, raised
+from exl2jax.ops.scale_losses import MAX_INDEX, MULTIPLIERS, OFFSETS, by_column, raised, rounding_error
 from exl2jax.pallas.launch import launch, shape, zeros
 from exl2jax.pallas.tiles import LANES, Tiles, pad_columns
 
@@ -65,10 +65,7 @@ def _body(
 
     def row(operands: tuple[jax.Array, ...], totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         value, weight = operands if importance else (*operands, None)
-        errors = (
-            jnp.abs(jnp.clip(jnp.round(value * inverse), low, high) * s - value)
-            for s, inverse in zip(tried, inverses, strict=True)
-        )
+        errors = (rounding_error(value, s, inverse, (low, high)) for s, inverse in zip(tried, inverses, strict=True))
         return tuple(total + raised(z, weight) for total, z in zip(totals, errors, strict=True))
 
     totals = _over_rows(load, row, (zeros(jnp.float32, tiles),) * count, rows, tiles)
