@@ -4,6 +4,7 @@
 stdout carries the result only.
 """
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -128,4 +129,5 @@ def _install_handlers(stop: StopFlag, caught: list[int]) -> Callable[[], None]:
 
 def run() -> None:
     """Entry point of the installed command."""
+    gc.freeze()  # what was imported stays to the end; the collector would walk over it whenever programs are traced
     sys.exit(main())

@@ -39,7 +39,7 @@ def pack_tiles(codes: jax.Array, bits: jax.Array) -> jax.Array:
         return jnp.pad(pack_codes(tile, bits=width), ((0, max(FORMAT_BITS) - width), (0, 0)))
 
     branches = [partial(of_width, width) for width in FORMAT_BITS]
-    index = jnp.searchsorted(jnp.asarray(FORMAT_BITS), bits)
+    index = jnp.asarray(np.searchsorted(FORMAT_BITS, np.arange(max(FORMAT_BITS) + 1)), jnp.int32)[bits]
     tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
     return jax.lax.map(lambda both: jax.lax.switch(both[0], branches, both[1]), (index, tiles))
 

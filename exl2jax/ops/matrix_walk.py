@@ -286,14 +286,15 @@ def _owed(
     """
     origin, a, row, rows = place
 
+    past = lax.dynamic_slice_in_dim(errors, origin, span, 0)
+    past = jnp.where((origin + jnp.arange(span) >= a)[:, None], past, 0.0)
+    toward = lax.dynamic_slice(corner, (0, row - origin), (span, size))
+
     def nothing() -> jax.Array:
         return jnp.zeros((size, errors.shape[1]), jnp.float32)
 
     def product(taken: int) -> jax.Array:
-        past = lax.dynamic_slice_in_dim(errors, origin, span, 0)
-        past = jnp.where((origin + jnp.arange(span) >= a)[:, None], past, 0.0)
-        toward = lax.dynamic_slice(corner, (0, row - origin), (span, taken))
-        owed = jnp.matmul(toward.T, past, precision=lax.Precision.HIGHEST)
+        owed = jnp.matmul(toward[:, :taken].T, past, precision=lax.Precision.HIGHEST)
         return jnp.pad(owed, ((0, size - taken), (0, 0)))
 
     sizes = range(ROW_MULTIPLE, size + 1, ROW_MULTIPLE)

@@ -154,7 +154,7 @@ def _together(tiles: jax.Array, bits: jax.Array) -> jax.Array:
     count = tiles.shape[0] * tiles.shape[1]
     ends = jnp.cumsum(bits)
     place = jnp.arange(count, dtype=ends.dtype)
-    tile = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(bits) - 1)
+    tile = jnp.minimum(jnp.sum(ends <= place[:, None], axis=1, dtype=ends.dtype), len(bits) - 1)
     word = place - (ends - bits)[tile]
     source = tile * tiles.shape[1] + jnp.minimum(word, tiles.shape[1] - 1)
     return jnp.where((place < ends[-1])[:, None], tiles.reshape(count, -1)[source], 0)

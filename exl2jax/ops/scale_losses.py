@@ -124,10 +124,22 @@ def _with_tile(
     limits: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """The losses `total [S, width]` with those of `UNROLL` more `rows` added, row after row."""
-    for r in range(UNROLL):
-        z = rounding_error(rows[r], p, inverse, limits)
-        total = total + raised(z, None if weights is None else weights[r])
+    own = [None] * UNROLL if weights is None else jnp.unstack(weights)
+    for row, weight in zip(jnp.unstack(rows), own, strict=True):
+        total = _with_row(total, row, weight, p, inverse, limits)
     return total
+
+
+@jax.jit
+def _with_row(
+    total: jax.Array,
+    row: jax.Array,
+    weight: jax.Array | None,
+    p: jax.Array,
+    inverse: jax.Array,
+    limits: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    return total + raised(rounding_error(row, p, inverse, limits), weight)
 
 
 def by_column(of_matrix: jax.Array, columns: int) -> jax.Array:

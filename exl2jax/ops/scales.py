@@ -95,13 +95,13 @@ def _least(total: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each matrix the multiplier of least `total [multipliers, matrices]`, the first of equals, and the indices
     `own [multipliers, N]` of its columns there. Comparisons fuse into what uses them; an argmin and a gather would not.
     """  # noqa: D205
-    count = len(MULTIPLIERS)
-    multiplier, qs = jnp.zeros_like(total[0]), jnp.zeros_like(own[0])
-    for p in range(count):
-        beats = (total[p] < total[q] if q < p else total[p] <= total[q] for q in range(count) if q != p)
+    totals, indices = jnp.unstack(total), jnp.unstack(own)
+    multiplier, qs = jnp.zeros_like(totals[0]), jnp.zeros_like(indices[0])
+    for p, mine in enumerate(totals):
+        beats = (mine < other if q < p else mine <= other for q, other in enumerate(totals) if q != p)
         best = reduce(jnp.logical_and, beats)
         multiplier = jnp.where(best, MULTIPLIERS[p], multiplier)
-        qs = jnp.where(by_column(best, len(qs)), own[p], qs)
+        qs = jnp.where(by_column(best, len(qs)), indices[p], qs)
     return qs, multiplier
 
 

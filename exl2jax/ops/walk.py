@@ -27,28 +27,34 @@ def walk_group(
     current weights before they are rounded; their errors are still those of the weights themselves.
     """
     u = lax.dynamic_slice(u, (begin.row, begin.row), (len(w), len(w)))
+    inverse = 1 / jnp.diagonal(u)
     if rows is None:
-        return _walk(w, u, scale, bits, shift)
+        return _walk(w, u, inverse, scale, bits, shift)
     sizes = range(ROW_MULTIPLE, len(w) + 1, ROW_MULTIPLE)
     branches = [partial(_walk_first, size) for size in sizes]
-    return lax.switch(rows // ROW_MULTIPLE - 1, branches, w, u, scale, bits, shift)
+    return lax.switch(rows // ROW_MULTIPLE - 1, branches, w, u, inverse, scale, bits, shift)
 
 
 def _walk_first(
-    size: int, w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
+    size: int,
+    w: jax.Array,
+    u: jax.Array,
+    inverse: jax.Array,
+    scale: jax.Array,
+    bits: jax.Array,
+    shift: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Walk the first `size` rows alone; zeros for the others."""
-    errors, codes = _walk(w[:size], u[:size, :size], scale, bits, None if shift is None else shift[:size])
+    own = None if shift is None else shift[:size]
+    errors, codes = _walk(w[:size], u[:size, :size], inverse[:size], scale, bits, own)
     rest = ((0, len(w) - size), (0, 0))
     return jnp.pad(errors, rest), jnp.pad(codes, rest)
 
 
 @jax.jit
 def _walk(
-    w: jax.Array, u: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
+    w: jax.Array, u: jax.Array, inverse: jax.Array, scale: jax.Array, bits: jax.Array, shift: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    inverse = 1 / jnp.diagonal(u)
-
     def row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         errors, codes = state
         toward = lax.dynamic_index_in_dim(u, i, 1, keepdims=False)

@@ -9,6 +9,7 @@ private modules, which is why this is a script and not a part of the package.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -203,8 +204,9 @@ def peak_bytes() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def use_cache() -> None:
-    """Keep every program in the folder of JAX_COMPILATION_CACHE_DIR, as the command does."""
+def set_up() -> None:
+    """Set up the process as the command does; programs are kept in the folder of JAX_COMPILATION_CACHE_DIR."""
+    gc.freeze()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -221,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measurement-rows", type=int, default=2, help="measurement rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     given = parser.parse_args(argv)
-    use_cache()
+    set_up()
     with tempfile.TemporaryDirectory() as folder:
         config = ConversionConfig(
             in_dir=given.model,

@@ -16,7 +16,7 @@ from typing import Any
 from exl2jax import ConversionConfig
 from exl2jax.models.modules import HEAD_KEY
 from exl2jax.testing.tiny_model import write_tiny_llama
-from scripts.bench.traffic import TIME, Counted, use_cache
+from scripts.bench.traffic import TIME, Counted, set_up
 from scripts.gpu.whole import run
 
 BLOCK = 2
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default="16,4;115,19", help="rows and measurement rows of both conversions")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     given = parser.parse_args(argv)
-    use_cache()
+    set_up()
     cold, warm = ([int(n) for n in pair.split(",")] for pair in given.rows.split(";"))
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_llama(

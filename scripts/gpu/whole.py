@@ -13,7 +13,7 @@ import jax
 
 from exl2jax import ConversionConfig, convert
 from exl2jax.stream.progress import RunControl
-from scripts.bench.traffic import PROGRAMS, SECONDS, Meter, compiling, use_cache
+from scripts.bench.traffic import PROGRAMS, SECONDS, Meter, compiling, set_up
 
 
 def digests(work: Path, out: Path) -> dict[str, str]:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measurement-rows", type=int, default=16, help="measurement rows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     given = parser.parse_args(argv)
-    use_cache()
+    set_up()
     config = ConversionConfig(
         in_dir=given.model,
         out_dir=given.work / "work",
