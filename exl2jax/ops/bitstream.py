@@ -39,11 +39,10 @@ def pack_tiles(codes: jax.Array, bits: jax.Array) -> jax.Array:
         return jnp.pad(pack_codes(tile, bits=width), ((0, max(FORMAT_BITS) - width), (0, 0)))
 
     branches = [partial(of_width, width) for width in FORMAT_BITS]
-    index_of_width = np.searchsorted(FORMAT_BITS, np.arange(max(FORMAT_BITS) + 1)).astype(np.int32)
+    place = np.searchsorted(FORMAT_BITS, np.arange(max(FORMAT_BITS) + 1)).astype(np.int32)  # of each width
     tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
-    return jax.lax.map(
-        lambda both: jax.lax.switch(both[0], branches, both[1]), (jnp.asarray(index_of_width)[bits], tiles)
-    )
+    index = jnp.asarray(place)[bits]
+    return jax.lax.map(lambda both: jax.lax.switch(both[0], branches, both[1]), (index, tiles))
 
 
 @jax.jit
