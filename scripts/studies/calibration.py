@@ -2,7 +2,7 @@
 """Compare calibration sources: one conversion for each, judged on text that none of them holds.
 
 Each line of the result file is one source; sources that stand there already are not converted again. Differences to the
-first source are paired by held-out row: a mean and its standard error, in percent of perplexity.
+first source are paired by held-out row: a mean and its standard error, in percent of perplexity and of divergence.
 """
 
 import argparse
@@ -82,22 +82,28 @@ def perplexity(record: dict[str, Any]) -> float:
     return float(np.exp(np.mean(record["nll"])))
 
 
+def paired(ratios: np.ndarray) -> str:
+    """The mean of differences by row and its standard error, in percent, from ratios by row."""
+    percent = 100 * (ratios - 1)
+    return f"{percent.mean():+.2f} % ± {percent.std(ddof=1) / np.sqrt(len(percent)):.2f}"
+
+
 def markdown(records: list[dict[str, Any]]) -> str:
     """The table of the documentation; the first record is the source model's own."""
     lines = [
-        "| calibrated on | perplexity | against full precision | KL (nats per token) | against the first source |",
-        "|---|---|---|---|---|",
+        "| calibrated on | perplexity | against full precision | against the first source | KL (nats per token) | "
+        "against the first source |",
+        "|---|---|---|---|---|---|",
     ]
-    full, *tried = records
-    lines.append(f"| (full precision) | {perplexity(full):.3f} | | | |")
-    for record in tried:
-        paired = 100 * np.expm1(np.subtract(record["nll"], tried[0]["nll"]))
-        error = paired.std(ddof=1) / np.sqrt(len(paired))
-        difference = "" if record is tried[0] else f"{paired.mean():+.2f} % ± {error:.2f}"
+    full, first, *others = records
+    lines.append(f"| (full precision) | {perplexity(full):.3f} | | | | |")
+    for record in (first, *others):
         above = 100 * (perplexity(record) / perplexity(full) - 1)
+        by_perplexity = paired(np.exp(np.subtract(record["nll"], first["nll"]))) if record != first else ""
+        by_kl = paired(np.divide(record["kl"], first["kl"])) if record != first else ""
         lines.append(
-            f"| `{record['source']}` | {perplexity(record):.3f} | +{above:.2f} % | {np.mean(record['kl']):.4f} | "
-            f"{difference} |"
+            f"| `{record['source']}` | {perplexity(record):.3f} | {above:+.2f} % | {by_perplexity} | "
+            f"{np.mean(record['kl']):.4f} | {by_kl} |"
         )
     return "\n".join(lines)
 
