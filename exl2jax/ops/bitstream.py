@@ -40,8 +40,8 @@ def pack_tiles(codes: jax.Array, bits: jax.Array) -> jax.Array:
 
     branches = [partial(of_width, width) for width in FORMAT_BITS]
     place = np.searchsorted(FORMAT_BITS, np.arange(max(FORMAT_BITS) + 1)).astype(np.int32)  # of each width
-    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
     index = jnp.asarray(place)[bits]
+    tiles = codes.reshape(-1, ROW_MULTIPLE, codes.shape[1])
     return jax.lax.map(lambda both: jax.lax.switch(both[0], branches, both[1]), (index, tiles))
 
 

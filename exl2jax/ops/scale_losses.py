@@ -100,12 +100,12 @@ def scale_losses(
 
     def block(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         tiles, p, codes = operands
-        inverse, low, high = 1 / p, -codes / 2, codes / 2 - 1
+        trials = (p, 1 / p, (-codes / 2, codes / 2 - 1))
 
         def tile(i: jax.Array, total: jax.Array) -> jax.Array:
             rows = lax.dynamic_index_in_dim(tiles, i, 0, keepdims=False)
             own = None if weights is None else lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
-            return _with_tile(total, rows, own, p, inverse, (low, high))
+            return _with_tile(total, rows, own, trials)
 
         return lax.fori_loop(0, count, tile, jnp.zeros((len(p), width), jnp.float32))
 
@@ -114,32 +114,22 @@ def scale_losses(
     return losses.transpose(1, 0, 2).reshape(len(scales), -1)[:, :columns]
 
 
+type Trials = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]
+"""The scales that a block tries, `[S, 1]` or `[S, width]`, their inverses, and the limits of the codes."""
+
+
 @jax.jit  # traced once for all matrices, whose blocks are alike
-def _with_tile(
-    total: jax.Array,
-    rows: jax.Array,
-    weights: jax.Array | None,
-    p: jax.Array,
-    inverse: jax.Array,
-    limits: tuple[jax.Array, jax.Array],
-) -> jax.Array:
+def _with_tile(total: jax.Array, rows: jax.Array, weights: jax.Array | None, trials: Trials) -> jax.Array:
     """The losses `total [S, width]` with those of `UNROLL` more `rows` added, row after row."""
     own = [None] * UNROLL if weights is None else jnp.unstack(weights)
     for row, weight in zip(jnp.unstack(rows), own, strict=True):
-        total = _with_row(total, row, weight, p, inverse, limits)
+        total = _with_row(total, row, weight, trials)
     return total
 
 
-@jax.jit
-def _with_row(
-    total: jax.Array,
-    row: jax.Array,
-    weight: jax.Array | None,
-    p: jax.Array,
-    inverse: jax.Array,
-    limits: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-    return total + raised(rounding_error(row, p, inverse, limits), weight)
+@jax.jit  # traced once for all rows
+def _with_row(total: jax.Array, row: jax.Array, weight: jax.Array | None, trials: Trials) -> jax.Array:
+    return total + raised(rounding_error(row, *trials), weight)
 
 
 def by_column(of_matrix: jax.Array, columns: int) -> jax.Array:

@@ -99,8 +99,10 @@ def markdown(records: list[dict[str, Any]]) -> str:
     lines.append(f"| (full precision) | {perplexity(full):.3f} | | | | |")
     for record in (first, *others):
         above = 100 * (perplexity(record) / perplexity(full) - 1)
-        by_perplexity = paired(np.exp(np.subtract(record["nll"], first["nll"]))) if record != first else ""
-        by_kl = paired(np.divide(record["kl"], first["kl"])) if record != first else ""
+        by_perplexity = by_kl = ""
+        if record is not first:
+            by_perplexity = paired(np.exp(np.subtract(record["nll"], first["nll"])))
+            by_kl = paired(np.divide(record["kl"], first["kl"]))
         lines.append(
             f"| `{record['source']}` | {perplexity(record):.3f} | {above:+.2f} % | {by_perplexity} | "
             f"{np.mean(record['kl']):.4f} | {by_kl} |"
