@@ -79,7 +79,7 @@ def _heads(model: HFModel, qparams: Mapping[str, QParams]) -> Iterator[TensorHea
     def packed(linear: LinearSpec) -> Iterator[TensorHead]:
         groups = qparams[linear.key].groups(linear.rows)
         shapes = stored_shapes(groups, linear.rows, linear.columns, bias=linear.bias)
-        return (TensorHead(f"{linear.key}.{name}", *stored) for name, stored in shapes.items())
+        return (TensorHead(f"{linear.key}.{name}", *stored) for name, stored in sorted(shapes.items()))
 
     yield from plain(embedding_shapes(model.config))
     for spec in module_specs(model.config):
@@ -120,7 +120,7 @@ def require_no_strays(target: Path, known: Collection[Path] = ()) -> None:
 
 
 def _tensors(model: HFModel, out_tensor: Path, own_norms: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the output in module order."""
+    """Every tensor of the output in module order, a linear's by name: where a shard ends depends on the order."""
     yield from _plain(model, embedding_shapes(model.config))
     for spec in module_specs(model.config):
         for norm in spec.norms:
@@ -146,4 +146,4 @@ def _packed(out_tensor: Path, key: str) -> Iterator[tuple[str, np.ndarray]]:
         tensors, _ = read_checked_tensors(path)
     except StorageError as e:
         raise JobError(f"{e}; start over with `no_resume`") from e
-    yield from tensors.items()
+    yield from sorted(tensors.items())

@@ -10,6 +10,9 @@ import pytest
 from exl2jax import convert
 from exl2jax.cli import main
 from exl2jax.errors import MeasurementError, StorageError
+from exl2jax.exl2.compile import compile_model
+from exl2jax.models import open_model
+from exl2jax.models.source import HFModel
 from tests.reliability.scene import Scene, make_scene
 
 
@@ -36,18 +39,19 @@ def test_the_plan_is_kept(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFi
     assert used < 1.3 * int(plan["disk"])  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("shard_mb", [0.0, 0.05])
-def test_the_size_by_a_measurement_is_exact(
-    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard_mb: float
-) -> None:
-    convert(scene.config(tmp_path, shard_size=shard_mb))
+def test_the_size_by_a_measurement_is_exact(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(scene.config(tmp_path))
     given = str(tmp_path / "work" / "measurement.json")
-    code, plan = planned(scene, capsys, "-b", "4.5", "-m", given, "-ss", str(shard_mb))
-    shards = list((tmp_path / "exl2").glob("*.safetensors"))
-    assert (len(shards) > 1) == (shard_mb > 0)
-    assert code == 0 and plan["output_exact"] is True
-    assert plan["output_size"] == sum(p.stat().st_size for p in shards)
-    assert list(plan["calibration_tokens"]) == ["quantize"]  # type: ignore[call-overload]
+    source = open_model(scene.model)
+    assert isinstance(source, HFModel)
+    for shard_mb in (0.0, 0.04, 0.043, 0.046, 0.05, 0.06, 0.08):
+        target = tmp_path / f"compiled {shard_mb}"
+        shards = compile_model(source, tmp_path / "work" / "out_tensor", target, shard_mb=shard_mb)
+        code, plan = planned(scene, capsys, "-b", "4.5", "-m", given, "-ss", str(shard_mb))
+        assert (len(shards) > 1) == (shard_mb > 0)
+        assert code == 0 and plan["output_exact"] is True
+        assert plan["output_size"] == sum(p.stat().st_size for p in shards), shard_mb
+        assert list(plan["calibration_tokens"]) == ["quantize"]  # type: ignore[call-overload]
     code, plan = planned(scene, capsys, "-b", "2", "-m", given)
     assert code == 1 and "these candidates reach" in str(plan["refused"]) and plan["output_exact"] is False
 
