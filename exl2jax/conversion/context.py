@@ -59,7 +59,7 @@ class Context:
     def load(self, spec: ModuleSpec | LinearSpec) -> Block | HeadBlock:
         """The block of a module, or of the head, with its weights; a large mixture reads its experts later."""
         if isinstance(spec, LinearSpec):
-            return HeadBlock(spec, self.model.head_params())
+            return HeadBlock.of(self.model, spec)
         return Block.of(self.model, spec)
 
     def scan[O](

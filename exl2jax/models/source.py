@@ -109,10 +109,10 @@ class Model:
         """Parameters of a module's norms and router."""
         return {norm.name: self._norm(norm) for norm in spec.norms}
 
-    def head_params(self) -> dict[str, Any]:
-        """Parameters of the final norm and the head."""
+    def head_params(self, *, narrow: bool = False) -> dict[str, Any]:
+        """Parameters of the final norm and the head; `narrow` as in `kernel`."""
         norm = self._norm(head_norm_spec(self.config))
-        return {"norm": norm, "lm_head": self.linear_params(head_spec(self.config))}
+        return {"norm": norm, "lm_head": self.linear_params(head_spec(self.config), narrow=narrow)}
 
     def linear_params(self, spec: LinearSpec, *, narrow: bool = False) -> dict[str, np.ndarray]:
         """`{"kernel" [K, N], "bias" [N]?}` of a linear, float32 unless dequantized; `narrow` as in `kernel`."""
@@ -225,9 +225,10 @@ class HFModel(Model):
         return digest.hexdigest()
 
     def kernel(self, spec: LinearSpec, *, narrow: bool = False) -> np.ndarray:
-        """The weight of a linear, `[K, N]` float32, or as stored where `narrow`."""
-        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow)
-        if self.config.scales.norm_head and spec == head_spec(self.config):
+        """The weight of a linear, `[K, N]` float32, or as stored where `narrow`; a normalised head is float32."""
+        normed = self.config.scales.norm_head and spec == head_spec(self.config)
+        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow and not normed)
+        if normed:
             value = value / np.maximum(np.linalg.norm(value, axis=1, keepdims=True), 1e-12)
         return transposed(value)
 

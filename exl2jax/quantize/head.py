@@ -41,7 +41,7 @@ def quantize_head(
     kernel = params["lm_head"]["kernel"]
     if spec.weights > MAX_GPTQ_WEIGHTS:
         rows, groups = jnp.arange(spec.rows), qparams.groups(spec.rows)
-        rounded = round_to_nearest(jnp.asarray(kernel), rows, groups, search=quantizer.search)
+        rounded = round_to_nearest(jnp.asarray(kernel, jnp.float32), rows, groups, search=quantizer.search)
         return pack_checked(rounded, spec, None), {}, ()
     terms = head_terms(decoder, params, places, states, reference if strength else None)
     factor, target = quantizer.factorize(terms.hessian), kernel

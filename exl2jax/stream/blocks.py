@@ -145,3 +145,8 @@ class HeadBlock(NamedTuple):
 
     spec: LinearSpec
     params: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Model, spec: LinearSpec) -> "HeadBlock":
+        """The head of a model, which goes up to the device as the source stores it: no copy stays in host memory."""
+        return cls(spec, _sent(model.head_params(narrow=True)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from exl2jax.errors import Interrupted
 from exl2jax.stream.devices import as_first_process, require_agreement
+from exl2jax.stream.memory import give_back
 from exl2jax.stream.progress import RunControl
 from exl2jax.stream.streams import Stream
 
@@ -97,6 +98,7 @@ def scan[S, B, C, O](
         outputs.append(output)
         position += 1
         control.progress.step(describe(spec, output))
+        give_back()
         done = position == len(specs)
         if done:
             carry = form.last(carry)

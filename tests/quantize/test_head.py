@@ -81,3 +81,22 @@ def test_gptq_below_the_limit_and_rounding_above(setting: Any, bits: int, monkey
         assert np.array_equal(unpack_linear(packed)[:, : spec.columns], np.asarray(weight))
     # Without a Hessian the rows stay where they are.
     assert np.array_equal(rounded.packed.q_invperm, np.arange(spec.rows))
+
+
+@pytest.mark.parametrize("limit", [0, head.MAX_GPTQ_WEIGHTS])
+def test_a_head_in_the_sixteen_bits_of_its_source_gives_the_same(
+    setting: Any, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, spec, params, states, mask = setting
+    rows = rows_of(states, mask)
+    monkeypatch.setattr(head, "MAX_GPTQ_WEIGHTS", limit)
+    correction: dict[str, Any] = {"reference": rows.place(1.1 * states), "strength": 0.5}
+
+    def tensors(kernel: np.ndarray) -> dict[str, np.ndarray]:
+        given = params | {"lm_head": {"kernel": kernel}}
+        done, _, _ = quantize_head(decoder, spec, given, rows, rows.place(states), head_qparams(4), **correction)
+        return done.packed.tensors(spec.key)
+
+    narrow = params["lm_head"]["kernel"].astype(np.float16)
+    found, expected = tensors(narrow), tensors(narrow.astype(np.float32))
+    assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
