@@ -28,6 +28,9 @@ from exl2jax.quantize.outputs import feeds_columns, sample_bytes
 from exl2jax.quantize.propagate import kept_bytes
 from exl2jax.stock_tables import head_qparams
 
+PROGRAM = 900 * 10**6
+"""Bytes of the interpreter, its packages and what is compiled."""
+
 LOGITS = 5
 """Arrays of the logits' size that the gradient of a divergence holds, in the program that XLA compiles."""
 
@@ -215,7 +218,7 @@ def _memory(context: Context, rows: Mapping[str, CalibrationRows]) -> int:
     passes = 2 * _states(context, rows) + kept + largest
     logits = LOGITS * FLOAT * PIECE * context.model.config.vocab_size
     tuning = kept_weights(context) + (2 * FLOAT + STORED) * table + logits if context.recipe.tuned_steps else 0
-    return max(passes, tuning) + 500 * 10**6
+    return max(passes, tuning) + PROGRAM
 
 
 def _tokens(rows: CalibrationRows) -> int:
