@@ -8,6 +8,7 @@ import numpy as np
 from exl2jax.models import Model, ModuleSpec, build_decoder, module_specs, open_model
 from exl2jax.stream.blocks import Block, forward_block
 from exl2jax.stream.forward import embed, head_logits
+from exl2jax.stream.memory import give_back
 from exl2jax.stream.streams import Rows, Stream, fold
 
 
@@ -18,6 +19,7 @@ def walk(model: Model, input_ids: np.ndarray) -> Iterator[tuple[ModuleSpec, np.n
     states = rows.place(embed(model, input_ids))
     for spec in module_specs(model.config):
         states, _ = forward_block(decoder, Block.of(model, spec), states)
+        give_back()
         yield spec, states.array()
 
 
