@@ -14,7 +14,7 @@ from exl2jax import ConversionConfig, convert
 from exl2jax.stream.progress import RunControl
 from exl2jax.testing.tiny_model import write_tiny_llama
 
-LAYERS = 3
+LAYERS = 4
 PACKING = "quantize"
 """The stage whose small functions of packing are compiled for every new shape of group that a linear happens to get."""
 
@@ -71,10 +71,13 @@ def test_later_layers_compile_nothing_new(watched: tuple[Watch, Path]) -> None:
 
 
 def test_later_layers_hold_no_more_memory(watched: tuple[Watch, Path]) -> None:
-    """Linears of a module may still be written while the next is quantized: two layers show all there is to hold."""
+    """Linears of a module may still be written while the next is quantized: two layers show all there is to hold.
+
+    The last module is left out: while it is worked on, the head goes up.
+    """
     watch, _ = watched
     for stage, steps in watch.stages.items():
-        alive = [amount for _, amount in steps[1 : 2 * LAYERS]]
+        alive = [amount for _, amount in steps[1 : 2 * LAYERS - 1]]
         assert max(alive[4:]) <= max(alive[:4]), stage
 
 
