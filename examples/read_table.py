@@ -9,7 +9,7 @@ def main(path: str) -> pd.DataFrame:
     """Mean and spread over seeds of each variant at each target, best KL divergence first."""
     cells = pd.read_parquet(path)
     done = cells[cells.status == "ok"].assign(
-        megabytes=lambda x: x["size"] / 1e6, minutes=lambda x: x.cpu_seconds_quantize / 60
+        megabytes=lambda x: x["size"] / 1e6, cpu_minutes=lambda x: x.cpu_seconds_quantize / 60
     )
     figures = done.groupby(["bits", "variant"]).agg(
         bpw=("bpw", "mean"),
@@ -18,7 +18,7 @@ def main(path: str) -> pd.DataFrame:
         kl=("kl_divergence", "mean"),
         least=("kl_divergence", "min"),
         greatest=("kl_divergence", "max"),
-        cpu_minutes=("minutes", "mean"),
+        cpu_minutes=("cpu_minutes", "mean"),
     )
     return figures.reset_index().sort_values(["bits", "kl"])
 

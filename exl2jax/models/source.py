@@ -226,9 +226,9 @@ class HFModel(Model):
 
     def kernel(self, spec: LinearSpec, *, narrow: bool = False) -> np.ndarray:
         """The weight of a linear, `[K, N]` float32, or as stored where `narrow`; a normalised head is float32."""
-        normed = self.config.scales.norm_head and spec == head_spec(self.config)
-        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow and not normed)
-        if normed:
+        value = self._float(self._kernel_name(spec), (spec.columns, spec.rows), narrow=narrow)
+        if self.config.scales.norm_head and spec == head_spec(self.config):
+            value = value.astype(np.float32, copy=False)
             value = value / np.maximum(np.linalg.norm(value, axis=1, keepdims=True), 1e-12)
         return transposed(value)
 

@@ -40,8 +40,9 @@ def test_the_plan_is_kept(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_size_by_a_measurement_is_exact(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(scene.config(tmp_path))
+    convert(scene.config(tmp_path, shard_size=0.05))
     given = str(tmp_path / "work" / "measurement.json")
+    written = {p.name: p.read_bytes() for p in (tmp_path / "exl2").glob("*.safetensors")}
     source = open_model(scene.model)
     assert isinstance(source, HFModel)
     for shard_mb in (0.0, 0.04, 0.043, 0.046, 0.05, 0.06, 0.08):
@@ -52,6 +53,7 @@ def test_the_size_by_a_measurement_is_exact(scene: Scene, tmp_path: Path, capsys
         assert code == 0 and plan["output_exact"] is True
         assert plan["output_size"] == sum(p.stat().st_size for p in shards), shard_mb
         assert list(plan["calibration_tokens"]) == ["quantize"]  # type: ignore[call-overload]
+        assert shard_mb != 0.05 or {p.name: p.read_bytes() for p in shards} == written
     code, plan = planned(scene, capsys, "-b", "2", "-m", given)
     assert code == 1 and "these candidates reach" in str(plan["refused"]) and plan["output_exact"] is False
 
